@@ -1,0 +1,85 @@
+"""What the build takes from this machine: a C++ compiler and torch's headers. Imports no torch, no setuptools."""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+MIN_TORCH = (2, 11)
+STABLE_HEADER = "include/torch/csrc/stable/library.h"
+
+
+class Torch(NamedTuple):
+    path: Path
+    version: str
+
+
+def fail(message: str):
+    raise SystemExit(f"\n[zinit build] error: {message}\n")
+
+
+def find_compiler() -> tuple[list[str] | None, str]:
+    """The C++ compiler as a command line, or None and why there will be no native kernels."""
+    if os.environ.get("ZINIT_BUILD", "1") == "0":
+        return None, "ZINIT_BUILD=0"
+    if not sys.platform.startswith("linux"):
+        return None, f"the native kernels are built on Linux only, this is {sys.platform}"
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            return command, ""
+    return None, "no C++ compiler found (looked for $CXX, g++, clang++, c++)"
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    check = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(check, capture_output=True).returncode == 0
+
+
+def find_torch() -> Torch | None:
+    """The torch to compile against: ZINIT_TORCH_DIR, else what Python would import, else the target environment's.
+
+    pip's isolated build hides the environment's packages from sys.path, but sys.prefix, and so sysconfig, still
+    point at the environment being installed into.
+    """
+    for path in _candidates():
+        if (path / STABLE_HEADER).is_file():
+            version = _assigned_strings(path / "version.py")["__version__"]
+            if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= MIN_TORCH:
+                return Torch(path, version)
+    return None
+
+
+def _candidates() -> list[Path]:
+    if os.environ.get("ZINIT_TORCH_DIR"):
+        return [Path(os.environ["ZINIT_TORCH_DIR"])]
+    found = []
+    spec = importlib.util.find_spec("torch")  # finds, does not import
+    if spec and spec.submodule_search_locations:
+        found.append(Path(next(iter(spec.submodule_search_locations))))
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    folders.append(site.getusersitepackages())
+    python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if os.environ.get(variable):
+            folders.append(str(Path(os.environ[variable], "lib", python, "site-packages")))
+    return list(dict.fromkeys(found + [Path(folder) / "torch" for folder in folders]))
+
+
+def _assigned_strings(source: Path) -> dict[str, str]:
+    """`name = "text"` lines of a Python file, read without running it."""
+    values = {}
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name) and isinstance(node.value.value, str):
+                values[target.id] = node.value.value
+    return values

@@ -1,0 +1,29 @@
+"""setuptools' PEP 517 backend with one rule added: torch is a build requirement only where none can be found.
+
+Listed in pyproject.toml, torch would be downloaded (2.5 GB with CUDA) into every isolated build, in its newest
+version, although all the build reads is the headers of the torch already in the environment.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403 (the rest of the PEP 517 hooks, unchanged)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toolchain import MIN_TORCH, find_compiler, find_torch  # noqa: E402 (needs the line above)
+
+
+def _headers() -> list[str]:
+    compiler, _ = find_compiler()
+    if compiler is None or find_torch() is not None:
+        return []
+    return [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _headers()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _headers()

@@ -1,0 +1,115 @@
+"""Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
+
+The path for what no fused backend takes: dense masks, soft spots of other devices (Apple, XPU), double backward where
+SDPA has one. Sequences of a packed batch or a cache are attended one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .arguments import CacheCall, Call
+
+
+def attention(call: Call) -> Tensor:
+    """Output [B, Hq, T, D] of a canonical call."""
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return _add_prompt_branch(call, _token_branch(call))
+    bounds_q, bounds_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    branches = [
+        _token_branch(
+            call._replace(
+                query=call.query[:, :, bounds_q[b] : bounds_q[b + 1]],
+                key=call.key[:, :, bounds_k[b] : bounds_k[b + 1]],
+                value=call.value[:, :, bounds_k[b] : bounds_k[b + 1]],
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+            )
+        )
+        for b in range(call.batch_size)
+    ]
+    out = torch.cat(branches, 2) if branches else torch.zeros_like(call.query)
+    return _add_prompt_branch(call, out)
+
+
+def attention_with_cache(call: CacheCall) -> Tensor:
+    """Appends to the caches in place, then attends to each sequence's own keys."""
+    query, seqlens = reference.append_and_rotate(call)
+    key, value = reference.gather_cache(call)
+    rows = []
+    for b, seqlen in enumerate(seqlens.tolist()):
+        one = Call(
+            query[b : b + 1], key[b : b + 1, :, :seqlen], value[b : b + 1, :, :seqlen], None, None, None, None, None,
+            None, None, None, query.shape[2], seqlen, call.scale, call.window_left, call.window_right, call.tanh_gate,
+        )  # fmt: skip
+        rows.append(_token_branch(one))
+    whole = Call(
+        query, key, value, call.prompt_key, call.prompt_value, call.gate, call.prompt_index, None, None, None, None,
+        query.shape[2], key.shape[2], call.scale, -1, -1, call.tanh_gate,
+    )  # fmt: skip
+    return _add_prompt_branch(whole, torch.cat(rows) if rows else torch.zeros_like(query))
+
+
+def _token_branch(call: Call) -> Tensor:
+    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    if seqlen_k == 0 or call.query.numel() == 0:
+        return torch.zeros_like(call.query)
+    grouped = call.query.shape[1] != call.key.shape[1]
+    plain_causal = (call.window_left, call.window_right) == (-1, 0) and seqlen_q == seqlen_k
+    if plain_causal and call.key_bias is None and call.dense_mask is None:
+        return F.scaled_dot_product_attention(
+            call.query, call.key, call.value, is_causal=True, scale=call.scale, enable_gqa=grouped
+        )
+    mask = reference.token_mask(call)
+    if mask is None:
+        return F.scaled_dot_product_attention(call.query, call.key, call.value, scale=call.scale, enable_gqa=grouped)
+    key, value = call.key, call.value
+    if call.key_bias is not None:
+        padded = (call.key_bias == float("-inf"))[:, None, :, None]
+        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    # a row that sees no key: SDPA's kernels disagree between 0 and NaN, so let it see them all and drop the result
+    empty = (mask == float("-inf")).all(-1, keepdim=True)
+    mask = mask.masked_fill(empty, 0).to(call.query.dtype).expand(-1, -1, seqlen_q, seqlen_k)
+    out = F.scaled_dot_product_attention(call.query, key, value, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
+    return out.masked_fill(empty, 0)
+
+
+def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
+    if call.prompt_key is None or call.prompt_value is None or call.gate is None or call.prompt_key.shape[2] == 0:
+        return out
+    query, dtype = call.query, call.query.dtype
+    gate = call.gate.tanh() if call.tanh_gate else call.gate
+    if call.prompt_key.shape[0] == 1 and call.prompt_index is None:
+        weight = gate[:, :, None, None].to(dtype)
+        prompt_key = call.prompt_key.to(dtype).expand(query.shape[0], -1, -1, -1)
+        prompt_value = call.prompt_value.to(dtype).expand(query.shape[0], -1, -1, -1)
+    else:
+        rows = reference.prompt_rows(call)
+        present = rows >= 0
+        rows = rows.clamp(min=0)
+        weight = (gate[rows] if gate.shape[0] > 1 else gate.expand(len(rows), -1)) * present[:, None]
+        weight = weight[:, :, None, None].to(dtype)
+        prompt_key, prompt_value = call.prompt_key.to(dtype)[rows], call.prompt_value.to(dtype)[rows]
+        if call.cu_seqlens_q is not None:
+            return out + _packed_prompt_branch(call, weight, prompt_key, prompt_value)
+    branch = F.scaled_dot_product_attention(
+        query, prompt_key, prompt_value, scale=call.scale, enable_gqa=query.shape[1] != prompt_key.shape[1]
+    )
+    return out + weight * branch
+
+
+def _packed_prompt_branch(call: Call, weight: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
+    assert call.cu_seqlens_q is not None
+    bounds = call.cu_seqlens_q.tolist()
+    grouped = call.query.shape[1] != prompt_key.shape[1]
+    branches = []
+    for b in range(call.batch_size):
+        query = call.query[:, :, bounds[b] : bounds[b + 1]]
+        branch = F.scaled_dot_product_attention(
+            query, prompt_key[b : b + 1], prompt_value[b : b + 1], scale=call.scale, enable_gqa=grouped
+        )
+        branches.append(weight[b : b + 1] * branch)
+    return torch.cat(branches, 2) if branches else torch.zeros_like(call.query)

@@ -1,0 +1,152 @@
+"""The registered operators behind one differentiable function per call form: fakes, autograd, the in-place version bump.
+
+One registered boundary per hot call: the operators are plain `define` + `impl`, and autograd sits outside them in a
+`torch.autograd.Function`; `register_autograd` costs 11 us per call even under no_grad.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, schemas
+from .arguments import CacheCall, Call
+from .backends import extension
+
+FUSED_BACKENDS = ("cpu",)
+
+if extension.available("cpu"):
+    extension.load("cpu")
+
+
+def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a canonical call by a fused backend, differentiable in its six tensors and through both outputs."""
+    tensors = (call.query, call.key, call.value, call.prompt_key, call.prompt_value, call.gate)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Attention.apply(backend, *_flatten(call))
+    return _operator("forward", backend)(*_flatten(call))
+
+
+def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse); the caches are written in place and their version counters move on."""
+    out, lse = _operator("decode", backend)(*call)
+    if call.new_key is not None and not torch.compiler.is_compiling():
+        for cache in (call.key_cache, call.value_cache):
+            if not cache.is_inference():
+                torch.autograd.graph.increment_version(cache)
+    return out, lse
+
+
+def _operator(stage: str, backend: str) -> Any:
+    return getattr(torch.ops.zinit, f"{stage}_{backend}").default
+
+
+def _flatten(call: Call) -> tuple[Any, ...]:
+    return (
+        call.query, call.key, call.value, call.prompt_key, call.prompt_value, call.gate, call.prompt_index,
+        call.key_bias, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k,
+        call.scale, call.window_left, call.window_right, call.tanh_gate,
+    )  # fmt: skip
+
+
+def _unflatten(args: tuple[Any, ...]) -> Call:
+    return Call(*args[:8], None, *args[8:])
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the inputs, `out` and `lse`, nothing of size T x S. An input that wants no gradient costs none."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _operator("forward", backend)(*args)
+        ctx.save_for_backward(*args[:10], out, lse)
+        ctx.backend, ctx.numbers = backend, args[10:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:7]
+        if grad_out is None and grad_lse is None:
+            return (None,) * 17
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward((*inputs, *ctx.numbers), wanted, grad_out, grad_lse)
+        else:
+            grads = _fused_backward(ctx.backend, (*inputs, *ctx.numbers), wanted, out, lse, grad_out, grad_lse)
+        return None, *grads, *(None,) * 10
+
+
+def _fused_backward(
+    backend: str,
+    args: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> list[Tensor | None]:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    needs = sum(1 << i for i, want in enumerate(wanted) if want)
+    query, key, value, *rest = args
+    grads = _operator("backward", backend)(grad_out, grad_lse, query, key, value, out, lse, *rest, needs)
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+
+def _differentiable_backward(
+    args: tuple[Any, ...], wanted: tuple[bool, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> list[Tensor | None]:
+    """create_graph=True: the gradients of the written-out formula, which can be differentiated again."""
+    outputs = reference.attention(_unflatten(args))
+    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None and o.requires_grad]
+    inputs = [tensor for tensor, want in zip(args[:6], wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if want else None for want in wanted]
+
+
+def _token_major(tensor: Tensor) -> Tensor:
+    batch, heads, seqlen, head_dim = tensor.shape
+    return tensor.new_empty((batch, seqlen, heads, head_dim)).transpose(1, 2)
+
+
+def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _token_major(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    prompt_key: Tensor | None,
+    prompt_value: Tensor | None,
+    gate: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    grads = []
+    for i, tensor in enumerate((query, key, value, prompt_key, prompt_value, gate)):
+        if tensor is None or not needs >> i & 1:
+            grads.append(query.new_empty((0,)))
+        else:
+            grads.append(_token_major(tensor) if i < 3 else tensor.new_empty(tensor.shape))
+    return tuple(grads)
+
+
+def _decode_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _forward_fake(query)
+
+
+for _backend in FUSED_BACKENDS:
+    for _stage, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("decode", _decode_fake)):
+        torch.library.register_fake(f"{schemas.NAMESPACE}::{_stage}_{_backend}", _fake, lib=schemas.library)

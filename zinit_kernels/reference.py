@@ -1,0 +1,199 @@
+"""The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to any order.
+
+    out[b,h,i] =               sum_j softmax_j(scale * q[b,h,i] . k[b,g,j] + mask[b,h,i,j]) v[b,g,j]
+               + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
+
+g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv 2303.16199,
+eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the kernels,
+which never import it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import CacheCall, Call
+
+
+def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, T, D] in the query's dtype and the token branch's log-sum-exp [B, Hq, T].
+
+    compute_dtype: the dtype everything is computed in; default float64 for float64 inputs, else float32.
+    """
+    dtype = compute_dtype or (torch.float64 if call.query.dtype == torch.float64 else torch.float32)
+    query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
+    mask = token_mask(call)
+    if call.key_bias is not None:
+        # 0 x NaN is NaN: what stands at a masked key must not reach the products
+        padded = (call.key_bias == float("-inf"))[:, None, :, None]
+        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    out, lse = _softmax_attention(query, key, value, call.scale, mask)
+
+    if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
+        out = out + _prompt_branch(call, query, dtype)
+    return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
+
+
+def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Appends (rotated) new keys and values to the caches in place, then attends to them."""
+    query, seqlens = append_and_rotate(call)
+    key, value = gather_cache(call)
+    batch, _, seqlen_q, _ = query.shape
+    slots = torch.arange(key.shape[2], device=key.device)
+    beyond = (slots[None, :] >= seqlens[:, None])[:, None, :, None]
+    query_position = seqlens[:, None] - seqlen_q + torch.arange(seqlen_q, device=key.device)[None, :]
+    visible = _in_window(query_position, slots[None, :].expand(batch, -1), call.window_left, call.window_right)
+    visible = visible & (slots[None, :] < seqlens[:, None])[:, None, :]
+    return attention(
+        Call(
+            query, key.masked_fill(beyond, 0), value.masked_fill(beyond, 0), call.prompt_key, call.prompt_value,
+            call.gate, call.prompt_index, None, visible[:, None], None, None, seqlen_q, key.shape[2],
+            call.scale, -1, -1, call.tanh_gate,
+        ),
+        compute_dtype,
+    )  # fmt: skip
+
+
+def token_mask(call: Call) -> Tensor | None:
+    """Everything that hides a key from a query, as one additive mask broadcastable to [B, Hq, T, S]; None if nothing does."""
+    device, dtype = call.query.device, torch.promote_types(call.query.dtype, torch.float32)
+    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    visible = None
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        query_sequence, query_position = _sequence_and_position(call.cu_seqlens_q, seqlen_q)
+        key_sequence, key_position = _sequence_and_position(call.cu_seqlens_k, seqlen_k)
+        lengths_q, lengths_k = call.cu_seqlens_q.diff(), call.cu_seqlens_k.diff()
+        offset = (lengths_k - lengths_q)[query_sequence] if call.batch_size else 0
+        visible = query_sequence[:, None] == key_sequence[None, :]
+        inside = _in_window((query_position + offset)[None], key_position[None], call.window_left, call.window_right)
+        visible = (visible & inside[0])[None, None]
+    elif (call.window_left, call.window_right) != (-1, -1):
+        query_position = torch.arange(seqlen_q, device=device) + seqlen_k - seqlen_q
+        key_position = torch.arange(seqlen_k, device=device)
+        visible = _in_window(query_position[None], key_position[None], call.window_left, call.window_right)[None]
+    mask = None if call.key_bias is None else call.key_bias[:, None, None, :]
+    if call.dense_mask is not None:
+        if call.dense_mask.dtype == torch.bool:
+            visible = call.dense_mask if visible is None else visible & call.dense_mask
+        else:
+            mask = call.dense_mask if mask is None else mask + call.dense_mask
+    if visible is None:
+        return mask
+    hidden = torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
+    return hidden if mask is None else mask + hidden
+
+
+def append_and_rotate(call: CacheCall) -> tuple[Tensor, Tensor]:
+    """Writes the new keys and values at cache_seqlens; returns the rotated query and the new lengths, int64 [B]."""
+    seqlens = call.cache_seqlens.long()
+    query, new_key = call.query, call.new_key
+    if call.rotary_cos is not None and call.rotary_sin is not None:
+        # flash-attn's rule: without a causal mask or a window all queries sit at the first new position
+        advance = 1 if (call.window_left, call.window_right) != (-1, -1) else 0
+        query = _rotate(query, seqlens, advance, call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
+        if new_key is not None:
+            new_key = _rotate(new_key, seqlens, 1, call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
+    if new_key is None or call.new_value is None:
+        return query, seqlens
+    position = seqlens[:, None] + torch.arange(new_key.shape[2], device=query.device)[None, :]  # [B, T_new]
+    if call.block_table is None:
+        owner, slot = torch.arange(len(seqlens), device=query.device)[:, None], position
+    else:
+        page_size = call.key_cache.shape[2]
+        owner, slot = call.block_table.long().gather(1, position // page_size), position % page_size
+    call.key_cache.transpose(1, 2)[owner, slot] = new_key.transpose(1, 2)
+    call.value_cache.transpose(1, 2)[owner, slot] = call.new_value.transpose(1, 2)
+    return query, seqlens + new_key.shape[2]
+
+
+def gather_cache(call: CacheCall) -> tuple[Tensor, Tensor]:
+    """The caches as [B, Hkv, S, D]; pages are gathered, entries of unused pages clamped into the pool."""
+    if call.block_table is None:
+        return call.key_cache, call.value_cache
+    num_pages = call.key_cache.shape[0]
+    table = call.block_table.long().clamp(0, max(num_pages - 1, 0))
+    pages = (cache[table] for cache in (call.key_cache, call.value_cache))  # [B, max_pages, Hkv, page, D]
+    key, value = (p.transpose(1, 2).flatten(2, 3) for p in pages)
+    return key, value
+
+
+def prompt_rows(call: Call) -> Tensor:
+    """Row of the prompt table per sequence, int64 [B]; -1 = none."""
+    assert call.prompt_key is not None
+    if call.prompt_index is not None:
+        return call.prompt_index.long()
+    rows = call.prompt_key.shape[0]
+    batch = torch.arange(call.batch_size, device=call.query.device)
+    return batch if rows == call.batch_size else torch.zeros_like(batch)
+
+
+def _softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    if scores.shape[-1] == 0:
+        return torch.zeros_like(query) + scores.sum() * 0, scores.new_full(scores.shape[:-1], float("-inf"))
+    # a finite pivot for rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+    pivot = scores.detach().amax(-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == float("-inf"), 0)
+    weights = (scores - pivot).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    safe_total = total.masked_fill(empty, 1)
+    lse = (pivot + safe_total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+    return (weights / safe_total) @ value, lse
+
+
+def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
+    assert call.prompt_key is not None and call.prompt_value is not None and call.gate is not None
+    gate = call.gate.to(torch.promote_types(dtype, torch.float32))
+    gate = (gate.tanh() if call.tanh_gate else gate).to(dtype)
+    if call.prompt_key.shape[2] == 0 or call.prompt_key.shape[0] == 0:
+        return torch.zeros_like(query)
+    rows = prompt_rows(call)
+    present = (rows >= 0).to(dtype)
+    rows = rows.clamp(min=0)
+    prompt_key, prompt_value = call.prompt_key.to(dtype)[rows], call.prompt_value.to(dtype)[rows]  # [B, Hkv, P, D]
+    weight = (gate[rows] if gate.shape[0] > 1 else gate.expand(len(rows), -1)) * present[:, None]  # [B, Hq]
+    if call.cu_seqlens_q is None:
+        return weight[:, :, None, None] * _softmax_attention(query, prompt_key, prompt_value, call.scale, None)[0]
+    total = query.shape[2]
+    sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
+    tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]
+    branch, _ = _softmax_attention(tokens, prompt_key[sequence], prompt_value[sequence], call.scale, None)
+    return (weight[sequence][:, :, None, None] * branch).squeeze(2).transpose(0, 1).unsqueeze(0)
+
+
+def _sequence_and_position(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    row = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    return sequence, row - cu_seqlens[sequence]
+
+
+def _in_window(query_position: Tensor, key_position: Tensor, left: int, right: int) -> Tensor:
+    """[B, T] and [B, S] positions -> [B, T, S]: which keys each query sees."""
+    distance = key_position[:, None, :] - query_position[:, :, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible = visible & (distance >= -left)
+    if right >= 0:
+        visible = visible & (distance <= right)
+    return visible
+
+
+def _rotate(x: Tensor, start: Tensor, advance: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of [B, H, T, D] at positions start[b] + advance * t, the first 2 * cos.shape[1] dimensions."""
+    half = cos.shape[1]
+    position = start[:, None] + advance * torch.arange(x.shape[2], device=x.device)[None, :]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (table[position].to(dtype)[:, None] for table in (cos, sin))  # [B, 1, T, R / 2]
+    rotary, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
+    first, second = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :half], rotary[..., half:])
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([rotated.to(x.dtype), rest], -1)

@@ -13,12 +13,8 @@ from torch import Tensor
 
 from . import reference, schemas
 from .arguments import CacheCall, Call
-from .backends import extension
 
 FUSED_BACKENDS = ("cpu",)
-
-if extension.available("cpu"):
-    extension.load("cpu")
 
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,19 @@
+"""Fused zero-initialised attention (LLaMA-Adapter, arXiv 2303.16199): forward, backward and decode in one kernel."""
+
+from .api import (
+    explain,
+    prompt_attention_,
+    zero_init_attention,
+    zero_init_attention_varlen,
+    zero_init_attention_with_kvcache,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "explain",
+    "prompt_attention_",
+    "zero_init_attention",
+    "zero_init_attention_varlen",
+    "zero_init_attention_with_kvcache",
+]

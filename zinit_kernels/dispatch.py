@@ -1,0 +1,139 @@
+"""Which backend runs a call: one written table, and the reasons behind it.
+
+"auto" takes the first usable backend of the device's row. A named backend never falls back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from . import composed, ops, reference
+from .arguments import CacheCall, Call, check_values
+from .backends import extension
+
+ORDER = {"cpu": ("cpu", "composed", "reference")}
+ORDER_ELSEWHERE = ("composed", "reference")
+BACKENDS = ("cpu", "composed", "reference")
+MAX_FUSED_HEAD_DIM = 256
+
+_CPU_UNAVAILABLE = extension.why_unavailable("cpu")
+_LOG = os.environ.get("ZINIT_LOG") == "1"
+_logger = logging.getLogger("zinit_kernels")
+_logged: set[tuple[object, ...]] = set()
+
+
+class Explanation(dict[str, str]):
+    """Backend -> "usable" or the reason why not; `selected` is what backend="auto" takes."""
+
+    selected: str
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'->' if name == self.selected else '  '} {name}: {self[name]}" for name in self)
+
+
+def explain(call: Call | CacheCall, return_lse: bool, backend: str) -> Explanation:
+    """What each backend says to a call, and the one that `backend` selects."""
+    explanation = Explanation({name: why_not(name, call, return_lse) or "usable" for name in BACKENDS})
+    explanation.selected = select(backend, call, return_lse)
+    return explanation
+
+
+def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
+    """The backend that runs the call; raises with the reason where a named one cannot."""
+    if backend == "auto":
+        order = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
+        backend = next(name for name in order if not why_not(name, call, return_lse))
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    elif reason := why_not(backend, call, return_lse):
+        instead = next(name for name in ("composed", "reference") if not why_not(name, call, return_lse))
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; use backend='auto' or {instead!r}")
+    if _LOG and not torch.compiler.is_compiling():
+        _log_choice(backend, call, return_lse)
+    return backend
+
+
+def run(backend: str, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) in canonical layout; lse is None where it was not asked for."""
+    backend = select(backend, call, return_lse)
+    if backend in ops.FUSED_BACKENDS:
+        out, lse = ops.attention(call, backend)
+        return out, lse if return_lse else None
+    check_values(call)
+    if backend == "composed":
+        return composed.attention(call), None
+    out, lse = reference.attention(call)
+    return out, lse if return_lse else None
+
+
+def run_with_cache(backend: str, call: CacheCall, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """As `run`, against a cache; never records a gradient."""
+    backend = select(backend, call, return_lse)
+    with torch.no_grad():
+        if backend in ops.FUSED_BACKENDS:
+            out, lse = ops.attention_with_cache(call, backend)
+            return out, lse if return_lse else None
+        check_values(call)
+        if backend == "composed":
+            return composed.attention_with_cache(call), None
+        out, lse = reference.attention_with_cache(call)
+        return out, lse if return_lse else None
+
+
+def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
+    """The reason why a backend cannot run a call; '' if it can."""
+    if backend == "cpu":
+        return _why_not_cpu(call)
+    return _why_not_composed(call, return_lse) if backend == "composed" else ""
+
+
+def _why_not_cpu(call: Call | CacheCall) -> str:
+    query = call.query
+    if _CPU_UNAVAILABLE:
+        return _CPU_UNAVAILABLE
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}"
+    if query.dtype == torch.float64:
+        return "the fused kernels compute in float32, the tensors are float64"
+    if not 1 <= query.shape[-1] <= MAX_FUSED_HEAD_DIM:
+        return f"head_dim must be 1 to {MAX_FUSED_HEAD_DIM}, got {query.shape[-1]}"
+    if call.prompt_key is not None and call.prompt_value is not None:
+        for table in (call.prompt_key, call.prompt_value):
+            if table.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                return f"prompts must be float32, bfloat16 or float16, got {table.dtype}"
+        if call.prompt_key.dtype != call.prompt_value.dtype:
+            return f"both prompt tables must have one dtype, got {call.prompt_key.dtype} and {call.prompt_value.dtype}"
+    if isinstance(call, Call) and call.dense_mask is not None:
+        return "attn_mask depends on the query (or requires grad); only key-padding masks [B, S] are fused"
+    return ""
+
+
+def _why_not_composed(call: Call | CacheCall, return_lse: bool) -> str:
+    if return_lse:
+        return "scaled_dot_product_attention does not return the log-sum-exp"
+    if torch.compiler.is_compiling() and (isinstance(call, CacheCall) or call.cu_seqlens_q is not None):
+        return "it reads sequence lengths on the host, which torch.compile cannot trace"
+    return ""
+
+
+def _log_choice(backend: str, call: Call | CacheCall, return_lse: bool) -> None:
+    form = "cache" if isinstance(call, CacheCall) else "packed" if call.cu_seqlens_q is not None else "batch"
+    query = call.query
+    shape_class = (backend, form, query.device.type, query.dtype, query.shape[-1])
+    if shape_class in _logged:
+        return
+    _logged.add(shape_class)
+    if not _logger.handlers and not logging.getLogger().handlers:
+        _logger.addHandler(logging.StreamHandler())
+    _logger.setLevel(min(_logger.getEffectiveLevel(), logging.INFO))
+    passed_over = "; ".join(
+        f"{name}: {reason}" for name in BACKENDS if name != backend and (reason := why_not(name, call, return_lse))
+    )
+    _logger.info(
+        "zinit_kernels: %s for %s %s head_dim %d on %s%s",
+        backend, form, query.dtype, query.shape[-1], query.device, f" ({passed_over})" if passed_over else "",
+    )  # fmt: skip

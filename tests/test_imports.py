@@ -1,0 +1,123 @@
+"""Who may import whom (the table of DESIGN.md), and what the package needs in order to be imported at all."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("zinit_kernels", "model", "bench", "examples")
+EVERYWHERE = set(sys.stdlib_module_names) | {"torch", "__future__"}
+
+
+def arrows() -> dict[str, list[str]]:
+    """module -> what it may import, as written in DESIGN.md."""
+    table = (ROOT / "DESIGN.md").read_text().split("| module | may import |")[1].split("\n\n")[0]
+    rows = [re.fullmatch(r"\| (.*?) \|(.*)\|", line) for line in table.splitlines() if line.startswith("| `")]
+    return {
+        module: re.findall(r"`(.+?)`", row[2])
+        for row in rows
+        if row
+        for module in re.findall(r"`(.+?)`", row[1])
+    }
+
+
+def sources() -> list[str]:
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return [path.relative_to(ROOT).with_suffix("").as_posix() for path in files]
+
+
+def imports(module: str) -> dict[str, set[str]]:
+    """module or package path -> the names taken from it ({} for a plain import), lazy imports included."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name.replace(".", "/"), set())
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split("/")[: -node.level] if node.level else []
+            base = "/".join([*package, *(node.module or "").split(".")]).strip("/")
+            for alias in node.names:
+                if (ROOT / base / f"{alias.name}.py").is_file():  # from . import reference
+                    found.setdefault(f"{base}/{alias.name}", set())
+                else:
+                    found.setdefault(base, set()).add(alias.name)
+    return found
+
+
+def allowed(module: str) -> list[str]:
+    table = arrows()
+    room = f"{module.split('/')[0]}/*"
+    if module not in table and room not in table and module.endswith("__init__"):
+        return []
+    assert module in table or room in table, f"{module}.py has no row in the table of DESIGN.md"
+    return table.get(module, table.get(room))
+
+
+@pytest.mark.parametrize("module", sources())
+def test_import_arrows(module):
+    permitted = allowed(module)
+    for target in imports(module):
+        top = target.split("/")[0]
+        if top in EVERYWHERE or "anything" in permitted or target in permitted:
+            continue
+        ours = top in ROOMS
+        assert not ours and top in permitted, f"{module}.py imports {target}; DESIGN.md allows {permitted}"
+
+
+@pytest.mark.parametrize("module", [name for name in sources() if name.split("/")[0] != "zinit_kernels"])
+def test_public_names_only(module):
+    import zinit_kernels
+
+    private = imports(module).get("zinit_kernels", set()) - set(zinit_kernels.__all__)
+    assert not private, f"{module}.py takes {sorted(private)}, which zinit_kernels does not export"
+
+
+def test_arrows_have_no_circle():
+    graph = {module: set(imports(module)) & set(sources()) for module in sources()}
+    while graph:
+        leaves = {module for module, targets in graph.items() if not targets & graph.keys()}
+        assert leaves, f"a circle among {sorted(graph)}"
+        graph = {module: targets for module, targets in graph.items() if module not in leaves}
+
+
+BARE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch, zinit_kernels
+
+assert zinit_kernels.__file__.startswith({folder!r}), zinit_kernels.__file__
+query, key, value = torch.randn(3, 2, 4, 5, 8, requires_grad=True).unbind()
+prompt_key, prompt_value = torch.randn(2, 1, 4, 3, 8).unbind()
+arguments = (query, key, value, prompt_key, prompt_value, torch.tensor([0.5]))
+out = zinit_kernels.zero_init_attention(*arguments, is_causal=True)
+out.sum().backward()
+reference = zinit_kernels.zero_init_attention(*arguments, is_causal=True, backend="reference")
+torch.testing.assert_close(out, reference)
+reasons = zinit_kernels.explain(*arguments, is_causal=True)
+assert "_C_cpu.so was not built" in reasons["cpu"], reasons
+print("ran", reasons.selected)
+"""
+
+
+def test_runs_without_compiler_triton_or_model_packages(tmp_path):
+    blocked = {"triton", "tokenizers", "sentencepiece", "rich", "matplotlib", "transformers", "peft", "ninja"}
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "zinit_kernels", tmp_path / "zinit_kernels", ignore=ignore)
+    program = tmp_path / "program.py"
+    program.write_text(BARE.format(blocked=blocked, folder=str(tmp_path)))
+    result = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, env={"PATH": ""}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ran composed\n"

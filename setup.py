@@ -2,8 +2,8 @@
 
     zinit_kernels/_C_cpu.so    operators on libtorch's stable ABI, no Python API: serves every torch >= 2.11
 
-torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension has no
-per-file flags, and each instruction set below needs its own.
+torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension has
+no per-file flags, and each instruction set below needs its own.
 
 Environment: ZINIT_BUILD=0 installs without native kernels, CXX names the compiler, MAX_JOBS the number of
 compilations at once, ZINIT_TORCH_DIR the torch to compile against. ccache is used where it is found.
@@ -52,8 +52,8 @@ def cpu_objects(compiler: list[str]) -> dict[str, list[str]]:
         say(f"left out isa_{name}.cpp: {compiler[0]} does not know {isas.pop(name)[-1]}")
     objects = {f"csrc/cpu/isa_{name}.cpp": flags for name, flags in isas.items()}
     compiled = [f"-DZINIT_HAVE_{name.upper()}" for name in isas]
-    objects = {**{source: [TORCH_TARGET, *compiled] for source in CPU_BINDINGS}, **objects}
-    return {source: flags for source, flags in objects.items() if (ROOT / source).exists()}
+    sources = {**{source: [TORCH_TARGET, *compiled] for source in CPU_BINDINGS}, **objects}
+    return {source: flags for source, flags in sources.items() if (ROOT / source).exists()}
 
 
 # Each native part, a plain shared object: its module name and the function that lists its objects.

@@ -1,4 +1,4 @@
-"""What the build takes from this machine: a C++ compiler and torch's headers. Imports no torch, no setuptools."""
+"""What the build takes from this machine: a C++ compiler and torch's headers. torch is not imported."""
 
 import ast
 import importlib.util
@@ -45,10 +45,10 @@ def accepts(compiler: list[str], flags: list[str]) -> bool:
 
 
 def find_torch() -> Torch | None:
-    """The torch to compile against: ZINIT_TORCH_DIR, else what Python would import, else the target environment's.
+    """The torch to compile against: ZINIT_TORCH_DIR, else what Python would import, else the environment's.
 
-    pip's isolated build hides the environment's packages from sys.path, but sys.prefix, and so sysconfig, still
-    point at the environment being installed into.
+    pip's isolated build hides the environment's packages from sys.path, but sys.prefix, and so sysconfig,
+    still point at the environment being installed into.
     """
     for path in _candidates():
         if (path / STABLE_HEADER).is_file():

@@ -1,7 +1,7 @@
 """setuptools' PEP 517 backend with one rule added: torch is a build requirement only where none can be found.
 
-Listed in pyproject.toml, torch would be downloaded (2.5 GB with CUDA) into every isolated build, in its newest
-version, although all the build reads is the headers of the torch already in the environment.
+Listed in pyproject.toml, torch would be downloaded (2.5 GB with CUDA) into every isolated build, in its
+newest version, although all the build reads is the headers of the torch already in the environment.
 """
 
 import sys

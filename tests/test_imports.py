@@ -17,13 +17,11 @@ EVERYWHERE = set(sys.stdlib_module_names) | {"torch", "__future__"}
 def arrows() -> dict[str, list[str]]:
     """module -> what it may import, as written in DESIGN.md."""
     table = (ROOT / "DESIGN.md").read_text().split("| module | may import |")[1].split("\n\n")[0]
-    rows = [re.fullmatch(r"\| (.*?) \|(.*)\|", line) for line in table.splitlines() if line.startswith("| `")]
-    return {
-        module: re.findall(r"`(.+?)`", row[2])
-        for row in rows
-        if row
-        for module in re.findall(r"`(.+?)`", row[1])
-    }
+    found = {}
+    for line in table.splitlines():
+        if row := re.fullmatch(r"\| `(.+?)` \|(.*)\|", line):
+            found[row[1]] = re.findall(r"`(.+?)`", row[2]) if "`" in row[2] else row[2].split()
+    return found
 
 
 def sources() -> list[str]:

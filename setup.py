@@ -2,8 +2,8 @@
 
     zinit_kernels/_C_cpu.so    operators on libtorch's stable ABI, no Python API: serves every torch >= 2.11
 
-torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension has
-no per-file flags, and each instruction set below needs its own.
+torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension
+has no per-file flags, and each instruction set below needs its own.
 
 Environment: ZINIT_BUILD=0 installs without native kernels, CXX names the compiler, MAX_JOBS the number of
 compilations at once, ZINIT_TORCH_DIR the torch to compile against. ccache is used where it is found.

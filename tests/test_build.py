@@ -1,0 +1,170 @@
+"""The build: what it finds, what it leaves out and says so, and what lies in the result."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from zinit_kernels.backends import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTS = sorted((ROOT / "build" / "native" / "csrc" / "cpu").glob("isa_*.o"))
+LIBRARY = ROOT / "zinit_kernels" / "_C_cpu.so"
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    spec = importlib.util.spec_from_file_location("zinit_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run setup.py in `folder`; importing torch there is an error."""
+    blocked = (
+        "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; exec(open('setup.py').read())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", f"__file__ = 'setup.py'; {blocked}", "setup.py", *command],
+        cwd=folder,
+        env={**os.environ, "ZINIT_TORCH_DIR": str(Path(torch.__file__).parent), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def small_tree(build, tmp_path):
+    """The project with a one-line function in place of each C++ source."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "build_backend", tmp_path / "build_backend")
+    shutil.copytree(ROOT / "zinit_kernels", tmp_path / "zinit_kernels", ignore=shutil.ignore_patterns("*.so"))
+    for source in build.cpu_objects(["g++"]):
+        (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / source).write_text(f"int {Path(source).stem}() {{ return 0; }}\n")
+    return tmp_path
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+
+
+@needs_compiler
+def test_builds_incrementally_without_importing_torch(small_tree):
+    first = setup(small_tree, "build_ext", "--inplace", ZINIT_BUILD="1")
+    assert first.returncode == 0, first.stderr
+    assert (small_tree / "zinit_kernels" / "_C_cpu.so").is_file()
+    assert "no work to do" in setup(small_tree, "build_ext", "--inplace", ZINIT_BUILD="1").stdout
+
+
+@needs_compiler
+def test_a_compile_error_is_an_error(small_tree):
+    (small_tree / "csrc" / "cpu" / "isa_generic.cpp").write_text("this is not C++\n")
+    result = setup(small_tree, "build_ext", "--inplace", ZINIT_BUILD="1")
+    assert result.returncode != 0
+    assert "did not compile" in result.stderr
+    assert not (small_tree / "zinit_kernels" / "_C_cpu.so").exists()
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"ZINIT_BUILD": "0"}, "ZINIT_BUILD=0"),
+        ({"ZINIT_BUILD": "1", "CXX": "/nowhere/c++"}, "no C++ compiler found"),
+    ],
+)
+def test_without_compiler_the_package_is_pure_python(small_tree, environment, reason):
+    result = setup(small_tree, "bdist_wheel", "--dist-dir", "out", **environment)
+    assert result.returncode == 0, result.stderr
+    assert f"installing without native kernels: {reason}" in result.stderr
+    (wheel,) = (small_tree / "out").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
+    if not OBJECTS:
+        pytest.skip("nothing compiled here: make build")
+    output = ("build", "--build-base", str(tmp_path), "egg_info", "--egg-base", str(tmp_path))
+    result = setup(ROOT, *output, "bdist_wheel", "--dist-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
+    assert "zinit_kernels/_C_cpu.so" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+
+
+def test_other_processors_get_the_generic_kernels_alone(build, monkeypatch):
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    isas = [source for source in build.cpu_objects(["g++"]) if "isa_" in source]
+    assert isas == ["csrc/cpu/isa_generic.cpp"]
+
+
+def test_an_old_compiler_leaves_out_what_it_does_not_know(build, monkeypatch, capsys):
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "accepts", lambda compiler, flags: "-mavx512bf16" not in flags)
+    objects = build.cpu_objects(["g++"])
+    assert "csrc/cpu/isa_avx512.cpp" in objects and "csrc/cpu/isa_avx512_bf16.cpp" not in objects
+    assert "-DZINIT_HAVE_AVX512_BF16" not in objects["csrc/cpu/dispatch.cpp"]
+    assert "left out isa_avx512_bf16.cpp: g++ does not know -mavx512bf16" in capsys.readouterr().err
+
+
+def test_torch_is_found_without_the_path_of_this_process(build, monkeypatch):
+    """As in pip's isolated build: torch cannot be imported, but sys.prefix is the environment."""
+    if Path(torch.__file__).parent.parent != Path(sysconfig.get_path("purelib")):
+        pytest.skip("torch lies outside this environment")
+    monkeypatch.delenv("ZINIT_TORCH_DIR", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert build.find_torch().version == torch.__version__
+    monkeypatch.setenv("ZINIT_TORCH_DIR", "/nowhere")
+    assert build.find_torch() is None
+
+
+def nm(*arguments: str) -> str:
+    tool = shutil.which("nm") or pytest.skip("nm (binutils) is not here")
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.stem)
+def test_an_instruction_set_leaks_into_no_other(path):
+    """The linker keeps one copy of a weak symbol: the generic path could end in AVX-512 code."""
+    symbols = nm("--demangle", str(path))
+    assert not re.findall(r"^\w* [VvWwu] .*", symbols, re.MULTILINE)
+    undefined = re.findall(r"^ +U (.*)", symbols, re.MULTILINE)
+    assert not [name for name in undefined if "::" in name or "(" in name], undefined
+    defined = re.findall(r"^\w+ [A-TX-Z] (.*)", symbols, re.MULTILINE)
+    assert len(defined) == 1, f"only the kernel table may be visible, got {defined}"
+
+
+def test_the_library_stays_inside_the_stable_abi():
+    if not LIBRARY.exists():
+        pytest.skip(extension.why_unavailable("cpu"))
+    undefined = nm("-D", "--demangle", "--undefined-only", str(LIBRARY))
+    assert not re.findall(r" (?:c10|at|torch|caffe2)::.*|\bPy[A-Z_]\w+", undefined)
+
+
+def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path)
+    extension._load.cache_clear()
+    try:
+        assert not extension.available("cpu")
+        assert "did not load into torch" in extension.why_unavailable("cpu")
+        assert extension.describe().startswith("cpu: ")
+    finally:
+        extension._load.cache_clear()
+    with pytest.raises(ValueError, match=r"name must be one of \['cpu'\], got 'tpu'"):
+        extension.why_unavailable("tpu")

@@ -1,0 +1,90 @@
+"""The adapter: prompts and gates, the only parameters that are trained.
+
+    base = load_base(directory).freeze()
+    adapter = LlamaAdapter(base.config, AdapterConfig())
+    optimizer = AdamW(adapter.parameters())
+    hidden = base.hidden_states(tokens, adapter, cu_seqlens=cu_seqlens)
+
+The prompts of a layer go through the layer's own k_proj and v_proj (eq. 5 of arXiv 2303.16199), without the
+rotary embedding. At gate 0 (how training starts) the model's output is the base's, bit for bit.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .config import AdapterConfig, LlamaConfig
+from .llama import Attention, Prompt
+
+
+class LlamaAdapter(nn.Module):
+    """prompts float32 [L, P, C] and raw gates float32 [L, Hq] of the adapted layers, lowest first.
+
+    Float32 whatever the base's dtype: a gate's first steps are below bfloat16's resolution. An adapter is
+    passed to each call of the base, `base(tokens, adapter)`, and holds no reference to it.
+    """
+
+    def __init__(
+        self,
+        model: LlamaConfig,
+        config: AdapterConfig | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.config = config or AdapterConfig()
+        self.layers = self.config.layers(model.num_layers)
+        self.prompts = nn.Parameter(
+            torch.randn(len(self.layers), self.config.prompt_length, model.hidden_size, generator=generator)
+        )
+        gates = torch.zeros(len(self.layers), model.num_heads_q)
+        self.gates = nn.Parameter(
+            gates if self.config.gate_init == "zero" else gates.normal_(generator=generator)
+        )
+        self._kept: WeakKeyDictionary[Attention, tuple[tuple[object, ...], Prompt]] = WeakKeyDictionary()
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters: 1,229,760 for the paper's 7B."""
+        return self.prompts.numel() + self.gates.numel()
+
+    def forward(self, attention: Attention) -> Prompt | None:
+        """What this adapter adds to a layer; None where it adds nothing.
+
+        With gradients off the projected prompts are computed once and kept until the prompts, the gates or
+        the projections change. With gradients on they are always computed: a kept graph would train nothing
+        (Lightning-AI/litgpt#1287).
+        """
+        row = attention.layer_index - self.layers[0]
+        if not 0 <= row < len(self.layers):
+            return None
+        if torch.is_grad_enabled():
+            return self._project(row, attention)
+        stamp = self._stamp(attention)
+        kept = self._kept.get(attention)
+        if kept is None or stamp is None or kept[0] != stamp:
+            prompt = self._project(row, attention)
+            if stamp is not None:
+                self._kept[attention] = (stamp, prompt)
+            return prompt
+        return kept[1]
+
+    def _project(self, row: int, attention: Attention) -> Prompt:
+        prompts = self.prompts[row].to(attention.k_proj.weight.dtype)
+        key, value = (
+            project(prompts).unflatten(-1, (-1, attention.config.head_dim))
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        return Prompt(key, value, self.gates[row], self.config.gate_activation)
+
+    def _stamp(self, attention: Attention) -> tuple[object, ...] | None:
+        """Differs whenever the projected prompts would: every in-place change moves a tensor's version, every
+        replacement its id, every cast or move its address. None for inference tensors, which have no version.
+        """
+        tensors = (self.prompts, self.gates, *attention.k_proj.parameters(), *attention.v_proj.parameters())
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        autocast = torch.is_autocast_enabled(self.prompts.device.type)
+        return (autocast, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))

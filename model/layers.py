@@ -1,0 +1,114 @@
+"""The pieces of a LLaMA layer around its matrix products, as autograd functions that keep the least for
+backward.
+
+A frozen linear keeps nothing but its weight (torch sees to that), attention keeps what its kernel needs, so
+what these keep is all the rest of a layer's activations. torch's own compositions keep up to three times as
+much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .config import LlamaConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32, in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x (the residual stream, alive anyway) and one float per row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).to(x.dtype).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        normed = x * rstd
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_normed = grad * weight.to(normed.dtype)
+            along = (grad_normed * normed).mean(-1, keepdim=True)
+            grad_x = grad_normed.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps gate and up alone; silu(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Rotary(torch.autograd.Function):
+    """Rotary embedding of [..., H, D] by cos, sin [..., 1, D/2], in the half-split convention. Keeps nothing
+    of x: the gradient is turned back by the opposite angle.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rotary_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, float32 [..., D/2] for positions [...]."""
+    exponent = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    )
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is not None:
+        stretched = frequency / scaling.factor
+        if scaling.kind == "linear":
+            frequency = stretched
+        else:
+            turns = (
+                scaling.original_max_seq_len * frequency / (2 * torch.pi)
+            )  # full turns within the original context
+            band = scaling.high_freq_factor - scaling.low_freq_factor
+            keep = ((turns - scaling.low_freq_factor) / band).clamp(0, 1)
+            frequency = (1 - keep) * stretched + keep * frequency
+    angle = positions.float()[..., None] * frequency
+    return angle.cos(), angle.sin()

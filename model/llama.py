@@ -1,0 +1,240 @@
+"""The LLaMA transformer (1, 2, 3.x and Mistral), for training and for decoding, with one seam where attention
+is called.
+
+Tokens come in one of three layouts:
+
+    [B, T]                    sequences from position 0, padded on the right: causality hides the padding
+    [total] + cu_seqlens      sequences packed one behind the other, positions restart at each
+    [B, T] + a cache          the next T tokens of each cached sequence
+
+B sequences, T tokens, C hidden size, Hq / Hkv heads, D head_dim. Parameter names are Hugging Face's without
+"model.".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zinit_kernels import zero_init_attention, zero_init_attention_varlen, zero_init_attention_with_kvcache
+
+from .config import LlamaConfig
+from .layers import RMSNorm, Rotary, SwiGLU, rotary_table
+
+
+class Prompt(NamedTuple):
+    """What an adapter adds to one layer's attention."""
+
+    key: Tensor  # [P, Hkv, D], not rotated
+    value: Tensor  # [P, Hkv, D]
+    gate: Tensor  # [Hq], raw
+    gate_activation: str
+
+
+class KVCache:
+    """Keys and values of B sequences of up to `capacity` tokens, for every layer.
+
+    Logical shape [B, capacity, Hkv, D], head-major in memory: a CPU decodes 1.2 to 1.75 times faster from it.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (config.num_layers, batch_size, config.num_heads_kv, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+        self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+        self.lengths = torch.zeros(
+            batch_size, dtype=torch.int32, device=device
+        )  # tokens in the cache, per sequence
+        self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
+
+
+class Layout(NamedTuple):
+    """Where every token of a batch stands; the same for all layers."""
+
+    cos: Tensor | None  # [..., 1, D/2] at each token; None: the cache function rotates
+    sin: Tensor | None
+    cu_seqlens: Tensor | None  # int32 [B + 1]: packed
+    max_seqlen: int
+    cache: KVCache | None
+    slots: tuple[Tensor, Tensor] | None  # packed into a cache: (sequence, position) of each token
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer_index: int):
+        super().__init__()
+        self.config, self.layer_index, self.backend = config, layer_index, "auto"
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads_q * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_heads_kv * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_heads_kv * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads_q * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout, prompt: Prompt | None) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (-1, self.config.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.o_proj(self.attend(query, key, value, layout, prompt).flatten(-2))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, prompt: Prompt | None
+    ) -> Tensor:
+        """The seam: [..., H, D] in, rotated here or by the kernel, [..., Hq, D] out."""
+        prompt_key, prompt_value, gate, activation = prompt or (None, None, None, "tanh")
+        cache, window_left = layout.cache, self.config.window_left
+        if cache is not None:
+            keys, values = cache.keys[self.layer_index], cache.values[self.layer_index]
+        if cache is not None and layout.slots is None:
+            return zero_init_attention_with_kvcache(
+                query, keys, values, key, value,
+                prompt_k=prompt_key, prompt_v=prompt_value, gate=gate, cache_seqlens=cache.lengths,
+                rotary_cos=cache.cos, rotary_sin=cache.sin, causal=True, window_size=(window_left, 0),
+                gate_activation=activation, backend=self.backend,
+            )  # fmt: skip
+        query, key = Rotary.apply(query, layout.cos, layout.sin), Rotary.apply(key, layout.cos, layout.sin)
+        if layout.cu_seqlens is not None:
+            if cache is not None:
+                keys[layout.slots], values[layout.slots] = key, value
+            return zero_init_attention_varlen(
+                query, key, value, prompt_key, prompt_value, gate,
+                layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen,
+                causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
+            )  # fmt: skip
+        if prompt is not None:
+            prompt_key, prompt_value = prompt_key.transpose(0, 1), prompt_value.transpose(0, 1)
+        return zero_init_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_key, prompt_value, gate,
+            is_causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
+        ).transpose(1, 2)  # fmt: skip
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer_index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, prompt: Prompt | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, prompt)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# An adapter: given a layer's attention, the prompt it adds there, or None.
+Adapter = Callable[[Attention], Prompt | None]
+
+
+class Llama(nn.Module):
+    """The network without an adapter is the base model; an adapter is an argument of each call."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab_size, C]: what projects hidden states to logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def forward(self, tokens: Tensor, adapter: Adapter | None = None, **layout: object) -> Tensor:
+        """Logits [..., vocab_size]; the arguments are those of `hidden_states`."""
+        return self.logits(self.hidden_states(tokens, adapter, **layout))
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        adapter: Adapter | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normed hidden states [..., C] that `logits` projects.
+
+        tokens [B, T], or [total] with int32 cu_seqlens [B + 1] (max_seqlen spares reading the longest length
+        from the device). With a cache, packed tokens are its first ones, [B, T] tokens its next ones; it is
+        extended in place, under no_grad. Layers below the lowest adapted one of a frozen model record nothing
+        for backward.
+        """
+        layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, layout, None if adapter is None else adapter(layer.self_attn))
+        if cache is not None:
+            cache.lengths += tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.output_weight)
+
+    def freeze(self) -> Llama:
+        """No parameter of the base takes a gradient any more."""
+        return self.requires_grad_(False)
+
+    @torch.no_grad()
+    def initialise(self, std: float = 0.02) -> Llama:
+        """Normal weights for pre-training, the two that write to the residual stream scaled down by the depth
+        (GPT-2's rule).
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(std=std / (2 * self.config.num_layers) ** 0.5 if writes else std)
+        return self
+
+    def set_backend(self, backend: str) -> Llama:
+        """Which backend of zinit_kernels attention runs on; "auto" unless told."""
+        for layer in self.layers:
+            layer.self_attn.backend = backend
+        return self
+
+    def _layout(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
+    ) -> Layout:
+        if cache is not None and cu_seqlens is None:
+            return Layout(None, None, None, tokens.shape[1], cache, None)
+        slots = None
+        if cu_seqlens is None:
+            positions, max_seqlen = torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1]
+        else:
+            lengths = cu_seqlens.diff()
+            max_seqlen = int(lengths.max()) if max_seqlen is None else max_seqlen
+            sequence = torch.repeat_interleave(lengths, output_size=len(tokens))
+            positions = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
+            slots = None if cache is None else (sequence, positions)
+        cos, sin = rotary_table(self.config, positions)
+        return Layout(cos[..., None, :], sin[..., None, :], cu_seqlens, max_seqlen, cache, slots)

@@ -1,0 +1,58 @@
+"""Cross-entropy of the answers only, without ever holding the logits of more than a few hundred tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100  # the target of a token that is not learned from
+_CHUNK_LOGITS = 1 << 23  # 32 MiB of float32: 262 tokens of a 32,000-word vocabulary at a time
+
+
+def answer_loss(hidden: Tensor, targets: Tensor, output_weight: Tensor, reduction: str = "mean") -> Tensor:
+    """-log p(target) over the tokens whose target is not IGNORE, a float32 scalar.
+
+    hidden [..., C] normed hidden states; targets int64 [...], already shifted (the token that follows);
+    output_weight [vocab_size, C]. reduction "mean" or "sum"; the mean over no target is 0. Only tokens with a
+    target are projected.
+    """
+    wanted = (targets != IGNORE).flatten().nonzero().squeeze(-1)
+    rows = hidden.flatten(0, -2).index_select(0, wanted)
+    total = _LinearCrossEntropy.apply(rows, output_weight, targets.flatten()[wanted])
+    return total / max(len(wanted), 1) if reduction == "mean" else total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_i logsumexp(W h_i) - (W h_i)[target_i], chunk by chunk; the gradients are made in the same sweep,
+    so no logits are kept: dh_i = W^T (softmax(W h_i) - onehot_i).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunk = max(_CHUNK_LOGITS // weight.shape[0], 1)
+        for start in range(0, len(hidden), chunk):
+            part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = torch.nn.functional.linear(part, weight).float()
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(-1, target)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = logits.sub_(lse).exp_()
+            grad_logits.scatter_add_(-1, target, grad_logits.new_full((), -1.0).expand_as(target))
+            grad_logits = grad_logits.to(part.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = grad_logits @ weight.to(part.dtype)
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ part
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None

@@ -114,8 +114,8 @@ class LlamaConfig:
         """From a parsed params.json; vocab_size from the embedding, as LLaMA 1 and 2 write -1 there."""
         if params.get("moe_args") or params.get("vision_chunk_size", -1) > 0:
             raise UserError(
-                "params.json describes a mixture of experts or a vision model, only the dense text LLaMAs are "
-                "supported."
+                "params.json describes a mixture of experts or a vision model, only the dense text LLaMAs "
+                "are supported."
             )
         hidden_size, num_heads_q = (_field(params, name, "params.json") for name in ("dim", "n_heads"))
         if params.get("vocab_size", -1) not in (-1, vocab_size):

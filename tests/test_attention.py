@@ -1,0 +1,127 @@
+"""Forward and every gradient of every backend against the float64 reference, over the named and over random cases."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zinit_kernels import zero_init_attention, zero_init_attention_varlen
+from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DENSE = Case("dense", mask="dense", causal=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.native
+def test_cpu(case, dtype):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", [*CASES, DENSE], ids=str)
+def test_composed(case):
+    check_case(case, torch.float32, "composed")
+
+
+@pytest.mark.parametrize("backend", ["composed", "reference"])
+def test_dense_mask_by(backend):
+    check_case(DENSE, torch.float32, backend)
+
+
+def test_gradcheck_of_the_reference():
+    case = Case("gradcheck", heads_kv=2, seqlens_q=(5,), head_dim=3, prompt_length=2, table="indexed")
+    inputs = make_inputs(case, torch.float64)
+    named = list(inputs.tensors.values())
+    named[5] = named[5].detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *t: zero_init_attention(*t, **inputs.options, return_lse=True, backend="reference"), named
+    )
+
+
+@pytest.mark.native
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    heads_kv=st.integers(1, 3),
+    group=st.integers(1, 4),
+    lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=4),
+    head_dim=st.integers(1, 140),
+    prompt_length=st.integers(0, 20),
+    causal=st.booleans(),
+    window=st.tuples(st.integers(-1, 40), st.integers(-1, 40)),
+    table=st.sampled_from(["shared", "per_sample", "indexed"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_random_packed_shapes(heads_kv, group, lengths, head_dim, prompt_length, causal, window, table, dtype):
+    case = Case(
+        "random", packed=True, heads_q=heads_kv * group, heads_kv=heads_kv, head_dim=head_dim, causal=causal,
+        prompt_length=prompt_length, seqlens_q=tuple(q for q, _ in lengths), seqlens_k=tuple(k for _, k in lengths),
+        window=window, table=table,
+    )  # fmt: skip
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3, 4, 5), (5,), (4,), (0, 5), (1, 2)], ids=str)
+def test_gradients_of_some_inputs_equal_those_of_all(wanted):
+    inputs = make_inputs(Case("subset", heads_q=4, heads_kv=2, seqlens_q=(75,)), torch.float32)
+    everything = gradients(inputs.call("cpu"), inputs)
+    some = inputs.to(None)
+    for i, tensor in enumerate(some.tensors.values()):
+        tensor.requires_grad_(i in wanted)
+    found = gradients(some.call("cpu"), some)
+    for i, name in enumerate(everything):
+        expected = everything[name] if i in wanted else torch.zeros_like(everything[name])
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.native
+def test_huge_finite_mask_is_not_minus_infinity():
+    """transformers' older masks hold finfo.min: a row of nothing else averages its keys, as SDPA's does."""
+    inputs = make_inputs(Case("finfo_min", causal=False, seqlens_q=(19,), table="none"), torch.float32)
+    inputs.options["attn_mask"] = torch.full((2, 1, 1, 19), torch.finfo(torch.float32).min)
+    out, _ = inputs.call("cpu")
+    mean = inputs.tensors["value"].mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, mean)
+
+
+@pytest.mark.native
+def test_double_backward_takes_the_written_out_formula():
+    inputs = make_inputs(Case("double", seqlens_q=(7,), head_dim=8), torch.float32)
+    results = []
+    for chosen, backend in ((inputs, "cpu"), (inputs.to(torch.float64), "reference")):
+        out, _ = chosen.call(backend)
+        leaves = list(chosen.tensors.values())
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        penalty = sum(g.square().sum() for g in first)
+        results.append(torch.autograd.grad(penalty, leaves))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.native
+def test_values_the_kernel_reads_are_checked():
+    inputs = make_inputs(Case("indexed", table="indexed", batch=4), torch.float32)
+    inputs.options["prompt_index"] = torch.tensor([0, 1, 3, 0], dtype=torch.int32)
+    with pytest.raises((RuntimeError, ValueError), match="prompt_index.*3"):
+        inputs.call("cpu")
+    packed = make_inputs(Case("packed", packed=True, seqlens_q=(5, 6)), torch.float32)
+    for bad in ([0, 5, 12], [1, 5, 11], [0, 12, 11], [0, -1, 11]):
+        packed.options["cu_seqlens_q"] = torch.tensor(bad, dtype=torch.int32)
+        for backend in ("cpu", "reference"):
+            with pytest.raises((RuntimeError, ValueError), match="cu_seqlens_q"):
+                packed.call(backend)
+
+
+def test_the_rule_catches_a_wrong_result():
+    """The net itself: an error a little beyond the rule fails."""
+    oracle = torch.randn(50, dtype=torch.float64)
+    eager = oracle + 1e-7
+    assert_within_eager_error("near", oracle.float(), eager, oracle, torch.float32)
+    with pytest.raises(AssertionError, match="error"):
+        assert_within_eager_error("far", (oracle + 3e-6).float(), eager, oracle, torch.float32)
+
+
+def test_varlen_of_nothing():
+    empty, zero = torch.empty(0, 4, 16), torch.zeros(1, dtype=torch.int32)
+    assert zero_init_attention_varlen(empty, empty, empty, None, None, None, zero, zero, 0, 0).shape == (0, 4, 16)

@@ -1,0 +1,117 @@
+"""The one tolerance rule, and whole cases judged by it.
+
+Against the float64 reference a kernel may err at most twice as much as the same formula in eager PyTorch at the kernel's dtype
+does, plus one rounding unit: of the dtype at the size of the result, and of float32 at the size of the terms it sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments, reference
+from ..api import zero_init_attention_with_kvcache
+from .cases import CacheCase, Case, Inputs, make_cache_arguments, make_inputs
+from .magnitude import magnitudes
+
+
+def projections(outputs: tuple[Tensor, Tensor | None], seed: int = 1) -> list[Tensor | None]:
+    """The random gradients that the outputs are given; a row without keys has a constant lse and gets none."""
+    random = torch.Generator().manual_seed(seed)
+    return [
+        None if o is None else torch.randn(o.shape, generator=random).to(o.device).masked_fill(o == float("-inf"), 0)
+        for o in outputs
+    ]
+
+
+def gradients(outputs: tuple[Tensor, Tensor | None], inputs: Inputs) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of (out, lse), for every input that is there; zero where none flows."""
+    loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for output, weight in zip(outputs, projections(outputs), strict=True):
+        if output is not None:
+            loss = loss + (output.masked_fill(output == float("-inf"), 0).double() * weight).sum()
+    names = [name for name, tensor in inputs.tensors.items() if tensor is not None]
+    found = torch.autograd.grad(loss, [inputs.tensors[name] for name in names], allow_unused=True)  # type: ignore[misc]
+    return {
+        name: torch.zeros_like(inputs.tensors[name]) if grad is None else grad  # type: ignore[arg-type]
+        for name, grad in zip(names, found, strict=True)
+    }
+
+
+def assert_within_eager_error(
+    name: str, actual: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, terms: float = 0.0
+) -> None:
+    """The rule at the top of this file, in the largest absolute error over the tensor; `terms` as `magnitudes` gives it."""
+    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    if oracle.numel() == 0:
+        return
+    hollow = oracle == float("-inf")
+    assert torch.equal(actual == float("-inf"), hollow), f"{name}: -inf in other places than the reference"
+    actual, eager, oracle = (t.double().masked_fill(hollow, 0) for t in (actual, eager, oracle))
+    assert torch.isfinite(actual).all(), f"{name}: {(~torch.isfinite(actual)).sum()} of {actual.numel()} values not finite"
+    error, allowed = (actual - oracle).abs(), (eager - oracle).abs().max().item()
+    rounding = torch.finfo(dtype).eps * oracle.abs().max().item() + torch.finfo(torch.float32).eps * terms
+    worst = error.max().item()
+    assert worst <= 2 * allowed + rounding, (
+        f"{name}: error {worst:.3e} at {tuple(int(i) for i in (error == worst).nonzero()[0])}, "
+        f"allowed 2 x {allowed:.3e} (eager) + {rounding:.3e} (rounding)"
+    )
+
+
+def check_case(case: Case, dtype: torch.dtype, backend: str, seed: int = 0, backward: bool = True) -> None:
+    """Forward, log-sum-exp and every gradient of a case by a backend, against the float64 reference."""
+    inputs = make_inputs(case, dtype, seed)
+    eager_inputs, oracle_inputs = inputs.to(None), inputs.to(torch.float64)
+    with_lse = backend != "composed"
+    actual = inputs.call(backend, return_lse=with_lse)
+    eager = reference.attention(eager_inputs.canonical(), compute_dtype=dtype)
+    oracle = reference.attention(oracle_inputs.canonical())
+    count = 2 if with_lse else 1
+    weights = projections((oracle[0].detach(), oracle[1].detach() if with_lse else None))
+    with torch.no_grad():
+        terms = magnitudes(oracle_inputs.canonical(), weights[0].double(), weights[1])  # type: ignore[union-attr]
+    assert_within_eager_error("out", actual[0], eager[0], oracle[0], dtype, terms["out"])
+    if with_lse:
+        assert_within_eager_error("lse", actual[1], eager[1], oracle[1], torch.float32)  # type: ignore[arg-type]
+    if not backward:
+        return
+    expected = gradients(oracle[:count], oracle_inputs)  # type: ignore[arg-type]
+    allowed = gradients(eager[:count], eager_inputs)  # type: ignore[arg-type]
+    for name, grad in gradients(actual, inputs).items():
+        source = inputs.tensors[name]
+        assert source is not None and grad.dtype == source.dtype, f"d{name} is {grad.dtype}"
+        assert_within_eager_error(f"d{name}", grad, allowed[name], expected[name], grad.dtype, terms[name])
+
+
+def check_cache_case(case: CacheCase, dtype: torch.dtype, backend: str, seed: int = 0) -> None:
+    """Output, log-sum-exp and the written caches of one call, against the float64 reference."""
+    ours = make_cache_arguments(case, dtype, seed)
+    eager = make_cache_arguments(case, dtype, seed)
+    oracle = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in make_cache_arguments(case, dtype, seed).items()
+    }
+    with_lse = backend != "composed"
+    result = zero_init_attention_with_kvcache(**ours, backend=backend, return_lse=with_lse)
+    out, lse = result if with_lse else (result, None)
+    expected_out, expected_lse = zero_init_attention_with_kvcache(**oracle, backend="reference", return_lse=True)
+    eager_out, eager_lse = _eager_with_cache(eager, dtype)
+    assert_within_eager_error("out", out, eager_out, expected_out, dtype)
+    if lse is not None:
+        assert_within_eager_error("lse", lse, eager_lse, expected_lse, torch.float32)
+    for name in ("k_cache", "v_cache"):
+        written = ~torch.isnan(oracle[name])
+        assert torch.equal(~torch.isnan(ours[name]), written), f"{name}: other slots were written than expected"
+        assert_within_eager_error(name, ours[name][written], eager[name][written], oracle[name][written], dtype)
+
+
+def _eager_with_cache(case_arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    defaults = {**zero_init_attention_with_kvcache.__kwdefaults__, **case_arguments}  # type: ignore[dict-item]
+    defaults.pop("return_lse")
+    defaults.pop("backend")
+    call = arguments.from_cache(**defaults)
+    with torch.no_grad():
+        out, lse = reference.attention_with_cache(call, compute_dtype=dtype)
+    return out.transpose(1, 2), lse

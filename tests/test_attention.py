@@ -52,7 +52,9 @@ def test_gradcheck_of_the_reference():
     table=st.sampled_from(["shared", "per_sample", "indexed"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_random_packed_shapes(heads_kv, group, lengths, head_dim, prompt_length, causal, window, table, dtype):
+def test_random_packed_shapes(
+    heads_kv, group, lengths, head_dim, prompt_length, causal, window, table, dtype
+):
     case = Case(
         "random", packed=True, heads_q=heads_kv * group, heads_kv=heads_kv, head_dim=head_dim, causal=causal,
         prompt_length=prompt_length, seqlens_q=tuple(q for q, _ in lengths), seqlens_k=tuple(k for _, k in lengths),
@@ -124,4 +126,8 @@ def test_the_rule_catches_a_wrong_result():
 
 def test_varlen_of_nothing():
     empty, zero = torch.empty(0, 4, 16), torch.zeros(1, dtype=torch.int32)
-    assert zero_init_attention_varlen(empty, empty, empty, None, None, None, zero, zero, 0, 0).shape == (0, 4, 16)
+    assert zero_init_attention_varlen(empty, empty, empty, None, None, None, zero, zero, 0, 0).shape == (
+        0,
+        4,
+        16,
+    )

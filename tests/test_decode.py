@@ -70,7 +70,9 @@ def test_version_counters_move_so_that_autograd_notices():
     zero_init_attention_with_kvcache(**given, backend="cpu")
     assert (given["k_cache"]._version, given["v_cache"]._version) > before
     with torch.inference_mode():
-        zero_init_attention_with_kvcache(**make_cache_arguments(CacheCase("inference"), torch.float32), backend="cpu")
+        zero_init_attention_with_kvcache(
+            **make_cache_arguments(CacheCase("inference"), torch.float32), backend="cpu"
+        )
 
 
 BAD_VALUES = {

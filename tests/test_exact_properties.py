@@ -86,7 +86,9 @@ def test_permuting_the_batch_permutes_the_result():
 
 
 def test_inputs_are_never_written():
-    inputs = make_inputs(Case("inputs", mask="padding", table="indexed", batch=4, gate="per_row"), torch.float32)
+    inputs = make_inputs(
+        Case("inputs", mask="padding", table="indexed", batch=4, gate="per_row"), torch.float32
+    )
     before = {name: tensor.detach().clone() for name, tensor in inputs.tensors.items()}
     gradients(inputs.call("cpu"), inputs)
     for name, tensor in inputs.tensors.items():

@@ -36,32 +36,36 @@ def zero_init_attention(
                    + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
 
     with g = h // (Hq // Hkv), n the prompt table row of sequence b, act = tanh or identity: LLaMA-Adapter
-    (arXiv 2303.16199), equations 5 to 8. Two softmaxes that share nothing; prompts are seen by every query, whatever the
-    masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At gate 0, and without prompts, the
-    result is plain attention by the same kernel, bit for bit.
+    (arXiv 2303.16199), equations 5 to 8. Two softmaxes that share nothing; prompts are seen by every query,
+    whatever the masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At gate 0,
+    and without prompts, the result is plain attention by the same kernel, bit for bit.
 
     Args:
-        query: [B, Hq, T, D]; float32, bfloat16, float16 (float64: unfused). Any strides with a contiguous last dimension.
-        key, value: [B, Hkv, S, D], the query's dtype. Hq must be a multiple of Hkv (grouped queries, no flag needed).
-        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, any floating dtype. N = 1 is shared by the
-            batch, N = B is one per sample, any N goes with `prompt_index`. None together with `gate`: plain attention.
-        gate: raw, before its activation: a number, 1 or Hq values ([Hq], [1, Hq, 1, 1], [1, 1, Hq, 1]), or [N, Hq] with a
-            table of adapters. float32 preferred. Applied before the output projection.
-        attn_mask: bool (True = attend) or additive. A key-padding mask [B, S] (or [B, 1, 1, S]) is fused; what depends on
-            the query runs the composed path. A [B, S] that could also mean [T, S] is refused: spell it with four dimensions.
+        query: [B, Hq, T, D]; float32, bfloat16, float16 (float64: unfused). Any strides with a contiguous
+            last dimension.
+        key, value: [B, Hkv, S, D], the query's dtype. Hq must be a multiple of Hkv (grouped queries, no flag
+            needed).
+        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, any floating dtype. N = 1 is
+            shared by the batch, N = B is one per sample, any N goes with `prompt_index`. None together with
+            `gate`: plain attention.
+        gate: raw, before its activation: a number, 1 or Hq values ([Hq], [1, Hq, 1, 1], [1, 1, Hq, 1]), or
+            [N, Hq] with a table of adapters. float32 preferred. Applied before the output projection.
+        attn_mask: bool (True = attend) or additive. A key-padding mask [B, S] (or [B, 1, 1, S]) is fused;
+            what depends on the query runs the composed path. A [B, S] that could also mean [T, S] is refused:
+            spell it with four dimensions.
         is_causal: query i sees keys j <= i; needs T == S. May be combined with attn_mask.
         window_size: (left, right), -1 = no limit: query i sees keys i - left <= j <= i + right. Needs T == S.
         scale: of the scores of both branches; default D ** -0.5.
         gate_activation: "tanh" (the paper's training code) or "identity" (PEFT, litgpt).
         prompt_index: int32 [B], the row of the prompt table each sequence takes; -1 = no prompts.
-        return_lse: also return the token branch's log-sum-exp: float32 [B, Hq, T], natural logarithm, -inf without a key;
-            differentiable.
+        return_lse: also return the token branch's log-sum-exp: float32 [B, Hq, T], natural logarithm, -inf
+            without a key; differentiable.
         backend: "auto" (see `explain`), or a name, which raises instead of falling back.
 
     Returns:
-        out [B, Hq, T, D] in the query's dtype, stored token-major; or (out, lse). A query whose every key is masked gets its
-        prompt branch alone, never NaN. Every gradient comes back in its own tensor's dtype, deterministic; what does not
-        require grad costs nothing.
+        out [B, Hq, T, D] in the query's dtype, stored token-major; or (out, lse). A query whose every key is
+        masked gets its prompt branch alone, never NaN. Every gradient comes back in its own tensor's dtype,
+        deterministic; what does not require grad costs nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -99,14 +103,16 @@ def zero_init_attention_varlen(
     The formula of `zero_init_attention` for each sequence; every sequence sees the prompts.
 
     Args:
-        q: [total_q, Hq, D]; sequence b owns rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1]. Dtypes as `zero_init_attention`.
+        q: [total_q, Hq, D]; sequence b owns rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1]. Dtypes as
+            `zero_init_attention`.
         k, v: [total_k, Hkv, D], rows by cu_seqlens_k.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`, by sequence.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`, by
+            sequence.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to the totals, never decreasing.
         max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence.
         softmax_scale: default D ** -0.5.
-        causal, window_size: aligned to the bottom right, as flash-attn does: query i of T sees keys j of S with
-            i + S - T - left <= j <= i + S - T + right; causal sets right to 0. -1 = no limit.
+        causal, window_size: aligned to the bottom right, as flash-attn does: query i of T sees keys j of S
+            with i + S - T - left <= j <= i + S - T + right; causal sets right to 0. -1 = no limit.
         gate_activation, return_lse, backend: as `zero_init_attention`.
 
     Returns:
@@ -116,8 +122,8 @@ def zero_init_attention_varlen(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     call = arguments.from_varlen(
-        q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-        window_size, gate_activation, prompt_index,
+        q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale, causal, window_size, gate_activation, prompt_index,
     )  # fmt: skip
     out, lse = dispatch.run(backend, call, return_lse)
     out = out.squeeze(0).transpose(0, 1)
@@ -150,19 +156,24 @@ def zero_init_attention_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention of new queries against a KV cache, shaped like `flash_attn_with_kvcache`.
 
-    Writes k and v (rotated) into the caches behind each sequence's cache_seqlens keys, rotates q, attends to everything now in
-    the cache, adds the gated prompt branch. In place on the caches; no backward. The caller advances cache_seqlens.
+    Writes k and v (rotated) into the caches behind each sequence's cache_seqlens keys, rotates q, attends to
+    everything now in the cache, adds the gated prompt branch. In place on the caches; no backward. The caller
+    advances cache_seqlens.
 
     Args:
-        q: [B, T, Hq, D], T new queries per sequence (1 to decode, more for chunked prefill or speculative checks).
-        k_cache, v_cache: [B, S, Hkv, D], or with block_table pages [num_pages, page_size, Hkv, D]. Read through their strides: a
-            cache that is head-major in memory ([B, Hkv, S, D], passed transposed) is the faster one on a CPU.
+        q: [B, T, Hq, D], T new queries per sequence (1 to decode, more for chunked prefill or speculative
+            checks).
+        k_cache, v_cache: [B, S, Hkv, D], or with block_table pages [num_pages, page_size, Hkv, D]. Read
+            through their strides: a cache that is head-major in memory ([B, Hkv, S, D], passed transposed) is
+            the faster one on a CPU.
         k, v: [B, T_new, Hkv, D] to append, or None. Dtype of q, as the caches.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`. None for no prompts.
-        cache_seqlens: int32 [B] (or one int): keys in the cache before this call. Slots behind may hold anything, NaN too.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`. None
+            for no prompts.
+        cache_seqlens: int32 [B] (or one int): keys in the cache before this call. Slots behind may hold
+            anything, NaN too.
         block_table: int32 [B, max_pages]: page i of a sequence; entries behind its last page are not read.
-        rotary_cos, rotary_sin: [positions, rotary_dim / 2]; rotates k, and q, at positions cache_seqlens + t (q without causal
-            and window: all at cache_seqlens, as flash-attn does).
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2]; rotates k, and q, at positions cache_seqlens + t
+            (q without causal and window: all at cache_seqlens, as flash-attn does).
         rotary_interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
         causal, window_size: bottom-right aligned, as `zero_init_attention_varlen`.
         num_splits: pieces the keys of a sequence are split into; 0 chooses. Changes nothing beyond rounding.
@@ -172,8 +183,8 @@ def zero_init_attention_with_kvcache(
         out [B, T, Hq, D]; with return_lse also lse, float32 [B, Hq, T].
 
     Raises:
-        TypeError, ValueError: naming the argument; RuntimeError from a kernel that finds a length, page or prompt row out of
-            range. Nothing is written then.
+        TypeError, ValueError: naming the argument; RuntimeError from a kernel that finds a length, page or
+            prompt row out of range. Nothing is written then.
     """
     call = arguments.from_cache(
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
@@ -201,12 +212,15 @@ def prompt_attention_(
 
         out[b,t,h] += act(gate[h]) sum_p softmax_p(scale * q[b,t,h] . pk[n,p,g]) pv[n,p,g]
 
-    The second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced. Differentiable.
+    The second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced.
+    Differentiable.
 
     Args:
-        out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; without it one sequence). q is rotated.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated. gate, prompt_index, gate_activation, softmax_scale,
-            backend: as `zero_init_attention`.
+        out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; without it one
+            sequence). q is rotated.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated. gate, prompt_index, gate_activation,
+            softmax_scale, backend:
+            as `zero_init_attention`.
 
     Returns:
         out, the same tensor.
@@ -223,23 +237,28 @@ def prompt_attention_(
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
         no_keys = q.new_empty((0, heads_kv, q.shape[2]))
-        branch = zero_init_attention_varlen(
+        call = arguments.from_varlen(
             q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens), q.shape[0], 0,
-            softmax_scale=softmax_scale, gate_activation=gate_activation, prompt_index=prompt_index, backend=backend,
+            softmax_scale, False, None, gate_activation, prompt_index,
         )  # fmt: skip
+        branch = dispatch.run(backend, call, False)[0].squeeze(0).transpose(0, 1)
     elif cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}")
+        raise ValueError(
+            f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
+        )
     else:
         no_keys = q.new_empty((q.shape[0], heads_kv, 0, q.shape[-1]))
-        branch = zero_init_attention(
+        call = arguments.from_sdpa(
             q.transpose(1, 2), no_keys, no_keys, prompt_k.transpose(-3, -2), prompt_v.transpose(-3, -2), gate,
-            scale=softmax_scale, gate_activation=gate_activation, prompt_index=prompt_index, backend=backend,
-        ).transpose(1, 2)  # fmt: skip
+            None, False, None, softmax_scale, gate_activation, prompt_index,
+        )  # fmt: skip
+        branch = dispatch.run(backend, call, False)[0].transpose(1, 2)
     return out.add_(branch)
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
-    """For each backend "usable" or the reason why not, and which one `backend="auto"` takes; computes nothing.
+    """For each backend "usable" or the reason why not, and which one `backend="auto"` takes; computes
+    nothing.
 
     Takes the arguments of any of the three attention functions: those with `cache_seqlens` are read as
     `zero_init_attention_with_kvcache`'s, those with `cu_seqlens_q` (or more than six positional ones) as

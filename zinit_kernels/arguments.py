@@ -1,69 +1,20 @@
-"""From what users pass to the one canonical form that every backend takes, or to an error that says what to change.
+"""From what users pass to the one canonical form that every backend takes, or to an error that says what to
+change.
 
-Nothing here computes attention. The three layouts (SDPA's, packed, cached) become `Call`s; the checks are plain Python on
-shapes, dtypes and devices, so they cost no synchronisation and trace under torch.compile.
+Nothing here computes attention. The three layouts (SDPA's, packed, cached) become `Call`s; the checks are
+plain Python on shapes, dtypes and devices, so they cost no synchronisation and trace under torch.compile.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from . import checks
+from .calls import CacheCall, Call
+
 MAX_PROMPT_LENGTH = 128
 GATE_ACTIVATIONS = ("tanh", "identity")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Call(NamedTuple):
-    """One attention call in canonical form; `schemas.py` says what each tensor looks like."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    prompt_key: Tensor | None
-    prompt_value: Tensor | None
-    gate: Tensor | None
-    prompt_index: Tensor | None
-    key_bias: Tensor | None
-    dense_mask: Tensor | None  # bool (True = attend) or additive, broadcastable to [B, Hq, T, S]
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int
-    max_seqlen_k: int
-    scale: float
-    window_left: int
-    window_right: int
-    tanh_gate: bool
-
-    @property
-    def batch_size(self) -> int:
-        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
-
-
-class CacheCall(NamedTuple):
-    """One call of the cache function in canonical form."""
-
-    query: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
-    new_key: Tensor | None
-    new_value: Tensor | None
-    prompt_key: Tensor | None
-    prompt_value: Tensor | None
-    gate: Tensor | None
-    prompt_index: Tensor | None
-    cache_seqlens: Tensor
-    block_table: Tensor | None
-    rotary_cos: Tensor | None
-    rotary_sin: Tensor | None
-    rotary_interleaved: bool
-    scale: float
-    window_left: int
-    window_right: int
-    tanh_gate: bool
-    num_splits: int
 
 
 def from_sdpa(
@@ -81,14 +32,14 @@ def from_sdpa(
     prompt_index: Tensor | None,
 ) -> Call:
     """[B, H, T, D] tensors, SDPA's mask rules."""
-    _check_tensor("query", query, 4, "[B, Hq, T, D]")
-    _check_tensor("key", key, 4, "[B, Hkv, S, D]", like=query)
-    _check_tensor("value", value, 4, "[B, Hkv, S, D]", like=query)
+    checks.check_tensor("query", query, 4, "[B, Hq, T, D]")
+    checks.check_tensor("key", key, 4, "[B, Hkv, S, D]", like=query)
+    checks.check_tensor("value", value, 4, "[B, Hkv, S, D]", like=query)
     batch, heads_q, seqlen_q, head_dim = query.shape
     heads_kv, seqlen_k = key.shape[1], key.shape[2]
-    _check_shape("key", key, (batch, None, None, head_dim))
-    _check_shape("value", value, (batch, heads_kv, seqlen_k, head_dim))
-    _check_groups(heads_q, heads_kv, seqlen_q, "query", "[B, H, T, D]")
+    checks.check_shape("key", key, (batch, None, None, head_dim))
+    checks.check_shape("value", value, (batch, heads_kv, seqlen_k, head_dim))
+    checks.check_groups(heads_q, heads_kv, seqlen_q, "query", "[B, H, T, D]")
 
     window_left, window_right = _window(window_size, is_causal)
     if (window_left, window_right) != (-1, -1) and seqlen_q != seqlen_k:
@@ -127,15 +78,15 @@ def from_varlen(
     prompt_index: Tensor | None,
 ) -> Call:
     """Packed [total, H, D] tensors, flash-attn's rules."""
-    _check_tensor("q", q, 3, "[total_q, Hq, D]")
-    _check_tensor("k", k, 3, "[total_k, Hkv, D]", like=q)
-    _check_tensor("v", v, 3, "[total_k, Hkv, D]", like=q)
+    checks.check_tensor("q", q, 3, "[total_q, Hq, D]")
+    checks.check_tensor("k", k, 3, "[total_k, Hkv, D]", like=q)
+    checks.check_tensor("v", v, 3, "[total_k, Hkv, D]", like=q)
     _, heads_q, head_dim = q.shape
-    _check_shape("k", k, (None, None, head_dim))
-    _check_shape("v", v, (k.shape[0], k.shape[1], head_dim))
-    _check_groups(heads_q, k.shape[1], q.shape[0], "q", "[total, H, D]")
-    cu_seqlens_q = _int32("cu_seqlens_q", cu_seqlens_q, 1, q)
-    cu_seqlens_k = _int32("cu_seqlens_k", cu_seqlens_k, 1, q)
+    checks.check_shape("k", k, (None, None, head_dim))
+    checks.check_shape("v", v, (k.shape[0], k.shape[1], head_dim))
+    checks.check_groups(heads_q, k.shape[1], q.shape[0], "q", "[total, H, D]")
+    cu_seqlens_q = checks.as_int32("cu_seqlens_q", cu_seqlens_q, 1, q)
+    cu_seqlens_k = checks.as_int32("cu_seqlens_k", cu_seqlens_k, 1, q)
     if cu_seqlens_q.shape[0] < 1 or cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must both hold B + 1 cumulative lengths, got "
@@ -143,9 +94,20 @@ def from_varlen(
         )
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(length, Tensor):
-            raise TypeError(f"{name} must be a Python int, got a tensor: reading it here would stall the device")
+            raise TypeError(
+                f"{name} must be a Python int, got a tensor: reading it here would stall the device"
+            )
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
-        prompt_k, prompt_v, gate, prompt_index, q, cu_seqlens_q.shape[0] - 1, heads_q, k.shape[1], False, gate_activation
+        prompt_k,
+        prompt_v,
+        gate,
+        prompt_index,
+        q,
+        cu_seqlens_q.shape[0] - 1,
+        heads_q,
+        k.shape[1],
+        False,
+        gate_activation,
     )
     window_left, window_right = _window(window_size, causal)
     return Call(
@@ -178,14 +140,14 @@ def from_cache(
 ) -> CacheCall:
     """[B, T, H, D] queries against caches [B, S, Hkv, D] or pages [num_pages, page, Hkv, D], flash-attn's rules."""
     layout = "[B, S, Hkv, D]" if block_table is None else "[num_pages, page_size, Hkv, D]"
-    _check_tensor("q", q, 4, "[B, T, Hq, D]")
-    _check_tensor("k_cache", k_cache, 4, layout, like=q)
-    _check_tensor("v_cache", v_cache, 4, layout, like=q)
+    checks.check_tensor("q", q, 4, "[B, T, Hq, D]")
+    checks.check_tensor("k_cache", k_cache, 4, layout, like=q)
+    checks.check_tensor("v_cache", v_cache, 4, layout, like=q)
     batch, seqlen_q, heads_q, head_dim = q.shape
     heads_kv = k_cache.shape[2]
-    _check_shape("k_cache", k_cache, (batch if block_table is None else None, None, None, head_dim))
-    _check_shape("v_cache", v_cache, tuple(k_cache.shape))
-    _check_groups(heads_q, heads_kv, seqlen_q, "q", "[B, T, H, D]")
+    checks.check_shape("k_cache", k_cache, (batch if block_table is None else None, None, None, head_dim))
+    checks.check_shape("v_cache", v_cache, tuple(k_cache.shape))
+    checks.check_groups(heads_q, heads_kv, seqlen_q, "q", "[B, T, H, D]")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if head_dim > 1 and cache.stride(3) != 1:
             raise ValueError(
@@ -193,22 +155,26 @@ def from_cache(
                 f"{cache.stride()}"
             )
         if cache.requires_grad:
-            raise ValueError(f"{name} requires grad, but the cache function writes in place and has no backward")
+            raise ValueError(
+                f"{name} requires grad, but the cache function writes in place and has no backward"
+            )
     if (k is None) != (v is None):
-        raise ValueError("k and v must be given together, or neither: they are appended to the caches as a pair")
+        raise ValueError(
+            "k and v must be given together, or neither: they are appended to the caches as a pair"
+        )
     if k is not None and v is not None:
-        _check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
-        _check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
-        _check_shape("k", k, (batch, None, heads_kv, head_dim))
-        _check_shape("v", v, tuple(k.shape))
+        checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
+        checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
+        checks.check_shape("k", k, (batch, None, heads_kv, head_dim))
+        checks.check_shape("v", v, tuple(k.shape))
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    cache_seqlens = _int32("cache_seqlens", cache_seqlens, 1, q)
-    _check_shape("cache_seqlens", cache_seqlens, (batch,))
+    cache_seqlens = checks.as_int32("cache_seqlens", cache_seqlens, 1, q)
+    checks.check_shape("cache_seqlens", cache_seqlens, (batch,))
     if block_table is not None:
-        block_table = _int32("block_table", block_table, 2, q)
-        _check_shape("block_table", block_table, (batch, None))
-    _check_rotary(rotary_cos, rotary_sin, q, head_dim)
+        block_table = checks.as_int32("block_table", block_table, 2, q)
+        checks.check_shape("block_table", block_table, (batch, None))
+    checks.check_rotary(rotary_cos, rotary_sin, q, head_dim)
     if num_splits < 0:
         raise ValueError(f"num_splits must be 0 (choose) or positive, got {num_splits}")
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
@@ -222,110 +188,6 @@ def from_cache(
         rotary_interleaved, _scale(softmax_scale, head_dim), window_left, window_right,
         gate_activation == "tanh", num_splits,
     )  # fmt: skip
-
-
-def check_values(call: Call | CacheCall) -> None:
-    """The checks that must read tensors: for eager calls on host memory. The native kernels do the same ones themselves."""
-    if torch.compiler.is_compiling() or call.query.device.type != "cpu":
-        return
-    if call.prompt_index is not None and call.prompt_key is not None and len(call.prompt_index):
-        low, high, rows = int(call.prompt_index.min()), int(call.prompt_index.max()), call.prompt_key.shape[0]
-        if low < -1 or high >= rows:
-            raise ValueError(
-                f"prompt_index must lie in -1 (no prompt) .. {rows - 1}, the rows of the prompt table, got "
-                f"{low if low < -1 else high}"
-            )
-    if isinstance(call, CacheCall):
-        _check_cache_values(call)
-    elif call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        _check_cumulative("cu_seqlens_q", call.cu_seqlens_q, call.query.shape[2], call.max_seqlen_q, "max_seqlen_q")
-        _check_cumulative("cu_seqlens_k", call.cu_seqlens_k, call.key.shape[2], call.max_seqlen_k, "max_seqlen_k")
-
-
-def _check_cache_values(call: CacheCall) -> None:
-    appended = 0 if call.new_key is None else call.new_key.shape[2]
-    page_size = call.key_cache.shape[2]
-    capacity = page_size if call.block_table is None else page_size * call.block_table.shape[1]
-    for sequence, seqlen in enumerate(call.cache_seqlens.tolist()):
-        if seqlen < 0 or seqlen + appended > capacity:
-            raise ValueError(
-                f"cache_seqlens[{sequence}] = {seqlen} plus {appended} new tokens must lie in 0 .. {capacity}, the capacity "
-                "of the cache: make the cache longer (or give the sequence more pages)"
-            )
-        if call.block_table is not None:
-            used = call.block_table[sequence, : -(-(seqlen + appended) // page_size)]
-            if len(used) and (int(used.min()) < 0 or int(used.max()) >= call.key_cache.shape[0]):
-                raise ValueError(
-                    f"block_table[{sequence}] names pages {used.tolist()} outside the pool of {call.key_cache.shape[0]} pages"
-                )
-        if call.rotary_cos is not None and seqlen + max(appended, call.query.shape[2]) > call.rotary_cos.shape[0]:
-            raise ValueError(
-                f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs "
-                f"{seqlen + max(appended, call.query.shape[2])}"
-            )
-
-
-def _check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(tensor.shape)}")
-    if like is None:
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: cast it with {name}.to(...)"
-            )
-        return
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must have the query's dtype {like.dtype}, got {tensor.dtype}: cast one of the two")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}: move one of the two")
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    shape = tensor.shape
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
-        raise ValueError(f"{name} must have shape {_spell(expected)}, got {tuple(shape)}")
-
-
-def _spell(expected: tuple[int | None | str, ...]) -> str:
-    words = ["*" if e is None else str(e) for e in expected]
-    return f"({', '.join(words)}{',' if len(words) == 1 else ''})"
-
-
-def _check_groups(heads_q: int, heads_kv: int, seqlen_q: int, name: str, layout: str) -> None:
-    if heads_kv == 0 or heads_q % heads_kv != 0:
-        hint = ""
-        if heads_kv and seqlen_q % heads_kv == 0 and seqlen_q:
-            hint = f"; are heads and tokens swapped? The layout here is {layout}"
-        raise ValueError(
-            f"the {heads_q} heads of {name} must be a multiple of the {heads_kv} key/value heads (grouped queries){hint}"
-        )
-
-
-def _check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int, longest_name: str) -> None:
-    lengths = cu_seqlens.diff().tolist()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"{name} must start at 0, never decrease and end at the {total} packed rows, got {cu_seqlens.tolist()}"
-        )
-    if max(lengths, default=0) > longest:
-        raise ValueError(f"{longest_name} must be at least the longest sequence, {max(lengths)}, got {longest}")
-
-
-def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> None:
-    if (cos is None) != (sin is None):
-        raise ValueError("rotary_cos and rotary_sin must be given together, or neither")
-    if cos is None or sin is None:
-        return
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        if table.dim() != 2 or table.shape != cos.shape or 2 * table.shape[1] > head_dim or not table.is_floating_point():
-            raise ValueError(
-                f"{name} must be a floating-point table [max positions, rotary_dim / 2] with rotary_dim <= {head_dim}, "
-                f"the same shape as its pair, got {tuple(table.shape)} of {table.dtype}"
-            )
-        if table.device != q.device:
-            raise ValueError(f"{name} must be on the query's device {q.device}, got {table.device}")
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -346,22 +208,13 @@ def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int
         left = right = -1
     else:
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-            raise TypeError(f"window_size must be (left, right) or None, -1 for no limit, got {window_size!r}")
+            raise TypeError(
+                f"window_size must be (left, right) or None, -1 for no limit, got {window_size!r}"
+            )
         left, right = window_size
         if left < -1 or right < -1:
             raise ValueError(f"window_size must hold numbers >= -1 (-1 = no limit), got {tuple(window_size)}")
     return left, 0 if causal else right
-
-
-def _int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
-        came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an int32 tensor, got {came}")
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimension{'s' * (dims > 1)}, got shape {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
-    return tensor.to(torch.int32).contiguous()
 
 
 def _classify_mask(mask: Tensor | None, query: Tensor, seqlen_k: int) -> tuple[Tensor | None, Tensor | None]:
@@ -371,7 +224,9 @@ def _classify_mask(mask: Tensor | None, query: Tensor, seqlen_k: int) -> tuple[T
     batch, heads, seqlen_q, _ = query.shape
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"attn_mask must be a bool tensor (True = attend) or an additive floating-point one, got {came}")
+        raise TypeError(
+            f"attn_mask must be a bool tensor (True = attend) or an additive floating-point one, got {came}"
+        )
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, got {mask.device}")
     full = (batch, heads, seqlen_q, seqlen_k)
@@ -386,8 +241,8 @@ def _classify_mask(mask: Tensor | None, query: Tensor, seqlen_k: int) -> tuple[T
         mask = mask[:, None, None, :]
     elif mask.dim() > 4 or any(m not in (1, f) for m, f in zip(mask.shape[::-1], full[::-1], strict=False)):
         raise ValueError(
-            f"attn_mask must be a key-padding mask [B, S] = ({batch}, {seqlen_k}) or broadcast to [B, Hq, T, S] = {full}, "
-            f"got {tuple(mask.shape)}"
+            f"attn_mask must be a key-padding mask [B, S] = ({batch}, {seqlen_k}) or broadcast to "
+            f"[B, Hq, T, S] = {full}, got {tuple(mask.shape)}"
         )
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     depends_on_key_alone = shape[1] == 1 and shape[2] == 1 and not mask.requires_grad
@@ -396,7 +251,9 @@ def _classify_mask(mask: Tensor | None, query: Tensor, seqlen_k: int) -> tuple[T
     key_mask = mask.reshape(shape[0], shape[3])
     if mask.dtype == torch.bool:
         bias_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        bias = torch.zeros(key_mask.shape, dtype=bias_dtype, device=mask.device).masked_fill(~key_mask, float("-inf"))
+        bias = torch.zeros(key_mask.shape, dtype=bias_dtype, device=mask.device).masked_fill(
+            ~key_mask, float("-inf")
+        )
     else:
         bias = key_mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     return bias.expand(batch, seqlen_k).contiguous(), None
@@ -420,7 +277,9 @@ def _prompt_table(
         raise ValueError(f"gate_activation must be one of {GATE_ACTIVATIONS}, got {gate_activation!r}")
     if prompt_key is None and prompt_value is None:
         if gate is not None or prompt_index is not None:
-            raise ValueError(f"gate and prompt_index need {names[0]} and {names[1]}; without prompts leave them out too")
+            raise ValueError(
+                f"gate and prompt_index need {names[0]} and {names[1]}; without prompts leave them out too"
+            )
         return None, None, None, None
     if prompt_key is None or prompt_value is None or gate is None:
         raise ValueError(f"{names[0]}, {names[1]} and gate must be given together, or none of them")
@@ -430,15 +289,21 @@ def _prompt_table(
     tables = []
     for name, table in zip(names, (prompt_key, prompt_value), strict=True):
         if not isinstance(table, Tensor) or not table.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(table, 'dtype', type(table).__name__)}")
+            raise TypeError(
+                f"{name} must be a floating-point tensor, got {getattr(table, 'dtype', type(table).__name__)}"
+            )
         if table.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {table.device}")
         if table.dim() == 3:
             table = table.unsqueeze(0)
-        if table.dim() != 4 or any(isinstance(e, int) and s != e for s, e in zip(table.shape, expected, strict=True)):
+        if table.dim() != 4 or any(
+            isinstance(e, int) and s != e for s, e in zip(table.shape, expected, strict=True)
+        ):
             swapped = table.dim() == 4 and table.shape[1 if not head_major else 2] == heads_kv
             hint = "; heads and prompts look swapped, use .transpose(-3, -2)" if swapped else ""
-            raise ValueError(f"{name} must have shape {_spell(expected)}, got {tuple(table.shape)}{hint}")
+            raise ValueError(
+                f"{name} must have shape {checks.spell(expected)}, got {tuple(table.shape)}{hint}"
+            )
         tables.append(_dense_rows(table if head_major else table.transpose(1, 2)))
     prompt_key, prompt_value = tables
     if prompt_key.shape != prompt_value.shape:
@@ -448,14 +313,16 @@ def _prompt_table(
         )
     rows, _, prompt_length, _ = prompt_key.shape
     if prompt_length > MAX_PROMPT_LENGTH:
-        raise ValueError(f"at most {MAX_PROMPT_LENGTH} prompts per layer are supported, got P = {prompt_length}")
+        raise ValueError(
+            f"at most {MAX_PROMPT_LENGTH} prompts per layer are supported, got P = {prompt_length}"
+        )
     if prompt_index is not None:
-        prompt_index = _int32("prompt_index", prompt_index, 1, query)
-        _check_shape("prompt_index", prompt_index, (batch,))
+        prompt_index = checks.as_int32("prompt_index", prompt_index, 1, query)
+        checks.check_shape("prompt_index", prompt_index, (batch,))
     elif rows not in (1, batch):
         raise ValueError(
-            f"{names[0]} has {rows} rows for a batch of {batch}: give 1 row (shared), {batch} (one per sample), or say with "
-            "prompt_index which row each sequence takes"
+            f"{names[0]} has {rows} rows for a batch of {batch}: give 1 row (shared), {batch} (one per sample), "
+            "or say with prompt_index which row each sequence takes"
         )
     return prompt_key, prompt_value, _gate(gate, rows, heads_q, query), prompt_index
 

@@ -1,7 +1,7 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
-The path for what no fused backend takes: dense masks, soft spots of other devices (Apple, XPU), double backward where
-SDPA has one. Sequences of a packed batch or a cache are attended one after the other.
+The path for what no fused backend takes: dense masks, soft spots of other devices (Apple, XPU), double
+backward where SDPA has one. Sequences of a packed batch or a cache are attended one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .arguments import CacheCall, Call
+from .calls import CacheCall, Call
 
 
 def attention(call: Call) -> Tensor:
@@ -65,7 +65,9 @@ def _token_branch(call: Call) -> Tensor:
         )
     mask = reference.token_mask(call)
     if mask is None:
-        return F.scaled_dot_product_attention(call.query, call.key, call.value, scale=call.scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            call.query, call.key, call.value, scale=call.scale, enable_gqa=grouped
+        )
     key, value = call.key, call.value
     if call.key_bias is not None:
         padded = (call.key_bias == float("-inf"))[:, None, :, None]
@@ -73,12 +75,19 @@ def _token_branch(call: Call) -> Tensor:
     # a row that sees no key: SDPA's kernels disagree between 0 and NaN, so let it see them all and drop the result
     empty = (mask == float("-inf")).all(-1, keepdim=True)
     mask = mask.masked_fill(empty, 0).to(call.query.dtype).expand(-1, -1, seqlen_q, seqlen_k)
-    out = F.scaled_dot_product_attention(call.query, key, value, attn_mask=mask, scale=call.scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        call.query, key, value, attn_mask=mask, scale=call.scale, enable_gqa=grouped
+    )
     return out.masked_fill(empty, 0)
 
 
 def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
-    if call.prompt_key is None or call.prompt_value is None or call.gate is None or call.prompt_key.shape[2] == 0:
+    if (
+        call.prompt_key is None
+        or call.prompt_value is None
+        or call.gate is None
+        or call.prompt_key.shape[2] == 0
+    ):
         return out
     query, dtype = call.query, call.query.dtype
     gate = call.gate.tanh() if call.tanh_gate else call.gate

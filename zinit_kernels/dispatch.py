@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import composed, ops, reference
-from .arguments import CacheCall, Call, check_values
 from .backends import extension
+from .calls import CacheCall, Call
+from .checks import check_values
 
 ORDER = {"cpu": ("cpu", "composed", "reference")}
 ORDER_ELSEWHERE = ("composed", "reference")
@@ -51,7 +52,9 @@ def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     elif reason := why_not(backend, call, return_lse):
         instead = next(name for name in ("composed", "reference") if not why_not(name, call, return_lse))
-        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; use backend='auto' or {instead!r}")
+        raise ValueError(
+            f"backend {backend!r} cannot run this call: {reason}; use backend='auto' or {instead!r}"
+        )
     if _LOG and not torch.compiler.is_compiling():
         _log_choice(backend, call, return_lse)
     return backend
@@ -131,7 +134,9 @@ def _log_choice(backend: str, call: Call | CacheCall, return_lse: bool) -> None:
         _logger.addHandler(logging.StreamHandler())
     _logger.setLevel(min(_logger.getEffectiveLevel(), logging.INFO))
     passed_over = "; ".join(
-        f"{name}: {reason}" for name in BACKENDS if name != backend and (reason := why_not(name, call, return_lse))
+        f"{name}: {reason}"
+        for name in BACKENDS
+        if name != backend and (reason := why_not(name, call, return_lse))
     )
     _logger.info(
         "zinit_kernels: %s for %s %s head_dim %d on %s%s",

@@ -1,7 +1,8 @@
-"""The registered operators behind one differentiable function per call form: fakes, autograd, the in-place version bump.
+"""The registered operators behind one differentiable function per call form: fakes, autograd, the in-place
+version bump.
 
-One registered boundary per hot call: the operators are plain `define` + `impl`, and autograd sits outside them in a
-`torch.autograd.Function`; `register_autograd` costs 11 us per call even under no_grad.
+One registered boundary per hot call: the operators are plain `define` + `impl`, and autograd sits outside
+them in a `torch.autograd.Function`; `register_autograd` costs 11 us per call even under no_grad.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference, schemas
-from .arguments import CacheCall, Call
+from .calls import CacheCall, Call
 
 FUSED_BACKENDS = ("cpu",)
 
@@ -48,7 +49,7 @@ def _flatten(call: Call) -> tuple[Any, ...]:
 
 
 def _unflatten(args: tuple[Any, ...]) -> Call:
-    return Call(*args[:8], None, *args[8:])
+    return Call._make((*args[:8], None, *args[8:]))
 
 
 class _Attention(torch.autograd.Function):
@@ -71,7 +72,9 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_backward((*inputs, *ctx.numbers), wanted, grad_out, grad_lse)
         else:
-            grads = _fused_backward(ctx.backend, (*inputs, *ctx.numbers), wanted, out, lse, grad_out, grad_lse)
+            grads = _fused_backward(
+                ctx.backend, (*inputs, *ctx.numbers), wanted, out, lse, grad_out, grad_lse
+            )
         return None, *grads, *(None,) * 10
 
 
@@ -99,10 +102,16 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """create_graph=True: the gradients of the written-out formula, which can be differentiated again."""
     outputs = reference.attention(_unflatten(args))
-    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None and o.requires_grad]
+    pairs = [
+        (o, g)
+        for o, g in zip(outputs, (grad_out, grad_lse), strict=True)
+        if g is not None and o.requires_grad
+    ]
     inputs = [tensor for tensor, want in zip(args[:6], wanted, strict=True) if want]
     found = iter(
-        torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
     )
     return [next(found) if want else None for want in wanted]
 

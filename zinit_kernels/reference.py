@@ -1,11 +1,12 @@
-"""The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to any order.
+"""The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to
+any order.
 
     out[b,h,i] =               sum_j softmax_j(scale * q[b,h,i] . k[b,g,j] + mask[b,h,i,j]) v[b,g,j]
                + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
 
-g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv 2303.16199,
-eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the kernels,
-which never import it.
+g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv
+2303.16199, eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and
+for judging the kernels, which never import it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import CacheCall, Call
+from .calls import CacheCall, Call
 
 
 def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,9 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
     slots = torch.arange(key.shape[2], device=key.device)
     beyond = (slots[None, :] >= seqlens[:, None])[:, None, :, None]
     query_position = seqlens[:, None] - seqlen_q + torch.arange(seqlen_q, device=key.device)[None, :]
-    visible = _in_window(query_position, slots[None, :].expand(batch, -1), call.window_left, call.window_right)
+    visible = _in_window(
+        query_position, slots[None, :].expand(batch, -1), call.window_left, call.window_right
+    )
     visible = visible & (slots[None, :] < seqlens[:, None])[:, None, :]
     return attention(
         Call(
@@ -56,7 +59,7 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
 
 
 def token_mask(call: Call) -> Tensor | None:
-    """Everything that hides a key from a query, as one additive mask broadcastable to [B, Hq, T, S]; None if nothing does."""
+    """What hides keys from queries, as one additive mask broadcastable to [B, Hq, T, S]; None if nothing does."""
     device, dtype = call.query.device, torch.promote_types(call.query.dtype, torch.float32)
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     visible = None
@@ -66,12 +69,16 @@ def token_mask(call: Call) -> Tensor | None:
         lengths_q, lengths_k = call.cu_seqlens_q.diff(), call.cu_seqlens_k.diff()
         offset = (lengths_k - lengths_q)[query_sequence] if call.batch_size else 0
         visible = query_sequence[:, None] == key_sequence[None, :]
-        inside = _in_window((query_position + offset)[None], key_position[None], call.window_left, call.window_right)
+        inside = _in_window(
+            (query_position + offset)[None], key_position[None], call.window_left, call.window_right
+        )
         visible = (visible & inside[0])[None, None]
     elif (call.window_left, call.window_right) != (-1, -1):
         query_position = torch.arange(seqlen_q, device=device) + seqlen_k - seqlen_q
         key_position = torch.arange(seqlen_k, device=device)
-        visible = _in_window(query_position[None], key_position[None], call.window_left, call.window_right)[None]
+        visible = _in_window(query_position[None], key_position[None], call.window_left, call.window_right)[
+            None
+        ]
     mask = None if call.key_bias is None else call.key_bias[:, None, None, :]
     if call.dense_mask is not None:
         if call.dense_mask.dtype == torch.bool:
@@ -158,10 +165,16 @@ def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
     rows = prompt_rows(call)
     present = (rows >= 0).to(dtype)
     rows = rows.clamp(min=0)
-    prompt_key, prompt_value = call.prompt_key.to(dtype)[rows], call.prompt_value.to(dtype)[rows]  # [B, Hkv, P, D]
+    prompt_key, prompt_value = (
+        call.prompt_key.to(dtype)[rows],
+        call.prompt_value.to(dtype)[rows],
+    )  # [B, Hkv, P, D]
     weight = (gate[rows] if gate.shape[0] > 1 else gate.expand(len(rows), -1)) * present[:, None]  # [B, Hq]
     if call.cu_seqlens_q is None:
-        return weight[:, :, None, None] * _softmax_attention(query, prompt_key, prompt_value, call.scale, None)[0]
+        return (
+            weight[:, :, None, None]
+            * _softmax_attention(query, prompt_key, prompt_value, call.scale, None)[0]
+        )
     total = query.shape[2]
     sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
     tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]
@@ -193,7 +206,9 @@ def _rotate(x: Tensor, start: Tensor, advance: int, cos: Tensor, sin: Tensor, in
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (table[position].to(dtype)[:, None] for table in (cos, sin))  # [B, 1, T, R / 2]
     rotary, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
-    first, second = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :half], rotary[..., half:])
+    first, second = (
+        (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :half], rotary[..., half:])
+    )
     turned = (first * cos - second * sin, first * sin + second * cos)
     rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat([rotated.to(x.dtype), rest], -1)

@@ -1,6 +1,7 @@
 """The registered operators: their schemas, nothing else.
 
-One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak one canonical form, made by `arguments.py`:
+One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak one canonical form, made by
+`arguments.py`:
 
     query [B, Hq, T, D], key / value [B, Hkv, S, D]     any strides, last dimension contiguous
     packed sequences are [1, H, total, D] with int32 cu_seqlens [B + 1]
@@ -8,11 +9,13 @@ One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak 
     gate float32 [1 or N, Hq], raw                      prompt_index int32 [B], -1 = none
     key_bias float32 [B, S]                             added to the scaled scores, -inf = masked
     window_left / window_right                          bottom-right aligned, -1 = unlimited, causal = (.., 0)
-    out                                                 [B, Hq, T, D] stored token-major ([B, T, Hq, D] contiguous)
-    lse float32 [B, Hq, T]                              natural log, token branch, -inf where a row has no key
+    out                                                 [B, Hq, T, D] stored token-major ([B, T, Hq, D]
+    contiguous) lse float32 [B, Hq, T]                              natural log, token branch, -inf where a
+    row has no key
 
-`backward` returns (dq, dk, dv, d prompt_key, d prompt_value, d gate); bit i of `needs` asks for the i-th, one not asked
-for comes back with no elements. dq, dk and dv are stored token-major like `out`, the prompt gradients contiguous.
+`backward` returns (dq, dk, dv, d prompt_key, d prompt_value, d gate); bit i of `needs` asks for the i-th, one
+not asked for comes back with no elements. dq, dk and dv are stored token-major like `out`, the prompt
+gradients contiguous.
 """
 
 import torch
@@ -34,7 +37,8 @@ BACKWARD = (
 DECODE = (
     f"(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? new_key, Tensor? new_value, {_PROMPT}, "
     "Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "float scale, SymInt window_left, SymInt window_right, bool tanh_gate, SymInt num_splits) -> (Tensor out, Tensor lse)"
+    "float scale, SymInt window_left, SymInt window_right, bool tanh_gate, SymInt num_splits) "
+    "-> (Tensor out, Tensor lse)"
 )
 
 library = torch.library.Library(NAMESPACE, "DEF")

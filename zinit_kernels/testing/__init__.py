@@ -1,6 +1,16 @@
 """What judging a kernel takes: named cases, inputs, and the one tolerance rule. For tests and benchmarks only."""
 
-from .cases import CACHE_CASES, CASES, GRADIENTS, CacheCase, Case, Inputs, cumulative, make_cache_arguments, make_inputs
+from .cases import (
+    CACHE_CASES,
+    CASES,
+    GRADIENTS,
+    CacheCase,
+    Case,
+    Inputs,
+    cumulative,
+    make_cache_arguments,
+    make_inputs,
+)
 from .check import assert_within_eager_error, check_cache_case, check_case, gradients
 
 __all__ = [

@@ -143,7 +143,10 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cp
     if case.packed:
         total_q, total_k = sum(lengths_q), sum(lengths_k)
         query = normal(total_q, case.heads_q, case.head_dim)
-        key, value = normal(total_k, case.heads_kv, case.head_dim), normal(total_k, case.heads_kv, case.head_dim)
+        key, value = (
+            normal(total_k, case.heads_kv, case.head_dim),
+            normal(total_k, case.heads_kv, case.head_dim),
+        )
         table_shape: tuple[int, ...] = (rows, case.prompt_length, case.heads_kv, case.head_dim)
         options.update(
             cu_seqlens_q=cumulative(lengths_q).to(device), cu_seqlens_k=cumulative(lengths_k).to(device),
@@ -286,7 +289,11 @@ def make_cache_arguments(case: CacheCase, dtype: torch.dtype, seed: int = 0) -> 
     page_size = case.page_size or case.capacity
     pages_each = -(-case.capacity // page_size)
     num_blocks = batch * pages_each + (3 if case.page_size else 0)
-    shape = (num_blocks, heads_kv, page_size, head_dim) if case.head_major else (num_blocks, page_size, heads_kv, head_dim)
+    shape = (
+        (num_blocks, heads_kv, page_size, head_dim)
+        if case.head_major
+        else (num_blocks, page_size, heads_kv, head_dim)
+    )
     caches = [torch.full(shape, float("nan")).to(dtype) for _ in range(2)]
     if case.head_major:
         caches = [cache.transpose(1, 2) for cache in caches]
@@ -295,7 +302,9 @@ def make_cache_arguments(case: CacheCase, dtype: torch.dtype, seed: int = 0) -> 
     for sequence, seqlen in enumerate(case.seqlens):
         for cache in caches:
             for position in range(seqlen):
-                cache[table[sequence, position // page_size], position % page_size] = normal(heads_kv, head_dim)
+                cache[table[sequence, position // page_size], position % page_size] = normal(
+                    heads_kv, head_dim
+                )
     block_table = table.to(torch.int32)
     for sequence, seqlen in enumerate(case.seqlens):
         used = -(-(seqlen + (case.seqlen_q if case.append else 0)) // page_size)
@@ -326,5 +335,3 @@ def make_cache_arguments(case: CacheCase, dtype: torch.dtype, seed: int = 0) -> 
     if case.table == "indexed":
         arguments_["prompt_index"] = torch.tensor([-1, *range(1, batch)], dtype=torch.int32)
     return arguments_
-
-

@@ -1,7 +1,9 @@
 """The one tolerance rule, and whole cases judged by it.
 
-Against the float64 reference a kernel may err at most twice as much as the same formula in eager PyTorch at the kernel's dtype
-does, plus one rounding unit: of the dtype at the size of the result, and of float32 at the size of the terms it sums.
+Against the float64 reference a kernel may err at most twice as much as the same formula in eager PyTorch at
+the kernel's dtype
+does, plus one rounding unit: of the dtype at the size of the result, and of float32 at the size of the terms
+    it sums.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ def projections(outputs: tuple[Tensor, Tensor | None], seed: int = 1) -> list[Te
     """The random gradients that the outputs are given; a row without keys has a constant lse and gets none."""
     random = torch.Generator().manual_seed(seed)
     return [
-        None if o is None else torch.randn(o.shape, generator=random).to(o.device).masked_fill(o == float("-inf"), 0)
+        None
+        if o is None
+        else torch.randn(o.shape, generator=random).to(o.device).masked_fill(o == float("-inf"), 0)
         for o in outputs
     ]
 
@@ -43,14 +47,18 @@ def gradients(outputs: tuple[Tensor, Tensor | None], inputs: Inputs) -> dict[str
 def assert_within_eager_error(
     name: str, actual: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, terms: float = 0.0
 ) -> None:
-    """The rule at the top of this file, in the largest absolute error over the tensor; `terms` as `magnitudes` gives it."""
-    assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    """The rule at the top of this file, in the largest absolute error; `terms` as `magnitudes` gives it."""
+    assert actual.shape == oracle.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
+    )
     if oracle.numel() == 0:
         return
     hollow = oracle == float("-inf")
     assert torch.equal(actual == float("-inf"), hollow), f"{name}: -inf in other places than the reference"
     actual, eager, oracle = (t.double().masked_fill(hollow, 0) for t in (actual, eager, oracle))
-    assert torch.isfinite(actual).all(), f"{name}: {(~torch.isfinite(actual)).sum()} of {actual.numel()} values not finite"
+    assert torch.isfinite(actual).all(), (
+        f"{name}: {(~torch.isfinite(actual)).sum()} of {actual.numel()} values not finite"
+    )
     error, allowed = (actual - oracle).abs(), (eager - oracle).abs().max().item()
     rounding = torch.finfo(dtype).eps * oracle.abs().max().item() + torch.finfo(torch.float32).eps * terms
     worst = error.max().item()
@@ -96,15 +104,21 @@ def check_cache_case(case: CacheCase, dtype: torch.dtype, backend: str, seed: in
     with_lse = backend != "composed"
     result = zero_init_attention_with_kvcache(**ours, backend=backend, return_lse=with_lse)
     out, lse = result if with_lse else (result, None)
-    expected_out, expected_lse = zero_init_attention_with_kvcache(**oracle, backend="reference", return_lse=True)
+    expected_out, expected_lse = zero_init_attention_with_kvcache(
+        **oracle, backend="reference", return_lse=True
+    )
     eager_out, eager_lse = _eager_with_cache(eager, dtype)
     assert_within_eager_error("out", out, eager_out, expected_out, dtype)
     if lse is not None:
         assert_within_eager_error("lse", lse, eager_lse, expected_lse, torch.float32)
     for name in ("k_cache", "v_cache"):
         written = ~torch.isnan(oracle[name])
-        assert torch.equal(~torch.isnan(ours[name]), written), f"{name}: other slots were written than expected"
-        assert_within_eager_error(name, ours[name][written], eager[name][written], oracle[name][written], dtype)
+        assert torch.equal(~torch.isnan(ours[name]), written), (
+            f"{name}: other slots were written than expected"
+        )
+        assert_within_eager_error(
+            name, ours[name][written], eager[name][written], oracle[name][written], dtype
+        )
 
 
 def _eager_with_cache(case_arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """How large the terms are that an output or a gradient sums: the unit its float32 rounding is measured in.
 
-A gradient can cancel to nothing (one key: dS = A (dP - delta) = 0), and then neither its own size nor eager's luck says what
-rounding is fair. So every sum of the formulas is evaluated in float64 with the absolute values of its terms.
+A gradient can cancel to nothing (one key: dS = A (dP - delta) = 0), and then neither its own size nor eager's
+luck says what rounding is fair. So every sum of the formulas is evaluated in float64 with the absolute values
+of its terms.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import Call
+from ..calls import Call
 
 
 class _Sequence(NamedTuple):
@@ -89,10 +90,17 @@ def _sequences(call: Call) -> Iterator[_Sequence]:
             batch = 0
             if rows.start == rows.stop:
                 continue
-        key, value = (t[batch, :, columns].nan_to_num(0).repeat_interleave(group, 0) for t in (call.key, call.value))
+        key, value = (
+            t[batch, :, columns].nan_to_num(0).repeat_interleave(group, 0) for t in (call.key, call.value)
+        )
         prompts: tuple[Tensor | None, ...] = (None, None, None)
         row = int(reference.prompt_rows(call)[b]) if call.prompt_key is not None else -1
-        if row >= 0 and call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
+        if (
+            row >= 0
+            and call.prompt_key is not None
+            and call.prompt_value is not None
+            and call.gate is not None
+        ):
             gate = call.gate[row if call.gate.shape[0] > 1 else 0]
             prompts = (
                 call.prompt_key[row].repeat_interleave(group, 0),

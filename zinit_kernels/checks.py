@@ -1,0 +1,150 @@
+"""The checks behind the error messages: of shapes, dtypes and devices, and of the values that point into memory.
+
+All but `check_values` look at metadata alone, so they cost no synchronisation and trace under torch.compile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .calls import CacheCall, Call
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_values(call: Call | CacheCall) -> None:
+    """The checks that must read tensors, for eager calls on host memory; the native kernels do the same ones."""
+    if torch.compiler.is_compiling() or call.query.device.type != "cpu":
+        return
+    if call.prompt_index is not None and call.prompt_key is not None and len(call.prompt_index):
+        low, high, rows = int(call.prompt_index.min()), int(call.prompt_index.max()), call.prompt_key.shape[0]
+        if low < -1 or high >= rows:
+            raise ValueError(
+                f"prompt_index must lie in -1 (no prompt) .. {rows - 1}, the rows of the prompt table, got "
+                f"{low if low < -1 else high}"
+            )
+    if isinstance(call, CacheCall):
+        _check_cache_values(call)
+    elif call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        _check_cumulative(
+            "cu_seqlens_q", call.cu_seqlens_q, call.query.shape[2], call.max_seqlen_q, "max_seqlen_q"
+        )
+        _check_cumulative(
+            "cu_seqlens_k", call.cu_seqlens_k, call.key.shape[2], call.max_seqlen_k, "max_seqlen_k"
+        )
+
+
+def _check_cache_values(call: CacheCall) -> None:
+    appended = 0 if call.new_key is None else call.new_key.shape[2]
+    page_size = call.key_cache.shape[2]
+    capacity = page_size if call.block_table is None else page_size * call.block_table.shape[1]
+    for sequence, seqlen in enumerate(call.cache_seqlens.tolist()):
+        if seqlen < 0 or seqlen + appended > capacity:
+            raise ValueError(
+                f"cache_seqlens[{sequence}] = {seqlen} plus {appended} new tokens must lie in 0 .. {capacity}, "
+                "the capacity of the cache: make the cache longer (or give the sequence more pages)"
+            )
+        if call.block_table is not None:
+            used = call.block_table[sequence, : -(-(seqlen + appended) // page_size)]
+            if len(used) and (int(used.min()) < 0 or int(used.max()) >= call.key_cache.shape[0]):
+                raise ValueError(
+                    f"block_table[{sequence}] names pages {used.tolist()}, the pool has {call.key_cache.shape[0]} pages"
+                )
+        if (
+            call.rotary_cos is not None
+            and seqlen + max(appended, call.query.shape[2]) > call.rotary_cos.shape[0]
+        ):
+            raise ValueError(
+                f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs "
+                f"{seqlen + max(appended, call.query.shape[2])}"
+            )
+
+
+def _check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int, longest_name: str) -> None:
+    lengths = cu_seqlens.diff().tolist()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"{name} must start at 0, never decrease and end at the {total} packed rows, got {cu_seqlens.tolist()}"
+        )
+    if max(lengths, default=0) > longest:
+        raise ValueError(
+            f"{longest_name} must be at least the longest sequence, {max(lengths)}, got {longest}"
+        )
+
+
+def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(tensor.shape)}")
+    if like is None:
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: cast it with {name}.to(...)"
+            )
+        return
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{name} must have the query's dtype {like.dtype}, got {tensor.dtype}: cast one of the two"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the query's device {like.device}, got {tensor.device}: move one of the two"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(
+        e is not None and s != e for s, e in zip(shape, expected, strict=True)
+    ):
+        raise ValueError(f"{name} must have shape {spell(expected)}, got {tuple(shape)}")
+
+
+def spell(expected: tuple[int | None | str, ...]) -> str:
+    words = ["*" if e is None else str(e) for e in expected]
+    return f"({', '.join(words)}{',' if len(words) == 1 else ''})"
+
+
+def check_groups(heads_q: int, heads_kv: int, seqlen_q: int, name: str, layout: str) -> None:
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        hint = ""
+        if heads_kv and seqlen_q % heads_kv == 0 and seqlen_q:
+            hint = f"; are heads and tokens swapped? The layout here is {layout}"
+        raise ValueError(
+            f"the {heads_q} heads of {name} must be a multiple of the {heads_kv} key/value heads{hint}"
+        )
+
+
+def check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> None:
+    if (cos is None) != (sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together, or neither")
+    if cos is None or sin is None:
+        return
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if (
+            table.dim() != 2
+            or table.shape != cos.shape
+            or 2 * table.shape[1] > head_dim
+            or not table.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name} must be a floating-point table [max positions, rotary_dim / 2] with rotary_dim <= {head_dim}, "
+                f"the same shape as its pair, got {tuple(table.shape)} of {table.dtype}"
+            )
+        if table.device != q.device:
+            raise ValueError(f"{name} must be on the query's device {q.device}, got {table.device}")
+
+
+def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+        came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an int32 tensor, got {came}")
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{name} must have {dims} dimension{'s' * (dims > 1)}, got shape {tuple(tensor.shape)}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
+    return tensor.to(torch.int32).contiguous()

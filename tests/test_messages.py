@@ -1,0 +1,147 @@
+"""Every refusal names the argument, what was expected, what came, and what to do; explain says what would run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zinit_kernels import (
+    explain,
+    prompt_attention_,
+    zero_init_attention,
+    zero_init_attention_varlen,
+    zero_init_attention_with_kvcache,
+)
+
+
+def sdpa(**changed):
+    x = torch.randn
+    given = {
+        "query": x(2, 4, 6, 8), "key": x(2, 2, 6, 8), "value": x(2, 2, 6, 8), "prompt_key": x(1, 2, 3, 8),
+        "prompt_value": x(1, 2, 3, 8), "gate": torch.ones(4),
+    }  # fmt: skip
+    return given | changed
+
+
+def varlen(**changed):
+    x, cu = torch.randn, torch.tensor([0, 2, 6], dtype=torch.int32)
+    given = {
+        "q": x(6, 4, 8), "k": x(6, 2, 8), "v": x(6, 2, 8), "prompt_k": x(1, 3, 2, 8), "prompt_v": x(1, 3, 2, 8),
+        "gate": torch.ones(4), "cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 4, "max_seqlen_k": 4,
+    }  # fmt: skip
+    return given | changed
+
+
+def cache(**changed):
+    x = torch.randn
+    given = {
+        "q": x(2, 1, 4, 8), "k_cache": x(2, 16, 2, 8), "v_cache": x(2, 16, 2, 8),
+        "k": x(2, 1, 2, 8), "v": x(2, 1, 2, 8),
+        "prompt_k": x(3, 2, 8), "prompt_v": x(3, 2, 8), "gate": 0.5, "cache_seqlens": torch.tensor([3, 4]),
+    }  # fmt: skip
+    return given | changed
+
+
+x, i32 = torch.randn, torch.int32
+REFUSED = {
+    "list": (sdpa, {"query": [1.0]}, TypeError, "query must be a tensor"),
+    "three_dims": (sdpa, {"query": x(4, 6, 8)}, ValueError, r"query must have 4 dimensions .*\(4, 6, 8\)"),
+    "integers": (sdpa, {"query": torch.ones(2, 4, 6, 8, dtype=i32)}, TypeError, "query must be float32.*int32"),
+    "dtype": (sdpa, {"key": x(2, 2, 6, 8).half()}, TypeError, "key must have the query's dtype torch.float32"),
+    "batch": (sdpa, {"key": x(3, 2, 6, 8)}, ValueError, r"key must have shape \(2, \*, \*, 8\), got \(3, 2, 6, 8\)"),
+    "value": (sdpa, {"value": x(2, 2, 5, 8)}, ValueError, r"value must have shape \(2, 2, 6, 8\)"),
+    "heads": (sdpa, {"query": x(2, 5, 6, 8)}, ValueError, "5 heads of query must be a multiple of the 2"),
+    "swapped": (sdpa, {"query": x(2, 6, 4, 8), "key": x(2, 4, 4, 8), "value": x(2, 4, 4, 8)}, ValueError, "swapped"),
+    "prompt_heads": (sdpa, {"prompt_key": x(1, 4, 3, 8)}, ValueError, r"prompt_key must have shape \(N, 2, P, 8\)"),
+    "prompt_layout": (sdpa, {"prompt_key": x(1, 3, 2, 8)}, ValueError, "heads and prompts look swapped"),
+    "prompt_lengths": (sdpa, {"prompt_value": x(1, 2, 4, 8)}, ValueError, "must have the same shape"),
+    "prompt_long": (sdpa, {"prompt_key": x(1, 2, 129, 8), "prompt_value": x(1, 2, 129, 8)}, ValueError, "at most 128"),
+    "prompt_alone": (sdpa, {"gate": None}, ValueError, "prompt_key, prompt_value and gate must be given together"),
+    "gate_alone": (sdpa, {"prompt_key": None, "prompt_value": None}, ValueError, "gate and prompt_index need prompt"),
+    "gate_size": (sdpa, {"gate": torch.ones(3)}, ValueError, r"gate must hold 1 or 4 values.*got \(3,\)"),
+    "gate_integer": (sdpa, {"gate": torch.ones(4, dtype=i32)}, TypeError, "gate must be a floating-point"),
+    "activation": (sdpa, {"gate_activation": "sigmoid"}, ValueError, "gate_activation must be one of.*sigmoid"),
+    "rows": (sdpa, {"prompt_key": x(3, 2, 3, 8), "prompt_value": x(3, 2, 3, 8)}, ValueError, "3 rows for a batch of 2"),
+    "index_size": (sdpa, {"prompt_index": torch.zeros(3, dtype=i32)}, ValueError, r"prompt_index must.*\(2,\)"),
+    "index_float": (sdpa, {"prompt_index": torch.zeros(2)}, TypeError, "prompt_index must be an int32"),
+    "causal": (sdpa, {"query": x(2, 4, 1, 8), "is_causal": True}, ValueError, "with_kvcache"),
+    "window": (sdpa, {"window_size": 5}, TypeError, r"window_size must be \(left, right\)"),
+    "window_negative": (sdpa, {"window_size": (-2, 0)}, ValueError, "numbers >= -1"),
+    "mask_shape": (sdpa, {"attn_mask": torch.ones(2, 7) > 0}, ValueError, r"\[B, S\] = \(2, 6\)"),
+    "mask_type": (sdpa, {"attn_mask": torch.ones(2, 6, dtype=i32)}, TypeError, "attn_mask must be a bool"),
+    "mask_ambiguous": (
+        sdpa,
+        {name: t.repeat(3, 1, 1, 1) for name, t in sdpa().items() if name in ("query", "key", "value")}
+        | {"attn_mask": torch.ones(6, 6) > 0},
+        ValueError,
+        "key padding.*dense",
+    ),
+    "backend": (sdpa, {"backend": "cublas"}, ValueError, "backend must be 'auto' or one of"),
+    "unknown": (sdpa, {"dropout_p": 0.1}, TypeError, "dropout_p"),
+    "named_backend": (sdpa, {"attn_mask": x(2, 4, 6, 6), "backend": "cpu"}, ValueError, "cannot run.*use backend="),
+    "packed_dims": (varlen, {"q": x(1, 6, 4, 8)}, ValueError, "q must have 3 dimensions"),
+    "cu_float": (varlen, {"cu_seqlens_q": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens_q must be an int32"),
+    "cu_sizes": (varlen, {"cu_seqlens_q": torch.tensor([0, 6])}, ValueError, "must both hold B . 1"),
+    "max_tensor": (varlen, {"max_seqlen_q": torch.tensor(4)}, TypeError, "max_seqlen_q must be a Python int"),
+    "cache_pair": (cache, {"v": None}, ValueError, "k and v must be given together"),
+    "cache_batch": (cache, {"k_cache": x(3, 16, 2, 8)}, ValueError, r"k_cache must have shape \(2, \*, \*, 8\)"),
+    "cache_strides": (cache, {"k_cache": x(2, 16, 8, 2).transpose(2, 3)}, ValueError, "contiguous in its last"),
+    "cache_grad": (cache, {"k_cache": x(2, 16, 2, 8).requires_grad_()}, ValueError, "no backward"),
+    "seqlens": (cache, {"cache_seqlens": torch.tensor([3])}, ValueError, r"cache_seqlens must have shape \(2,\)"),
+    "rotary_pair": (cache, {"rotary_cos": x(16, 4)}, ValueError, "rotary_cos and rotary_sin must be given together"),
+    "rotary_wide": (cache, {"rotary_cos": x(16, 5), "rotary_sin": x(16, 5)}, ValueError, "rotary_dim <= 8"),
+    "splits": (cache, {"num_splits": -1}, ValueError, "num_splits"),
+}  # fmt: skip
+FUNCTIONS = {
+    sdpa: zero_init_attention,
+    varlen: zero_init_attention_varlen,
+    cache: zero_init_attention_with_kvcache,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    build, changed, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        FUNCTIONS[build](**build(**changed))
+
+
+def test_prompt_attention_refuses_another_shape():
+    given = varlen()
+    with pytest.raises(ValueError, match="out must have the shape and dtype of q"):
+        prompt_attention_(x(5, 4, 8), given["q"], given["prompt_k"], given["prompt_v"], 0.5)
+
+
+@pytest.mark.native
+def test_explain_names_the_choice_and_every_reason():
+    found = explain(**sdpa())
+    assert found.selected == "cpu" and set(found) == {"cpu", "composed", "reference"}
+    assert found["cpu"] == "usable" and "-> cpu: usable" in str(found)
+    dense = explain(**sdpa(attn_mask=x(2, 4, 6, 6)))
+    assert dense.selected == "composed" and "attn_mask depends on the query" in dense["cpu"]
+    double = explain(**{n: t.double() for n, t in sdpa().items()})
+    assert double.selected == "composed" and "float64" in double["cpu"]
+    assert explain(**varlen()).selected == explain(**cache()).selected == "cpu"
+    assert explain(*varlen().values()).selected == "cpu"
+    wide = {n: x(*t.shape[:-1], 300) if t.dim() > 1 else t for n, t in sdpa().items()}
+    assert "head_dim must be 1 to 256" in explain(**wide)["cpu"]
+    assert explain(**sdpa(), backend="reference").selected == "reference"
+    assert "log-sum-exp" in explain(**sdpa(), return_lse=True)["composed"]
+
+
+@pytest.mark.native
+def test_the_choice_is_logged_once_per_shape_class():
+    program = (
+        "import torch, zinit_kernels as z\n"
+        "for t in (3, 5, 9):\n"
+        "    x = torch.randn(1, 2, t, 16); z.zero_init_attention(x, x, x)\n"
+        "x = torch.randn(1, 2, 3, 32); z.zero_init_attention(x, x, x)\n"
+    )
+    environment = {**os.environ, "ZINIT_LOG": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    lines = [line for line in ran.stderr.splitlines() if "zinit_kernels:" in line]
+    assert len(lines) == 2 and all("cpu for batch torch.float32" in line for line in lines)

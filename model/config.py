@@ -30,6 +30,18 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def to_hf(self) -> dict[str, Any]:
+        """config.json's rope_scaling."""
+        if self.kind == "linear":
+            return {"rope_type": self.kind, "factor": self.factor}
+        return {
+            "rope_type": self.kind,
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_seq_len,
+        }
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -149,6 +161,33 @@ class LlamaConfig:
             bos_id=128000 if vocab_size == 128256 else 1,
             eos_ids=(128001, 128008, 128009) if vocab_size == 128256 else (2,),
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that `from_hf` and transformers read this from."""
+        mistral = self.sliding_window is not None
+        config = {
+            "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+            "model_type": "mistral" if mistral else "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads_q,
+            "num_key_value_heads": self.num_heads_kv,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_seq_len,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
+        }
+        if mistral:
+            config["sliding_window"] = self.sliding_window
+        if self.rope_scaling is not None:
+            config["rope_scaling"] = self.rope_scaling.to_hf()
+        return config
 
 
 @dataclass(frozen=True)

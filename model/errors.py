@@ -1,7 +1,28 @@
-"""The one exception the programs show as a sentence instead of a traceback."""
+"""The one exception the programs show as a sentence instead of a traceback, and how they do it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user passed or a file they named is wrong. The message is one sentence that says what and
-    what to do.
-    """
+    """Something the user passed, or a file they named, is wrong. One sentence: what, and what to do."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a program's main; what the user can mend is one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_tell(str(error)))
+    except OSError as error:  # no space left, no permission, no such file
+        file = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(_tell(f"{file}{error.strerror or error}."))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _tell(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2

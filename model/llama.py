@@ -13,6 +13,7 @@ B sequences, T tokens, C hidden size, Hq / Hkv heads, D head_dim. Parameter name
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,6 +56,16 @@ class KVCache:
             batch_size, dtype=torch.int32, device=device
         )  # tokens in the cache, per sequence
         self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
+
+    def select(self, sequences: list[int]) -> KVCache:
+        """A cache of these sequences alone."""
+        chosen = copy.copy(self)
+        index = torch.tensor(sequences, device=self.lengths.device)
+        chosen.keys, chosen.values = (
+            c.transpose(2, 3)[:, index].transpose(2, 3) for c in (self.keys, self.values)
+        )
+        chosen.lengths = self.lengths[index]
+        return chosen
 
 
 class Layout(NamedTuple):

@@ -1,0 +1,63 @@
+"""Adapters between disk and model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from zinit_kernels import checkpoints
+
+from .adapter import LlamaAdapter
+from .config import AdapterConfig, LlamaConfig
+from .errors import UserError
+
+
+def save_adapter(
+    path: str | Path,
+    adapter: LlamaAdapter,
+    model: LlamaConfig,
+    format: str = "zinit",
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the adapter of a `model` atomically; `format` is one of `zinit_kernels.checkpoints.FORMATS`."""
+    checkpoint = checkpoints.AdapterCheckpoint(
+        prompts=adapter.prompts.detach(),
+        gates=adapter.gates.detach(),
+        gate_activation=adapter.config.gate_activation,
+        layers=adapter.layers,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads_q,
+        metadata=metadata or {},
+    )
+    try:
+        checkpoints.save_adapter(path, checkpoint, format)
+    except checkpoints.CheckpointError as error:
+        raise UserError(f"{error}.") from error
+
+
+def load_adapter(
+    path: str | Path,
+    model: LlamaConfig,
+    prompt_length: int | None = None,
+    gate_activation: str | None = None,
+) -> LlamaAdapter:
+    """The adapter of a file for a base of this shape; the two options are those of
+    `checkpoints.load_adapter`.
+    """
+    try:
+        checkpoint = checkpoints.load_adapter(
+            path, prompt_length=prompt_length, gate_activation=gate_activation
+        ).check_base(model.hidden_size, model.num_layers, model.num_heads_q)
+    except checkpoints.CheckpointError as error:
+        raise UserError(f"{error}.") from error
+    if checkpoint.layers[0] != model.num_layers - len(checkpoint.layers):
+        raise UserError(
+            f"{path} adapts layers {list(checkpoint.layers)}, only the topmost ones are supported."
+        )
+    length = checkpoint.prompts.shape[1]
+    adapter = LlamaAdapter(model, AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation))
+    with torch.no_grad():
+        adapter.prompts.copy_(checkpoint.prompts)
+        adapter.gates.copy_(checkpoint.gates)  # one gate per layer stands for all its heads
+    return adapter

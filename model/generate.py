@@ -1,0 +1,280 @@
+"""Generation: ragged prompts in one packed pass into the cache, then one token for every sequence at a time.
+
+python -m model.generate --base DIR --adapter FILE --instruction "Name three primary colours."
+python -m model.generate --base DIR --prompts-file prompts.txt --batch-size 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from .adapter_files import load_adapter
+from .data import format_prompt
+from .errors import UserError, run_program
+from .llama import Adapter, KVCache, Llama
+from .loading import load_base
+from .tokenizer import Tokenizer, load_tokenizer
+
+# Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
+Watch = Callable[[int, list[int]], bool | None]
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    adapter: Adapter | None = None,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.1,
+    top_p: float = 0.75,
+    seed: int = 0,
+    eos_ids: Sequence[int] | None = None,
+    watch: Watch | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, end-of-sequence left out.
+
+    temperature 0 takes the likeliest token; otherwise one is drawn from the smallest set of tokens whose
+    probability reaches top_p. Prompt i draws from its own generator, seeded seed + i: what comes out does not
+    depend on what else is in the batch. eos_ids None = the model's. Raises UserError, before any work, for an
+    empty prompt or one that with max_new_tokens does not fit the model's context.
+    """
+    check_request(model, prompts, max_new_tokens, temperature, top_p)
+    stops = set(model.config.eos_ids if eos_ids is None else eos_ids)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    if not prompts or max_new_tokens == 0:
+        return outputs
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+    rows = list(range(len(prompts)))  # row of the batch -> its prompt
+    capacity = max(map(len, prompts)) + max_new_tokens
+    cache = KVCache(model.config, len(prompts), capacity, model.dtype, model.device)
+    hidden = _prefill(model, prompts, adapter, cache)
+    running = set(rows)
+    for step in range(1, max_new_tokens + 1):
+        tokens = choose(model.logits(hidden), temperature, top_p, [generators[i] for i in rows])
+        for index, token in zip(rows, tokens.tolist(), strict=True):
+            if index not in running:
+                continue
+            if token in stops:
+                running.discard(index)
+                continue
+            outputs[index].append(token)
+            if watch is not None and watch(index, outputs[index]):
+                running.discard(index)
+        if not running or step == max_new_tokens:
+            break
+        if 2 * len(running) <= len(
+            rows
+        ):  # halving: the copies cost no more than one pass over the first cache
+            kept = [row for row, index in enumerate(rows) if index in running]
+            cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
+        hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
+    return outputs
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token for each row of logits [B, vocab_size], int64 [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    cumulative = probabilities.cumsum(-1)
+    kept = probabilities.masked_fill(cumulative - probabilities > top_p, 0).cumsum(-1)
+    draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(kept.device)
+    index = torch.searchsorted(kept, (draws * kept[:, -1])[:, None], right=True)
+    return order.gather(-1, index.clamp(max=order.shape[-1] - 1)).squeeze(-1)
+
+
+def _prefill(
+    model: Llama, prompts: Sequence[Sequence[int]], adapter: Adapter | None, cache: KVCache
+) -> Tensor:
+    """All prompts in one packed pass; the hidden state of each one's last token, [B, C]."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ends = lengths.cumsum(0)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(model.device, torch.int32)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    hidden = model.hidden_states(
+        tokens, adapter, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()), cache=cache
+    )
+    return hidden[ends - 1]
+
+
+def check_request(
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
+) -> None:
+    if max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            "max_new_tokens and temperature must not be negative and top_p must lie in (0, 1], got "
+            f"{max_new_tokens}, {temperature} and {top_p}."
+        )
+    vocab_size, context = model.config.vocab_size, model.config.max_seq_len
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} has no tokens.")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(f"prompt {index} holds token ids outside the model's vocabulary of {vocab_size}.")
+        if len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
+                f"model's context of {context}: ask for at most {max(context - len(prompt), 0)} new tokens."
+            )
+
+
+class Watcher:
+    """Ends a sequence at a stop string, streams its text to the terminal, counts tokens for the progress
+    line.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stream: bool):
+        self.tokenizer, self.stop, self.stream = tokenizer, stop, stream
+        self.shown = 0  # characters of the one streamed answer
+        self.count = 0
+
+    def __call__(self, index: int, tokens: list[int]) -> bool:
+        self.count += 1
+        if not self.stream and not self.stop:
+            return False
+        text = self.tokenizer.decode(tokens)
+        stopped = any(stop in text for stop in self.stop)
+        if self.stream:
+            self.show(text, stopped)
+        return stopped
+
+    def show(self, text: str, last: bool) -> None:
+        """Prints what is new in text, short of what the next tokens may still change: half a character, half
+        a stop.
+        """
+        text = self.cut(text)
+        settled = text if last else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if not last:
+            settled = settled[: len(settled) - _overlap(settled, self.stop)]
+        print(settled[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(settled))
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))]
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of text that begins a stop string."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.generate", description="Generate with a LLaMA and an adapter."
+    )
+    parser.add_argument(
+        "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
+    )
+    parser.add_argument("--adapter", type=Path, help="adapter file; without it the base alone answers")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="text to go on from, as it is")
+    asked.add_argument("--instruction", help="an instruction, put into the Alpaca template")
+    asked.add_argument(
+        "--prompts-file", type=Path, help="one prompt a line; answers come as one JSON object a line"
+    )
+    parser.add_argument("--input", default="", help="the input that belongs to --instruction")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--temperature", type=float, default=0.1, help="0 = greedy (default: 0.1)")
+    parser.add_argument("--top-p", type=float, default=0.75, help="default: 0.75")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end an answer at this text; may be repeated"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--backend", default="auto", help="attention backend of zinit_kernels (default: auto)"
+    )
+    return parser.parse_args()
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """A prompt a line; in a .jsonl file {"prompt"} or {"instruction", "input"} a line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    if path.suffix == ".jsonl":
+        prompts = [_prompt_of(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from error
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return record["prompt"]
+    if isinstance(record, dict) and isinstance(record.get("instruction"), str):
+        return format_prompt(record["instruction"], str(record.get("input") or ""))
+    raise UserError(f'{where}: expected an object with "prompt" or "instruction", got {line[:60]}.')
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    many = arguments.prompts_file is not None
+    if many:
+        texts = _read_prompts(arguments.prompts_file)
+    elif arguments.instruction is not None:
+        texts = [format_prompt(arguments.instruction, arguments.input)]
+    else:
+        texts = [arguments.prompt]
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    model = load_base(arguments.base, dtype, arguments.device).freeze().set_backend(arguments.backend)
+    tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
+    adapter = None
+    if arguments.adapter is not None:
+        adapter = load_adapter(arguments.adapter, model.config).to(arguments.device)
+    prompts = [tokenizer.encode(text) for text in texts]
+    check_request(model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
+
+    watcher = Watcher(tokenizer, arguments.stop, stream=not many)
+    start = time.perf_counter()
+    with Progress(console=Console(stderr=True), transient=True, disable=not many) as progress:
+        task = progress.add_task("prompts", total=len(prompts))
+        for first in range(0, len(prompts), arguments.batch_size):
+            batch = prompts[first : first + arguments.batch_size]
+            outputs = generate(
+                model, batch, adapter, max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed + first,
+                eos_ids=eos_ids, watch=watcher,
+            )  # fmt: skip
+            for text, output in zip(texts[first:], outputs, strict=False):
+                answer = watcher.cut(tokenizer.decode(output))
+                if many:
+                    print(json.dumps({"prompt": text, "output": answer}, ensure_ascii=False), flush=True)
+                else:
+                    watcher.show(answer, last=True)
+                    print()
+            progress.advance(task, len(batch))
+    seconds = time.perf_counter() - start
+    rate = watcher.count / seconds
+    print(f"{watcher.count} tokens in {seconds:.2f} s, {rate:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,111 @@
+"""Text to token ids and back: tokenizer.json by the tokenizers library, tokenizer.model by sentencepiece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+# The special tokens of the LLaMA family, for a tokenizer.json without tokenizer_config.json beside it
+_BOS_TOKENS = ("<|begin_of_text|>", "<s>")
+_EOS_TOKENS = ("<|end_of_text|>", "</s>")
+_MAX_PADDING = (
+    1024  # rows an embedding may have beyond the tokenizer's ids; more is another model's tokenizer
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    _encode: Callable[[str], list[int]]
+    _decode: Callable[[Sequence[int]], str]
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Token ids; bos and eos put the beginning and end of sequence around them where the tokenizer has
+        them.
+        """
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        after = [self.eos_id] if eos and self.eos_id is not None else []
+        return before + self._encode(text) + after
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text, special tokens left out."""
+        return self._decode(ids)
+
+    def check_vocabulary(self, vocab_size: int) -> Tokenizer:
+        """Itself if its ids fit an embedding of `vocab_size` rows."""
+        if not self.vocab_size <= vocab_size <= self.vocab_size + _MAX_PADDING:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size} tokens and the model a vocabulary of {vocab_size}: "
+                "they belong to different models."
+            )
+        return self
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.json if it is there, else tokenizer.model."""
+    directory = Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        return _from_json(directory / "tokenizer.json")
+    if (directory / "tokenizer.model").is_file():
+        return _from_sentencepiece(directory / "tokenizer.model")
+    raise UserError(
+        f"{directory} has neither tokenizer.json nor tokenizer.model: put the model's tokenizer there."
+    )
+
+
+def _from_json(path: Path) -> Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path} is not a readable tokenizer.json: {error}.") from error
+    names = _special_tokens(path.with_name("tokenizer_config.json"))
+    ids = []
+    for kind, usual in (("bos_token", _BOS_TOKENS), ("eos_token", _EOS_TOKENS)):
+        candidates = [names[kind]] if names.get(kind) else usual
+        ids.append(next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None))
+    return Tokenizer(
+        tokenizer.get_vocab_size(),
+        *ids,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+    )
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """bos_token and eos_token as tokenizer_config.json names them, by a string or by an object."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    named = {kind: config.get(kind) for kind in ("bos_token", "eos_token")}
+    return {kind: name["content"] if isinstance(name, dict) else name for kind, name in named.items() if name}
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} is not a sentencepiece model; LLaMA 3's tokenizer.model is another format, so put its "
+            "tokenizer.json there instead."
+        ) from error
+    bos, eos = (None if i < 0 else i for i in (processor.bos_id(), processor.eos_id()))
+    return Tokenizer(
+        processor.vocab_size(),
+        bos,
+        eos,
+        processor.encode,
+        lambda ids: processor.decode([int(i) for i in ids]),
+    )

@@ -284,28 +284,8 @@ def _prompt_table(
     if prompt_key is None or prompt_value is None or gate is None:
         raise ValueError(f"{names[0]}, {names[1]} and gate must be given together, or none of them")
 
-    head_dim = query.shape[-1]
-    expected = ("N", heads_kv, "P", head_dim) if head_major else ("N", "P", heads_kv, head_dim)
-    tables = []
-    for name, table in zip(names, (prompt_key, prompt_value), strict=True):
-        if not isinstance(table, Tensor) or not table.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor, got {getattr(table, 'dtype', type(table).__name__)}"
-            )
-        if table.device != query.device:
-            raise ValueError(f"{name} must be on the query's device {query.device}, got {table.device}")
-        if table.dim() == 3:
-            table = table.unsqueeze(0)
-        if table.dim() != 4 or any(
-            isinstance(e, int) and s != e for s, e in zip(table.shape, expected, strict=True)
-        ):
-            swapped = table.dim() == 4 and table.shape[1 if not head_major else 2] == heads_kv
-            hint = "; heads and prompts look swapped, use .transpose(-3, -2)" if swapped else ""
-            raise ValueError(
-                f"{name} must have shape {checks.spell(expected)}, got {tuple(table.shape)}{hint}"
-            )
-        tables.append(_dense_rows(table if head_major else table.transpose(1, 2)))
-    prompt_key, prompt_value = tables
+    prompt_key = _prompt_tensor(names[0], prompt_key, query, heads_kv, head_major)
+    prompt_value = _prompt_tensor(names[1], prompt_value, query, heads_kv, head_major)
     if prompt_key.shape != prompt_value.shape:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same shape, got {tuple(prompt_key.shape)} and "
@@ -327,6 +307,25 @@ def _prompt_table(
     return prompt_key, prompt_value, _gate(gate, rows, heads_q, query), prompt_index
 
 
+def _prompt_tensor(name: str, table: Tensor, query: Tensor, heads_kv: int, head_major: bool) -> Tensor:
+    """A checked [N, Hkv, P, D] view."""
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        came = table.dtype if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+    if table.device != query.device:
+        raise ValueError(f"{name} must be on the query's device {query.device}, got {table.device}")
+    if table.dim() == 3:
+        table = table.unsqueeze(0)
+    heads, prompts = (1, 2) if head_major else (2, 1)
+    head_dim = query.shape[-1]
+    if table.dim() != 4 or table.shape[heads] != heads_kv or table.shape[3] != head_dim:
+        expected = ("N", heads_kv, "P", head_dim) if head_major else ("N", "P", heads_kv, head_dim)
+        swapped = table.dim() == 4 and table.shape[prompts] == heads_kv
+        hint = "; heads and prompts look swapped, use .transpose(-3, -2)" if swapped else ""
+        raise ValueError(f"{name} must have shape {checks.spell(expected)}, got {tuple(table.shape)}{hint}")
+    return _dense_rows(table if head_major else table.transpose(1, 2))
+
+
 def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tensor:
     """[1 or N, Hq] in the softmax's precision; the raw gate, before its activation."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -336,7 +335,7 @@ def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tenso
         raise TypeError(f"gate must be a floating-point tensor, got {gate.dtype}")
     if gate.device != query.device:
         raise ValueError(f"gate must be on the query's device {query.device}, got {gate.device}")
-    gate = gate.to(dtype)
+    gate = gate if gate.dtype == dtype else gate.to(dtype)
     shape = tuple(gate.shape)
     if shape == (1, heads_q):
         return gate.contiguous()

@@ -96,10 +96,15 @@ def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     shape = tensor.shape
-    if len(shape) != len(expected) or any(
-        e is not None and s != e for s, e in zip(shape, expected, strict=True)
-    ):
-        raise ValueError(f"{name} must have shape {spell(expected)}, got {tuple(shape)}")
+    if shape == expected:
+        return
+    if len(shape) == len(expected):
+        for size, wanted in zip(shape, expected, strict=True):
+            if wanted is not None and size != wanted:
+                break
+        else:
+            return
+    raise ValueError(f"{name} must have shape {spell(expected)}, got {tuple(shape)}")
 
 
 def spell(expected: tuple[int | None | str, ...]) -> str:
@@ -147,4 +152,8 @@ def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
         )
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
-    return tensor.to(torch.int32).contiguous()
+    return (
+        tensor
+        if tensor.dtype == torch.int32 and tensor.is_contiguous()
+        else tensor.to(torch.int32).contiguous()
+    )

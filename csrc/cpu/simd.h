@@ -13,7 +13,7 @@ namespace zinit::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kMaxFloat = 3.40282347e38f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -30,7 +30,8 @@ inline Vec exp2(Vec x) {
   return scale_by_power(p, n);
 }
 
-inline Vec exp2_clamped(Vec x) { return exp2(max(x, broadcast(-200.f))); }
+// max returns its second operand where one is NaN: NaN stays.
+inline Vec exp2_clamped(Vec x) { return exp2(max(broadcast(-200.f), x)); }
 
 }  // namespace
 }  // namespace zinit::cpu

@@ -1,5 +1,10 @@
 // Vec with 16 lanes: AVX-512 F, BW, VL, DQ.
 #pragma once
+// GCC 12 warns about its own _mm512_undefined_ps() wherever an intrinsic is inlined (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 #include "scalar.h"

@@ -1,0 +1,221 @@
+// The element-wise half of backward: one vector of queries (a column of a score tile) at a time.
+#pragma once
+#include "kernels.h"
+#include "prompt.inl"
+
+namespace zinit::cpu {
+namespace {
+
+constexpr int64_t kBackwardKeys = 64;
+constexpr int64_t kGroup = 64;  // queries over which gradients of keys are reduced in one product
+
+template <class Tile>
+struct BackwardScratch {
+  using Unit = typename Tile::Unit;
+  int64_t strip_units;
+  // The queries of a pass.
+  Unit *query, *grad_out;              // [strips][transposed]
+  Unit *query_lanes, *grad_out_lanes;  // lanes
+  float* grad_query;                   // [block_queries][width]
+  float* pivot;                        // what is subtracted from a score before exponentiating, in its domain
+  float* rest;                         // the same, what the rounding of pivot left
+  float* delta;
+  // A block of keys, or the prompt rows.
+  Unit *key, *value, *key_lanes;                         // rows, rows, lanes
+  Unit *prompt_key, *prompt_value, *prompt_key_lanes;    // the same
+  float *scores, *grad_scores;                           // [keys][kGroup]
+  Unit *weights, *grad_scores_by_query;                  // [keys][kGroup / kPack]: reduced along the queries
+  Unit* grad_scores_by_key;                              // [keys / kPack][kGroup]: reduced along the keys
+  float *grad_key, *grad_value;                          // [keys][padded_dim]
+  float* key_sum;                                        // [2, S, padded_dim], where no partials are asked for
+  int64_t bytes;
+
+  BackwardScratch(const BackwardPlan& p, void* memory) {
+    const int64_t width = round_up(p.head_dim, kLanes), P = round_up(p.prompt_length, 2);
+    const int64_t rows = max(kBackwardKeys, P), queries = round_up(p.block_queries, kStrip);
+    strip_units = round_up(width, Tile::kPack * kLanes) / Tile::kPack * kStrip;
+    Arena arena{static_cast<char*>(memory)};
+    query = arena.take<Unit>(queries / kStrip * strip_units);
+    grad_out = arena.take<Unit>(queries / kStrip * strip_units);
+    query_lanes = arena.take<Unit>(queries / Tile::kPack * width);
+    grad_out_lanes = arena.take<Unit>(queries / Tile::kPack * width);
+    grad_query = arena.take<float>(queries * width);
+    pivot = arena.take<float>(queries);
+    rest = arena.take<float>(queries);
+    delta = arena.take<float>(queries);
+    const auto packed = [&](int64_t count) { return arena.take<Unit>(count / Tile::kPack * width); };
+    key = packed(kBackwardKeys);
+    value = packed(kBackwardKeys);
+    key_lanes = Tile::kPack == 1 ? key : packed(kBackwardKeys);
+    prompt_key = packed(P);
+    prompt_value = packed(P);
+    prompt_key_lanes = Tile::kPack == 1 ? prompt_key : packed(P);
+    scores = arena.take<float>(rows * kGroup);
+    grad_scores = arena.take<float>(rows * kGroup);
+    if constexpr (Tile::kPack == 1) {
+      weights = scores, grad_scores_by_query = grad_scores_by_key = grad_scores;
+    } else {
+      weights = arena.take<Unit>(rows * kGroup / Tile::kPack);
+      grad_scores_by_query = arena.take<Unit>(rows * kGroup / Tile::kPack);
+      grad_scores_by_key = arena.take<Unit>(rows / Tile::kPack * kGroup);
+    }
+    grad_key = arena.take<float>(kBackwardKeys * p.padded_dim);
+    grad_value = arena.take<float>(kBackwardKeys * p.padded_dim);
+    const bool sums = p.key_partials == nullptr && p.wants_keys() &&
+                      (p.num_heads_q != p.num_heads_kv || p.blocks > 1);
+    key_sum = arena.take<float>(sums ? 2 * p.seqlen_k * p.padded_dim : 0);
+    bytes = arena.used;
+  }
+
+  // Rows j and j + 1 of one column.
+  void store_weights(int64_t j, int64_t column, Vec even, Vec odd) const {
+    if constexpr (Tile::kPack == 1) {
+      store(weights + j * kGroup + column, even);
+      store(weights + (j + 1) * kGroup + column, odd);
+    } else {
+      Tile::store_query_pairs(weights + (j * kGroup + column) / 2, even);
+      Tile::store_query_pairs(weights + ((j + 1) * kGroup + column) / 2, odd);
+    }
+  }
+  void store_grad_scores(int64_t j, int64_t column, Vec even, Vec odd) const {
+    if constexpr (Tile::kPack == 1) {
+      store(grad_scores + j * kGroup + column, even);
+      store(grad_scores + (j + 1) * kGroup + column, odd);
+    } else {
+      Tile::store_query_pairs(grad_scores_by_query + (j * kGroup + column) / 2, even);
+      Tile::store_query_pairs(grad_scores_by_query + ((j + 1) * kGroup + column) / 2, odd);
+      Tile::store_key_pair(grad_scores_by_key + j / 2 * kGroup + column, even, odd);
+    }
+  }
+};
+
+// sum_d a[d] b[d] of two rows of the same type.
+template <class T>
+inline float dot(const T* a, const T* b, int64_t D) {
+  Vec sum = broadcast(0.f);
+  for (int64_t d = 0; d < D; d += kLanes) sum = fma(load_columns(a, d, D), load_columns(b, d, D), sum);
+  return reduce_add(sum);
+}
+
+// A row all of whose keys carry a huge finite bias: the bias swallows the scores, and in lse also the logarithm of
+// their number. Its softmax is that of the bias.
+inline void bias_softmax(const Visibility& visible, const float* bias, int64_t query, float* maximum, float* log_sum) {
+  float top = -kMaxFloat, sum = 0.f;
+  const int64_t begin = visible.lower(query), end = visible.upper(query);
+  for (int64_t j = begin; j < end; ++j) top = bias[j] > top ? bias[j] : top;
+  for (int64_t j = begin; j < end; ++j) {
+    if (bias[j] != -kInfinity) sum += __builtin_expf((bias[j] > -kMaxFloat ? bias[j] : -kMaxFloat) - top);
+  }
+  *maximum = top;
+  *log_sum = __builtin_logf(sum);
+}
+
+// pivot, rest and the part of delta that is not the prompt's, for the queries of a pass; neutral beyond them.
+template <class Tile>
+inline void row_statistics(const BackwardPlan& p, const Sequence& sequence, const Visibility& visible,
+                           const ScoreScale& how, int64_t head, int64_t first, int64_t queries,
+                           const BackwardScratch<Tile>& s) {
+  constexpr float kNothing = 1e30f;  // as a pivot: every weight of the row is 0
+  const int64_t index = sequence.lse_index(p.num_heads_q, head, first);
+  visit_rows(sequence.query_row(p.grad_out, head, first), p.grad_out.token, p.grad_out.dtype, [&](auto grad_rows) {
+    auto out_rows = grad_rows;
+    out_rows.data = static_cast<decltype(out_rows.data)>(sequence.query_row(p.out, head, first));
+    out_rows.stride = p.out.token;
+    for (int64_t i = 0; i < queries; ++i) {
+      const float lse = p.lse[index + i];
+      const double exact = static_cast<double>(lse) * (how.biased ? 1. : 1. / kLn2);
+      s.pivot[i] = lse == -kInfinity ? kNothing : static_cast<float>(exact);
+      s.rest[i] = lse == -kInfinity ? 0.f : static_cast<float>(exact - static_cast<double>(s.pivot[i]));
+      if (sequence.key_bias != nullptr && lse < -1e30f && lse != -kInfinity) {
+        bias_softmax(visible, sequence.key_bias, first + i, s.pivot + i, s.rest + i);
+      }
+      s.delta[i] = dot(grad_rows[i], out_rows[i], p.head_dim) - (p.grad_lse ? p.grad_lse[index + i] : 0.f);
+    }
+  });
+  for (int64_t i = queries; i < round_up(queries, kStrip); ++i) {
+    s.pivot[i] = kNothing, s.rest[i] = 0.f, s.delta[i] = 0.f;
+  }
+}
+
+// Scores (masked) and dO v^T of one column -> weights and score gradients, zero outside the extent.
+template <class Tile>
+inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how, int64_t row, int64_t column,
+                                  bool wants_scores, const BackwardScratch<Tile>& s) {
+  const float* scores = s.scores + column;
+  const float* grads = s.grad_scores + column;
+  const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
+  const Vec delta = load(s.delta + row + column), zero = broadcast(0.f), minus_pivot = zero - pivot;
+  const Vec factor = broadcast(how.biased ? kLog2E : how.scale * kLog2E);
+  const auto weight = [&](int64_t j, bool masked) {
+    const Vec t = load(scores + j * kGroup);
+    if (how.biased) return exp2_clamped(((t - pivot) - rest) * factor);
+    const Vec x = fma(t, factor, minus_pivot) - rest;
+    return masked ? exp2_clamped(x) : exp2(x);
+  };
+  const auto rows = [&](int64_t begin, int64_t end, bool masked) {
+    int64_t j = begin;
+    for (; j + 2 <= end; j += 2) {
+      const Vec even = weight(j, masked), odd = weight(j + 1, masked);
+      if (wants_scores) {
+        const Vec ds_even = even * (load(grads + j * kGroup) - delta);
+        const Vec ds_odd = odd * (load(grads + (j + 1) * kGroup) - delta);
+        s.store_grad_scores(j, column, ds_even, ds_odd);
+      }
+      s.store_weights(j, column, even, odd);
+    }
+    if constexpr (Tile::kPack == 1) {
+      if (j < end) {
+        const Vec last = weight(j, masked);
+        if (wants_scores) store(s.grad_scores + j * kGroup + column, last * (load(grads + j * kGroup) - delta));
+        store(s.weights + j * kGroup + column, last);
+      }
+    }
+  };
+  const auto clear = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += 2) {
+      if (Tile::kPack == 1 && j + 1 == end) {
+        store(s.scores + j * kGroup + column, zero);
+        store(s.grad_scores + j * kGroup + column, zero);
+        break;
+      }
+      if (wants_scores) s.store_grad_scores(j, column, zero, zero);
+      s.store_weights(j, column, zero, zero);
+    }
+  };
+  const int64_t full_begin = round_up(e.full_begin, Tile::kPack), full_end = e.full_end - e.full_end % Tile::kPack;
+  clear(0, e.begin);
+  if (full_begin >= full_end) {
+    rows(e.begin, e.end, true);
+  } else {
+    rows(e.begin, full_begin, true);
+    rows(full_begin, full_end, false);
+    rows(full_end, e.end, true);
+  }
+  clear(e.end, keys);
+}
+
+// Scores and dO pv^T of one column of the prompt tile -> gated weights and score gradients; delta loses s r.
+// Returns r, by lane.
+template <class Tile>
+inline Vec prompt_gradient_column(int64_t P, float scale, float gate, int64_t column, float* delta,
+                                  const BackwardScratch<Tile>& s) {
+  float* scores = s.scores + column;
+  const float* grads = s.grad_scores + column;
+  prompt_softmax_column(P, scale, scores, kGroup);
+  Vec r = broadcast(0.f);
+  for (int64_t j = 0; j < P; ++j) r = fma(load(scores + j * kGroup), load(grads + j * kGroup), r);
+  if (gate == 0.f) return r;
+  const Vec gates = broadcast(gate);
+  store(delta + column, load(delta + column) - gates * r);
+  const auto weight = [&](int64_t j) { return j < P ? load(scores + j * kGroup) * gates : broadcast(0.f); };
+  const auto grad = [&](int64_t j) { return j < P ? load(grads + j * kGroup) - r : broadcast(0.f); };
+  for (int64_t j = 0; j < P; j += 2) {
+    const Vec even = weight(j), odd = weight(j + 1);
+    s.store_grad_scores(j, column, even * grad(j), odd * grad(j + 1));
+    s.store_weights(j, column, even, odd);
+  }
+  return r;
+}
+
+}  // namespace
+}  // namespace zinit::cpu

@@ -66,8 +66,9 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_seq_len")
         for name in (*sizes, "num_heads_q", "num_heads_kv", "head_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, the configuration says {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a positive whole number, the configuration says {value!r}.")
         if self.num_heads_q % self.num_heads_kv:
             raise UserError(
                 f"the {self.num_heads_q} query heads must be a multiple of the {self.num_heads_kv} "
@@ -221,9 +222,10 @@ class AdapterConfig:
 
 
 def _field(config: Mapping[str, Any], name: str, file: str = "config.json") -> Any:
-    if name not in config:
-        raise UserError(f"{file} has no field {name!r}.")
-    return config[name]
+    value = config.get(name)
+    if not isinstance(value, (int, float)):
+        raise UserError(f"{file} must have a number as {name}, it has {value!r}.")
+    return value
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:

@@ -181,11 +181,12 @@ def _meta_shards(directory: Path) -> list[Path]:
 
 
 def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    path.open("rb").close()  # a file that may not be read is an OSError that names it
     try:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, so it was not loaded.") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:  # OSError: its end is missing
         raise UserError(f"{path} is truncated or not a checkpoint of torch.save.") from error
     if not isinstance(shard, dict) or not all(isinstance(weight, Tensor) for weight in shard.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors.")

@@ -133,7 +133,7 @@ def _read_file(path: Path) -> File:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds Python objects beside tensors, so it was not loaded") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:  # OSError: its end is missing
         raise CheckpointError(
             f"{path} is truncated, or neither safetensors nor a file of torch.save"
         ) from error

@@ -170,7 +170,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.generate", description="Generate with a LLaMA and an adapter."
     )
@@ -197,16 +197,13 @@ def _arguments() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"
     )
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--backend", default="auto", help="attention backend of zinit_kernels (default: auto)"
-    )
-    return parser.parse_args()
+    return parser
 
 
 def _read_prompts(path: Path) -> list[str]:
     """A prompt a line; in a .jsonl file {"prompt"} or {"instruction", "input"} a line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     if path.suffix == ".jsonl":
@@ -230,10 +227,14 @@ def _prompt_of(line: str, where: str) -> str:
     raise UserError(f'{where}: expected an object with "prompt" or "instruction", got {line[:60]}.')
 
 
-def main() -> None:
-    arguments = _arguments()
+def main(command_line: list[str] | None = None) -> None:
+    arguments = _parser().parse_args(command_line)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was built without
+        raise UserError(f"--device {arguments.device}: {str(error).splitlines()[0].rstrip('.')}.") from error
     many = arguments.prompts_file is not None
     if many:
         texts = _read_prompts(arguments.prompts_file)
@@ -243,7 +244,7 @@ def main() -> None:
         texts = [arguments.prompt]
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    model = load_base(arguments.base, dtype, arguments.device).freeze().set_backend(arguments.backend)
+    model = load_base(arguments.base, dtype, arguments.device).freeze()
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     adapter = None
     if arguments.adapter is not None:

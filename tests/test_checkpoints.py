@@ -127,8 +127,8 @@ def test_another_base_is_named():
     with pytest.raises(CheckpointError) as raised:
         checkpoint().check_base(64, 8, HEADS)
     assert str(raised.value) == (
-        "the adapter is for a base of hidden size 32, 6 layers and 4 heads; this base has hidden size 64, 8 layers and 4 "
-        "heads"
+        "the adapter is for a base of hidden size 32, 6 layers and 4 heads; this base has hidden size 64, "
+        "8 layers and 4 heads"
     )
     one_gate = checkpoint(heads=1)
     assert one_gate.check_base(HIDDEN, NUM_LAYERS, 16) is one_gate

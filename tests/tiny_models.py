@@ -7,6 +7,8 @@ import json
 import torch
 import transformers
 
+transformers.utils.logging.disable_progress_bar()
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -104,13 +106,13 @@ def meta_directory(path, model, num_shards=1, vocab_dim=1):
 
 
 def word_tokenizer(path, vocab_size=160):
-    """A tokenizer.json of single letters and words, with <s> and </s>, decoding back to its text."""
+    """A tokenizer.json of bytes and words with <s> and </s>, decoding back to its text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()[: vocab_size - 8] if vocab_size < 300 else []
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: 100 if vocab_size < 300 else None]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )

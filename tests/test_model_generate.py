@@ -1,0 +1,253 @@
+"""Generation: greedy is transformers', a batch is its prompts one by one, nothing starts that cannot end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import KINDS, hf_directory, prompts, word_tokenizer
+
+from model.adapter import LlamaAdapter
+from model.adapter_files import load_adapter, save_adapter
+from model.config import AdapterConfig
+from model.errors import UserError, run_program
+from model.generate import choose, generate, main
+from model.llama import Llama
+from model.loading import load_base
+
+LENGTHS = (7, 1, 19, 5)
+PROMPTS = [prompt.tolist() for prompt in prompts(LENGTHS)]
+
+
+def hf_greedy(hf, prompt, max_new_tokens, eos_id=None):
+    output = hf.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=eos_id,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_that_of_transformers(tmp_path, kind):
+    hf = hf_directory(tmp_path, kind)
+    outputs = generate(load_base(tmp_path), PROMPTS, max_new_tokens=30, temperature=0, eos_ids=[])
+    assert outputs == [hf_greedy(hf, prompt, 30) for prompt in PROMPTS]
+    assert len({token for output in outputs for token in output}) > 10
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3", "mistral"])
+def test_greedy_is_that_of_peft(tmp_path, kind):
+    import peft
+
+    base_model = hf_directory(tmp_path, kind)
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base_model, config).eval()
+    model = load_base(tmp_path)
+    ours = LlamaAdapter(model.config, AdapterConfig(4, 2, "identity"))
+    parameters = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for row, layer in enumerate(ours.layers):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn"
+            parameters[f"{prefix}.adaption_gate"].fill_(0.7 - row)
+            ours.gates[row] = parameters[f"{prefix}.adaption_gate"]
+            ours.prompts[row] = parameters[f"{prefix}.adaption_prompt"][0]
+    outputs = generate(model, PROMPTS, ours, max_new_tokens=20, temperature=0, eos_ids=[])
+    plain = generate(model, PROMPTS, max_new_tokens=20, temperature=0, eos_ids=[])
+    for prompt, output, without in zip(PROMPTS, outputs, plain, strict=True):
+        given = {
+            "input_ids": torch.tensor([prompt]),
+            "max_new_tokens": 20,
+            "do_sample": False,
+            "eos_token_id": None,
+        }
+        assert theirs.generate(**given, pad_token_id=0)[0, len(prompt) :].tolist() == output
+        assert output != without
+
+
+@pytest.fixture
+def model(tmp_path):
+    hf_directory(tmp_path / "base")
+    word_tokenizer(tmp_path / "base")
+    return load_base(tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(model):
+    torch.manual_seed(5)
+    return LlamaAdapter(model.config, AdapterConfig(gate_init="random"))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_a_ragged_batch_is_its_prompts_one_by_one(model, adapter, temperature):
+    """With ends: finished sequences leave the batch, the others go on undisturbed."""
+    asked = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.9, "eos_ids": list(range(3, 12))}
+    batch = generate(model, PROMPTS, adapter, seed=7, **asked)
+    alone = [generate(model, [p], adapter, seed=7 + i, **asked)[0] for i, p in enumerate(PROMPTS)]
+    assert batch == alone
+    assert len({len(output) for output in batch}) > 1 and min(map(len, batch)) < 40
+
+
+def test_seed_and_temperature(model, adapter):
+    def draw(seed):
+        return generate(
+            model, PROMPTS, adapter, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=seed, eos_ids=[]
+        )
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_end_of_sequence_ends_and_is_left_out(model):
+    plain = generate(model, PROMPTS[:1], max_new_tokens=20, temperature=0, eos_ids=[])[0]
+    end = plain[9]
+    ended = generate(model, PROMPTS[:1], max_new_tokens=20, temperature=0, eos_ids=[end])[0]
+    assert ended == plain[: plain.index(end)]
+    seen = []
+    watched = generate(
+        model, PROMPTS, max_new_tokens=20, temperature=0, eos_ids=[],
+        watch=lambda index, tokens: seen.append((index, len(tokens))) or (index == 2 and len(tokens) == 3),
+    )  # fmt: skip
+    assert [len(output) for output in watched] == [20, 20, 3, 20]
+    assert seen[:4] == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    probabilities = torch.tensor([0.1, 0.4, 0.3, 0.2]).expand(4000, 4)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    drawn = choose(probabilities.log(), 1.0, 0.6, generators).bincount(minlength=4) / 4000
+    torch.testing.assert_close(drawn, torch.tensor([0, 4 / 7, 3 / 7, 0]), rtol=0, atol=0.03)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    drawn = choose(probabilities.log(), 1.0, 1.0, generators).bincount(minlength=4) / 4000
+    torch.testing.assert_close(drawn, probabilities[0], rtol=0, atol=0.03)
+    assert choose(probabilities.log(), 1.0, 0.05, generators).eq(1).all()
+
+
+def test_prefill_is_one_pass(model, monkeypatch):
+    calls, forward = [], Llama.hidden_states
+
+    def counted(self, tokens, *arguments, **options):
+        calls.append(tuple(tokens.shape))
+        return forward(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(Llama, "hidden_states", counted)
+    generate(model, PROMPTS, max_new_tokens=3, eos_ids=[])
+    assert calls == [(sum(LENGTHS),), (4, 1), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (
+            {"max_new_tokens": 78},
+            "prompt 2 has 19 tokens; with 78 new ones .* context of 96: ask for at most 77",
+        ),
+        ({"max_new_tokens": -1}, "must not be negative"),
+        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"temperature": -1.0}, "must not be negative"),
+        ({"prompts": [[5], []], "max_new_tokens": 4}, "prompt 1 has no tokens"),
+        ({"prompts": [[160]], "max_new_tokens": 4}, "outside the model's vocabulary of 160"),
+    ],
+)
+def test_refused_before_work_starts(model, monkeypatch, asked, message):
+    monkeypatch.setattr(Llama, "hidden_states", lambda *a, **k: pytest.fail("work started"))
+    with pytest.raises(UserError, match=message):
+        generate(model, asked.pop("prompts", PROMPTS), **asked)
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr of the program."""
+    code = 0
+    try:
+        run_program(lambda: main([str(argument) for argument in arguments]))
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+def test_program(tmp_path, capsys, model, adapter):
+    base, file = tmp_path / "base", tmp_path / "adapter.safetensors"
+    save_adapter(file, adapter, model.config)
+    greedy = ["--base", base, "--temperature", 0, "--max-new-tokens", 12]
+    code, plain, told = run(capsys, *greedy, "--prompt", "the quick")
+    assert code == 0 and "tokens/s" in told
+    code, adapted, _ = run(capsys, *greedy, "--prompt", "the quick", "--adapter", file)
+    assert code == 0 and adapted != plain
+    stop = adapted[2:4]
+    code, stopped, _ = run(capsys, *greedy, "--prompt", "the quick", "--adapter", file, "--stop", stop)
+    assert code == 0 and stopped == adapted[: adapted.index(stop)] + "\n"
+
+    (tmp_path / "prompts.txt").write_text("the quick\nlazy dog\n\nfox\n")
+    many = [*greedy, "--adapter", file, "--batch-size", 2, "--prompts-file"]
+    code, lines, _ = run(capsys, *many, tmp_path / "prompts.txt")
+    answers = [json.loads(line) for line in lines.splitlines()]
+    assert code == 0 and [answer["prompt"] for answer in answers] == ["the quick", "lazy dog", "fox"]
+    assert answers[0]["output"] + "\n" == adapted
+    records = [{"instruction": "jump", "input": "dog"}, {"prompt": "fox"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    short = ["--base", base, "--max-new-tokens", 1, "--prompts-file", tmp_path / "prompts.jsonl"]
+    code, _, told = run(capsys, *short)
+    assert code == 2 and "context of 96" in told  # the template alone is longer than this model's context
+
+
+def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
+    base, file = tmp_path / "base", tmp_path / "adapter.safetensors"
+    save_adapter(file, adapter, model.config)
+    ask = ["--prompt", "fox", "--max-new-tokens", 4]
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "fox"}\n{"prompt": \n')
+    (tmp_path / "empty.txt").write_text("\n")
+    other = tmp_path / "other"
+    hf_directory(other, num_hidden_layers=2)
+    word_tokenizer(other)
+    wrong = tmp_path / "wrong"
+    hf_directory(wrong, vocab_size=64)
+    word_tokenizer(wrong)
+    bare = tmp_path / "bare"
+    hf_directory(bare)
+    cases = [
+        (["--base", tmp_path / "absent", *ask], "absent is not a directory"),
+        (["--base", bare, *ask], "neither tokenizer.json nor tokenizer.model"),
+        (["--base", wrong, *ask], "tokens and the model a vocabulary of 64"),
+        (
+            ["--base", other, "--adapter", file, *ask],
+            "hidden size 64, 4 layers and 8 heads; this base has hidden size 64, 2",
+        ),
+        (["--base", base, "--adapter", tmp_path / "none.pth", *ask], "none.pth: No such file"),
+        (
+            ["--base", base, "--prompts-file", tmp_path / "broken.jsonl"],
+            "broken.jsonl, line 2: not valid JSON",
+        ),
+        (["--base", base, "--prompts-file", tmp_path / "empty.txt"], "holds no prompts"),
+        (["--base", base, "--prompt", "fox", "--max-new-tokens", 96], "context of 96: ask for at most"),
+        (["--base", base, "--device", "nowhere", *ask], "nowhere"),
+    ]
+    for arguments, message in cases:
+        code, out, told = run(capsys, *arguments)
+        assert (code, out) == (2, ""), (arguments, told)
+        assert told.startswith("error: ") and told.count("\n") == 1 and message in told, told
+
+
+def test_module_runs_from_a_checkout(tmp_path, model):
+    command = [sys.executable, "-m", "model.generate", "--base", tmp_path / "base", "--prompt", "the fox"]
+    result = subprocess.run(
+        [*command, "--max-new-tokens", "3"], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 tokens in" in result.stderr
+
+
+def test_adapter_files_reach_the_model_whole(tmp_path, model, adapter):
+    for format in ("zinit", "official-v1"):
+        save_adapter(
+            tmp_path / "adapter", adapter, model.config, format, {} if format != "zinit" else {"step": "3"}
+        )
+        loaded = load_adapter(tmp_path / "adapter", model.config)
+        assert torch.equal(loaded.prompts, adapter.prompts) and torch.equal(loaded.gates, adapter.gates)
+        assert loaded.layers == adapter.layers and loaded.config.gate_activation == "tanh"
+    with pytest.raises(UserError, match="cannot|no tanh gives"):
+        strong = LlamaAdapter(model.config, AdapterConfig(gate_activation="identity"))
+        torch.nn.init.constant_(strong.gates, 2.0)
+        save_adapter(tmp_path / "adapter", strong, model.config, "official-v1")

@@ -1,0 +1,295 @@
+"""Trains an adapter on instruction data: python -m model.train --base DIR --data FILE --out DIR
+
+The defaults are the paper's recipe (arXiv 2303.16199, section 4.1, and its official script). The output folder gets
+
+    adapter.safetensors   the adapter after the last whole epoch (adapter.pth with --format official-v1)
+    checkpoint.pt         what --resume needs, at every epoch's end, every --save-every steps and on Ctrl-C
+    metrics.jsonl         one line per step and per validation
+    loss.png              the same as a picture
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .adapter import LlamaAdapter
+from .adapter_files import load_adapter, save_adapter
+from .checkpoint import base_print, data_print, load_checkpoint, save_checkpoint
+from .config import AdapterConfig
+from .data import Sample, encode, read_records, split
+from .errors import UserError, run_program
+from .llama import Llama
+from .loading import load_base
+from .metrics import MetricsLog, loss_picture
+from .storage import make_directory, refuse_occupied, writing
+from .tokenizer import load_tokenizer
+from .training import Recipe, evaluate, make_optimizer, train
+
+ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program. Everything is read and checked before the first file is written."""
+    options = _parse(arguments)
+    if not options.resume and not options.overwrite:
+        refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
+    if options.save_every is not None and options.save_every < 1:
+        raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
+    recipe = _recipe(options)
+    console = Console(stderr=True, highlight=False)
+    base, training, validation = _load(options, console)
+    adapter = _make_adapter(options, base)
+    optimizer = make_optimizer(adapter, recipe)
+    run = {
+        "base model": base_print(base),
+        "data": data_print(training),
+        "adapter": asdict(adapter.config) | {"init": str(options.init)},
+    } | asdict(recipe)
+    first_step = 0
+    if options.resume:
+        checkpoint = load_checkpoint(options.out / "checkpoint.pt", run)
+        adapter.load_state_dict(checkpoint.adapter)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng)
+        first_step = checkpoint.step
+    Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
+
+
+class Run:
+    """A training run with its files and its progress line."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        recipe: Recipe,
+        console: Console,
+        base: Llama,
+        adapter: LlamaAdapter,
+        optimizer: torch.optim.Optimizer,
+        training: list[Sample],
+        validation: list[Sample],
+        identity: dict[str, Any],
+    ):
+        self.options, self.recipe, self.console = options, recipe, console
+        self.base, self.adapter, self.optimizer = base, adapter, optimizer
+        self.training, self.validation = training, validation
+        self.identity = identity
+        self.output: Path = make_directory(options.out)
+        self.steps_per_epoch = recipe.steps_per_epoch(len(training))
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+
+    def go(self, first_step: int) -> None:
+        """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
+        self.console.print(self.summary(first_step))
+        metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
+        done, tokens, seconds = first_step, 0, 0.0
+        with interruptible() as interrupt, _progress(self.console) as progress:
+            bar = progress.add_task("", total=self.total_steps, completed=done, loss="-", speed="-")
+            if done == 0:
+                self.validate(metrics, done)
+            for report in train(
+                self.base, self.adapter, self.training, self.recipe, self.optimizer,
+                first_step=first_step, stop=interrupt.is_set,
+            ):  # fmt: skip
+                done = report.step + 1
+                metrics.write(**report._asdict())
+                tokens, seconds = tokens + report.num_tokens, seconds + report.seconds
+                epoch = f"epoch {int(report.epoch) + 1}/{self.recipe.epochs}"
+                speed = f"{tokens / seconds:,.0f}"
+                progress.update(
+                    bar, completed=done, description=epoch, loss=f"{report.loss:.3f}", speed=speed
+                )
+                if done % self.steps_per_epoch == 0:
+                    self.validate(metrics, done)
+                    self.save_adapter()
+                    self.save_checkpoint(done)
+                elif self.options.save_every and done % self.options.save_every == 0:
+                    self.save_checkpoint(done)
+        if done < self.total_steps and done > first_step:
+            self.save_checkpoint(done)
+        metrics.close()
+        loss_picture(self.output / "loss.png", metrics.entries)
+        if done < self.total_steps:
+            self.console.print(
+                f"Stopped after step {done} of {self.total_steps}; --resume goes on from there."
+            )
+            sys.exit(130)  # what shells expect of a program that Ctrl-C ended
+        self.console.print(self.farewell(metrics))
+
+    def validate(self, metrics: MetricsLog, step: int) -> None:
+        """Writes the loss on the samples held back, if there are any."""
+        if self.validation:
+            loss = evaluate(self.base, self.adapter, self.validation, self.recipe)
+            metrics.write(step=step, epoch=step / self.steps_per_epoch, val_loss=loss)
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes what --resume needs."""
+        save_checkpoint(self.output / "checkpoint.pt", step, self.adapter, self.optimizer, self.identity)
+
+    def save_adapter(self) -> None:
+        """Writes the adapter in the format asked for."""
+        with writing(path := self.output / ADAPTER_FILES[self.options.format]):
+            save_adapter(path, self.adapter, self.base.config, self.options.format)
+
+    def summary(self, first_step: int) -> str:
+        """What is about to be trained."""
+        trainable = self.adapter.num_parameters
+        share = trainable / (trainable + sum(parameter.numel() for parameter in self.base.parameters()))
+        resumed = f", from step {first_step}" if first_step else ""
+        return (
+            f"{trainable:,} trainable parameters ({share:.3%}) in layers {self.adapter.layers[0]} to "
+            f"{self.adapter.layers[-1]}; {len(self.training)} samples to train on, {len(self.validation)} to validate; "
+            f"{self.total_steps} steps in {self.recipe.epochs} epochs{resumed}; "
+            f"learning rate up to {self.recipe.peak_lr:.3g}"
+        )
+
+    def farewell(self, metrics: MetricsLog) -> str:
+        """What came of it."""
+        losses = [entry["val_loss"] for entry in metrics.entries if "val_loss" in entry]
+        change = f"Validation loss {losses[0]:.4f} -> {losses[-1]:.4f}. " if losses else ""
+        return f"{change}The adapter is in {self.output / ADAPTER_FILES[self.options.format]}."
+
+
+@contextmanager
+def interruptible() -> Iterator[Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets. A second one ends the program as usual."""
+    event = Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        event.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        restore()
+
+
+def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sample], list[Sample]]:
+    """The frozen base, and the samples to train on and to validate on."""
+    records = read_records(options.data)
+    base = load_base(options.base, DTYPES.get(options.dtype), options.device).freeze()
+    base.set_backend(options.backend)
+    tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
+    max_seq_len = options.max_seq_len or min(512, base.config.max_seq_len)
+    if max_seq_len > base.config.max_seq_len:
+        raise UserError(
+            f"--max-seq-len {max_seq_len} is beyond the model's context of {base.config.max_seq_len}."
+        )
+    samples, report = encode(records, tokenizer, max_seq_len)
+    console.print(f"{len(records)} records: {report}")
+    if not 0 <= options.validation < 1:
+        raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
+    training, validation = split(samples, options.validation, options.seed)
+    if not training:
+        raise UserError(f"{options.data} leaves no sample to train on ({report}).")
+    return base, training, validation
+
+
+def _make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
+    if options.init:
+        return load_adapter(options.init, base.config).to(base.device)
+    config = AdapterConfig(prompt_length=options.prompt_length, num_layers=options.layers)
+    generator = torch.Generator().manual_seed(options.seed)
+    return LlamaAdapter(base.config, config, generator).to(base.device)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return Recipe(
+        epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        base_lr=options.base_lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        batch_size=options.batch_size,
+        max_grad_norm=options.clip,
+        max_tokens=options.max_tokens,
+        packed=not options.padded,
+        autocast=options.autocast,
+        seed=options.seed,
+    )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.train",
+        description="Trains a LLaMA-Adapter on Alpaca-style data. The defaults are the paper's recipe.",
+    )
+    recipe, default = Recipe(), "(default: %(default)s)"
+    # fmt: off
+    files = parser.add_argument_group("files")
+    files.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face or Meta checkpoint folder")
+    files.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON list or JSONL of objects with "
+                       "instruction, output and, if there is one, input")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    files.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help=f"of the adapter {default}")
+    files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--prompt-length", type=int, default=10, help=f"prompts in each layer {default}")
+    adapter.add_argument("--layers", type=int, help="how many of the topmost (default: all but the lowest two)")
+    adapter.add_argument("--init", type=Path, metavar="FILE", help="start from this adapter instead of a new one")
+
+    training = parser.add_argument_group("recipe")
+    training.add_argument("--epochs", type=int, default=recipe.epochs, help=default)
+    training.add_argument("--warmup-epochs", type=float, default=recipe.warmup_epochs, help=default)
+    training.add_argument("--base-lr", type=float, default=recipe.base_lr,
+                          help=f"the learning rate is this times batch size / 256 {default}")
+    training.add_argument("--min-lr", type=float, default=recipe.min_lr, help=f"where it ends {default}")
+    training.add_argument("--weight-decay", type=float, default=recipe.weight_decay, help=default)
+    training.add_argument("--batch-size", type=int, default=recipe.batch_size,
+                          help=f"samples per optimizer step, in as many passes as they need {default}")
+    training.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient to this norm (default: off)")
+    training.add_argument("--validation", type=float, default=0.05, metavar="SHARE",
+                          help=f"of the samples, held back {default}")
+    training.add_argument("--seed", type=int, default=recipe.seed, help=default)
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
+    machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
+    machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
+    machine.add_argument("--autocast", action="store_true", help="compute in bfloat16")
+    machine.add_argument("--dtype", choices=DTYPES, help="of the base's weights (default: the files')")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=default)
+    machine.add_argument("--backend", default="auto", help=f"of the attention kernels {default}")
+    # fmt: on
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from zinit_kernels.checkpoints import write_atomically
 
@@ -62,7 +63,7 @@ def load_base(
         config, weights = _read_meta(directory)
     else:
         raise UserError(f"{directory} has neither config.json (Hugging Face) nor params.json (Meta).")
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         model = Llama(config)
     _check_keys(model.state_dict(), weights, directory)
     dtype = dtype or weights["embed_tokens.weight"].dtype
@@ -85,6 +86,17 @@ def save_base(model: Llama, directory: str | Path) -> None:
     write_atomically(directory / "model.safetensors", weights)
     config = model.config.to_hf() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     write_atomically(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves parameters as they are: initialising them on the meta device would import sympy, 2 to 5 s for
+    nothing.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _read_hf(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:

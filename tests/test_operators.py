@@ -33,13 +33,9 @@ OPCHECKED = [
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck_forward_and_backward(case):
     inputs = make_inputs(case, torch.float32)
-    inputs.tensors = {
-        name: None if t is None else torch.nan_to_num(t.detach()).requires_grad_()
-        for name, t in inputs.tensors.items()
-    }
-    args = _flatten(inputs.canonical())
+    # the raw operator is not differentiable (autograd sits outside it), so it is checked on plain tensors
+    args = tuple(torch.nan_to_num(a.detach()) if torch.is_tensor(a) else a for a in _flatten(inputs.canonical()))
     torch.library.opcheck(torch.ops.zinit.forward_cpu.default, args)
-    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     out, lse = torch.ops.zinit.forward_cpu(*args)
     for needs in (0b111111, 0b111000, 0b000001):
         backward_args = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:], needs)

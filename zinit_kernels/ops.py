@@ -142,7 +142,7 @@ def _backward_fake(
     grads = []
     for i, tensor in enumerate((query, key, value, prompt_key, prompt_value, gate)):
         if tensor is None or not needs >> i & 1:
-            grads.append(query.new_empty((0,)))
+            grads.append(query.new_empty((0,), dtype=torch.float32))
         else:
             grads.append(_token_major(tensor) if i < 3 else tensor.new_empty(tensor.shape))
     return tuple(grads)

@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_value = gradient(2, p.grad_value, token_major(p.num_heads_kv, keys));
   Tensor grad_prompt_key = gradient(3, p.grad_prompt_key, contiguous(prompt_key));
   Tensor grad_prompt_value = gradient(4, p.grad_prompt_value, contiguous(prompt_value));
-  Tensor grad_gate = empty_contiguous({wanted(5) ? p.gate_rows : 0, p.num_heads_q}, ScalarType::Float);
+  Tensor grad_gate = wanted(5) ? empty_contiguous({p.gate_rows, p.num_heads_q}, ScalarType::Float)
+                               : empty_contiguous({0}, ScalarType::Float);
   if (wanted(5)) p.grad_gate = static_cast<float*>(grad_gate.mutable_data_ptr());
 
   set_plan(p);

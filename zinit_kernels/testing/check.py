@@ -36,11 +36,11 @@ def gradients(outputs: tuple[Tensor, Tensor | None], inputs: Inputs) -> dict[str
     for output, weight in zip(outputs, projections(outputs), strict=True):
         if output is not None:
             loss = loss + (output.masked_fill(output == float("-inf"), 0).double() * weight).sum()
-    names = [name for name, tensor in inputs.tensors.items() if tensor is not None]
-    found = torch.autograd.grad(loss, [inputs.tensors[name] for name in names], allow_unused=True)  # type: ignore[misc]
+    wanted = {name: t for name, t in inputs.tensors.items() if t is not None and t.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     return {
-        name: torch.zeros_like(inputs.tensors[name]) if grad is None else grad  # type: ignore[arg-type]
-        for name, grad in zip(names, found, strict=True)
+        name: torch.zeros_like(tensor) if grad is None else grad
+        for (name, tensor), grad in zip(wanted.items(), found, strict=True)
     }
 
 

@@ -57,7 +57,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     rows = list(range(len(prompts)))  # row of the batch -> its prompt
     capacity = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model.config, len(prompts), capacity, model.dtype, model.device)
+    cache = _allocate(model, len(prompts), capacity)
     hidden = _prefill(model, prompts, adapter, cache)
     running = set(rows)
     for step in range(1, max_new_tokens + 1):
@@ -73,9 +73,9 @@ def generate(
                 running.discard(index)
         if not running or step == max_new_tokens:
             break
-        if 2 * len(running) <= len(
-            rows
-        ):  # halving: the copies cost no more than one pass over the first cache
+        # the finished leave when they are half the batch: all these copies together are less than the first
+        # cache
+        if 2 * len(running) <= len(rows):
             kept = [row for row, index in enumerate(rows) if index in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
         hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
@@ -86,12 +86,25 @@ def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequenc
     """One token for each row of logits [B, vocab_size], int64 [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    cumulative = probabilities.cumsum(-1)
-    kept = probabilities.masked_fill(cumulative - probabilities > top_p, 0).cumsum(-1)
-    draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(kept.device)
-    index = torch.searchsorted(kept, (draws * kept[:, -1])[:, None], right=True)
-    return order.gather(-1, index.clamp(max=order.shape[-1] - 1)).squeeze(-1)
+    logits = logits.float()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    probabilities, order = scaled.softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    count = (before <= top_p).sum(-1, keepdim=True)
+    reached = probabilities.masked_fill(before > top_p, 0).cumsum(-1)
+    draws = torch.stack([torch.rand((), generator=generator) for generator in generators]).to(reached.device)
+    index = torch.searchsorted(reached, draws[:, None] * reached[:, -1:], right=True)
+    return order.gather(-1, index.minimum(count - 1)).squeeze(-1)
+
+
+def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:
+    try:
+        return KVCache(model.config, batch_size, capacity, model.dtype, model.device)
+    except RuntimeError as error:  # what torch raises on every device that has no more memory
+        raise UserError(
+            f"there is no memory for a cache of {batch_size} sequences of {capacity} tokens: ask for fewer new "
+            "tokens, or decode fewer prompts at once."
+        ) from error
 
 
 def _prefill(

@@ -1,5 +1,6 @@
 """Generation: greedy is transformers', a batch is its prompts one by one, nothing starts that cannot end."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -124,6 +125,13 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     drawn = choose(probabilities.log(), 1.0, 1.0, generators).bincount(minlength=4) / 4000
     torch.testing.assert_close(drawn, probabilities[0], rtol=0, atol=0.03)
     assert choose(probabilities.log(), 1.0, 0.05, generators).eq(1).all()
+    assert choose(probabilities.log(), 1e-40, 1.0, generators).eq(1).all()
+
+
+def test_a_cache_beyond_memory_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_seq_len=1 << 50))
+    with pytest.raises(UserError, match="no memory for a cache of 4 sequences of 1099511627795 tokens"):
+        generate(model, PROMPTS, max_new_tokens=1 << 40)
 
 
 def test_prefill_is_one_pass(model, monkeypatch):

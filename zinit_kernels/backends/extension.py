@@ -46,5 +46,5 @@ def why_unavailable(name: str) -> str:
 
 
 def describe() -> str:
-    """One line per compiled backend: ready, or why not."""
-    return "\n".join(f"{name}: {why_unavailable(name) or 'ready'}" for name in LIBRARIES)
+    """One line per compiled backend: the instruction set it chose, or why there is none."""
+    return f"cpu: {why_unavailable('cpu') or torch.ops.zinit.cpu_capability()}"

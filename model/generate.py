@@ -102,8 +102,8 @@ def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:
         return KVCache(model.config, batch_size, capacity, model.dtype, model.device)
     except RuntimeError as error:  # what torch raises on every device that has no more memory
         raise UserError(
-            f"there is no memory for a cache of {batch_size} sequences of {capacity} tokens: ask for fewer new "
-            "tokens, or decode fewer prompts at once."
+            f"there is no memory for a cache of {batch_size} sequences of {capacity} tokens: ask for fewer "
+            "new tokens, or decode fewer prompts at once."
         ) from error
 
 

@@ -56,7 +56,10 @@ def load_adapter(
             f"{path} adapts layers {list(checkpoint.layers)}, only the topmost ones are supported."
         )
     length = checkpoint.prompts.shape[1]
-    adapter = LlamaAdapter(model, AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation))
+    config = AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation)
+    adapter = LlamaAdapter(
+        model, config, torch.Generator()
+    )  # its own: loading draws nothing from the program's
     with torch.no_grad():
         adapter.prompts.copy_(checkpoint.prompts)
         adapter.gates.copy_(checkpoint.gates)  # one gate per layer stands for all its heads

@@ -252,7 +252,9 @@ def test_adapter_files_reach_the_model_whole(tmp_path, model, adapter):
         save_adapter(
             tmp_path / "adapter", adapter, model.config, format, {} if format != "zinit" else {"step": "3"}
         )
+        state = torch.get_rng_state()
         loaded = load_adapter(tmp_path / "adapter", model.config)
+        assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(loaded.prompts, adapter.prompts) and torch.equal(loaded.gates, adapter.gates)
         assert loaded.layers == adapter.layers and loaded.config.gate_activation == "tanh"
     with pytest.raises(UserError, match="cannot|no tanh gives"):

@@ -36,11 +36,14 @@ struct BackwardPlan : BackwardParams {
   bool wants_prompt() const { return grad_prompt_key.data != nullptr || grad_prompt_value.data != nullptr; }
 };
 
+struct DecodeWork;
+
 struct KernelTable {
   const char* name;  // "default", "avx2", "avx512" or "avx512_bf16"
   Stage<ForwardParams> forward;
   Stage<BackwardPlan> backward;
   Stage<BackwardPlan> backward_reduce;
+  Stage<DecodeWork> decode_append, decode_attend, decode_combine;
 };
 
 extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

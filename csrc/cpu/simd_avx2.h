@@ -96,5 +96,15 @@ inline void transpose(Vec rows[8]) {
   }
 }
 
+// Lane i = the sum of the lanes of rows[i]; half the shuffles of a transpose.
+inline Vec transpose_add(const Vec rows[8]) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {  // 128-bit halves, each of another row
+    const __m256 a = rows[i].v, b = rows[i + 4].v;
+    half[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  return {_mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]))};
+}
+
 }  // namespace
 }  // namespace zinit::cpu

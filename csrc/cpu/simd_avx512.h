@@ -94,5 +94,25 @@ inline void transpose(Vec rows[16]) {
   }
 }
 
+// Lane i = the sum of the lanes of rows[i]; half the shuffles of a transpose.
+inline Vec transpose_add(const Vec rows[16]) {
+  __m512 quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 half[2];
+    for (int j = 0; j < 2; ++j) {  // 256-bit halves, then 128-bit quarters, each of another row
+      const __m512 a = rows[i + 8 * j].v, b = rows[i + 8 * j + 4].v;
+      half[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                               _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+  }
+  for (int i = 0; i < 4; i += 2) {
+    quarter[i] = _mm512_add_ps(_mm512_unpacklo_ps(quarter[i], quarter[i + 1]),
+                               _mm512_unpackhi_ps(quarter[i], quarter[i + 1]));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(quarter[0], quarter[2], 0x44),
+                        _mm512_shuffle_ps(quarter[0], quarter[2], 0xee))};
+}
+
 }  // namespace
 }  // namespace zinit::cpu

@@ -79,5 +79,10 @@ inline void transpose(Vec rows[4]) {
   }
 }
 
+// Lane i = the sum of the lanes of rows[i].
+inline Vec transpose_add(const Vec rows[4]) {
+  return {FloatLanes{reduce_add(rows[0]), reduce_add(rows[1]), reduce_add(rows[2]), reduce_add(rows[3])}};
+}
+
 }  // namespace
 }  // namespace zinit::cpu

@@ -1,0 +1,242 @@
+// The arithmetic of decoding: one tile of query rows against a block of keys and values known by their
+// addresses.
+//
+// Lanes run along the head dimension. kLanes dot products are summed across their lanes together
+// (transpose_add), and scores are kept as [key][row of the tile], so that the softmax of a tile is vertical
+// whatever its number of rows.
+#pragma once
+#include "sequence.inl"
+
+namespace zinit::cpu {
+namespace {
+
+constexpr int64_t kTileRows =
+    4;  // rows of a tile share each load of a key or value; tiles of 4, 2 and 1 rows
+
+template <int N>
+struct TileOf {
+  static constexpr int kRows = N;
+};
+
+// f(TileOf<N>, first row, number of the tile) for rows cut into tiles.
+template <class F>
+inline void for_each_tile(int64_t rows, F&& f) {
+  int64_t row = 0, tile = 0;
+  for (; row + 4 <= rows; row += 4) f(TileOf<4>{}, row, tile++);
+  if (row + 2 <= rows) {
+    f(TileOf<2>{}, row, tile++);
+    row += 2;
+  }
+  if (row < rows) f(TileOf<1>{}, row, tile);
+}
+
+inline int64_t tiles_of(int64_t rows) { return rows / 4 + 2; }
+
+// One vector's worth of a key against a row of the query, which lies in scratch as `Query` elements.
+template <class T>
+struct Dot {
+  using Query = float;
+  static constexpr int kStep = kLanes;
+  using Key = Vec;
+  static Key load_key(const T* key) { return load(key); }
+  static Key load_key(const T* key, int64_t n) { return load_first(key, n); }
+  static Vec accumulate(Key key, const Query* query, Vec sum) { return fma(key, load(query), sum); }
+};
+
+#if defined(__AVX512BF16__)
+// bfloat16 by bfloat16 in pairs, summed in float32.
+template <>
+struct Dot<BFloat16> {
+  using Query = BFloat16;
+  static constexpr int kStep = 2 * kLanes;
+  using Key = __m512i;
+  static Key load_key(const BFloat16* key) { return _mm512_loadu_si512(key); }
+  static Key load_key(const BFloat16* key, int64_t n) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), key);
+  }
+  static Vec accumulate(Key key, const Query* query, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)key, (__m512bh)_mm512_loadu_si512(query))};
+  }
+};
+#endif
+
+template <class T>
+constexpr bool kPairs = Dot<T>::kStep > kLanes;
+
+using RowAddress = const char*;
+
+// Into the level 2 cache: at 8192 keys decoding then takes 0.95 to 1.1 of a plain read of the cache. Into
+// level 1 it takes 1.1 to 2.7, without any prefetch 1.1 to 3.6 (Zen 4, two threads).
+inline void prefetch(RowAddress address) { __builtin_prefetch(address, 0, 2); }
+
+// scores[j][r] = scale * keys[j] . query[r], for count keys, a multiple of kLanes. `coming` is prefetched row
+// by row.
+template <class T, int N>
+inline void score_keys(const RowAddress* keys, int64_t count, int64_t head_dim,
+                       const typename Dot<T>::Query* query, int64_t query_stride, float scale, float* scores,
+                       const RowAddress* coming) {
+  constexpr int kKeys = kLanes / N;
+  for (int64_t j = 0; j < count; j += kKeys) {
+    const T* key[kKeys];
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeys; ++k) {
+      key[k] = reinterpret_cast<const T*>(keys[j + k]);
+    }
+    Vec sums[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] = broadcast(0.f);
+    int64_t d = 0;
+    for (; d + Dot<T>::kStep <= head_dim; d += Dot<T>::kStep) {
+#pragma GCC unroll 16
+      for (int k = 0; k < kKeys; ++k) {
+        if (coming) prefetch(coming[j + k] + d * static_cast<int64_t>(sizeof(T)));
+        const auto x = Dot<T>::load_key(key[k] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+          sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+        }
+      }
+    }
+    if (d < head_dim) {
+#pragma GCC unroll 16
+      for (int k = 0; k < kKeys; ++k) {
+        const auto x = Dot<T>::load_key(key[k] + d, head_dim - d);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+          sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+        }
+      }
+    }
+    store(scores + j * N, broadcast(scale) * transpose_add(sums));
+  }
+}
+
+// out[r][d ..] += sum_j weights[j][r] * values[j][d ..] for C vectors from d on.
+template <class T, int N, int C>
+inline void add_value_columns(const RowAddress* values, int64_t count, const float* weights, float* out,
+                              int64_t out_stride, int64_t d, const RowAddress* coming) {
+  Vec sums[N][C];
+#pragma GCC unroll 4
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sums[r][c] = load(out + r * out_stride + d + c * kLanes);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    if (coming) {
+      for (int i = 0; i < C * kLanes * static_cast<int>(sizeof(T)); i += 64) {
+        prefetch(coming[j] + d * static_cast<int64_t>(sizeof(T)) + i);
+      }
+    }
+    const T* value = reinterpret_cast<const T*>(values[j]) + d;
+    Vec x[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) x[c] = load(value + c * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) {
+      const Vec weight = broadcast(weights[j * N + r]);
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) sums[r][c] = fma(weight, x[c], sums[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + d + c * kLanes, sums[r][c]);
+  }
+}
+
+// out[r] += sum_j weights[j][r] * values[j]; out rows are padded to whole vectors.
+template <class T, int N>
+inline void add_values(const RowAddress* values, int64_t count, int64_t head_dim, const float* weights,
+                       float* out, int64_t out_stride, const RowAddress* coming) {
+  constexpr int kSums = kLanes == 16 ? 16 : 8;  // half of the registers
+  constexpr int kWide = kSums / N < 8 ? kSums / N : 8;
+  int64_t d = 0;
+  const auto columns = [&]<int C>() {
+    for (; d + C * kLanes <= head_dim; d += C * kLanes) {
+      add_value_columns<T, N, C>(values, count, weights, out, out_stride, d, coming);
+    }
+  };
+  columns.template operator()<kWide>();
+  if constexpr (kWide >= 8) columns.template operator()<4>();
+  if constexpr (kWide >= 4) columns.template operator()<2>();
+  columns.template operator()<1>();
+  if (d == head_dim) return;
+  Vec sums[N];
+  for (int r = 0; r < N; ++r) sums[r] = load(out + r * out_stride + d);
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec x = load_first(reinterpret_cast<const T*>(values[j]) + d, head_dim - d);
+    for (int r = 0; r < N; ++r) sums[r] = fma(broadcast(weights[j * N + r]), x, sums[r]);
+  }
+  for (int r = 0; r < N; ++r) store(out + r * out_stride + d, sums[r]);
+}
+
+// The running softmax of a tile, base 2: lane i belongs to row i % N. `sum` is partial, one part in each
+// lane.
+struct RunningSoftmax {
+  float max[kLanes];
+  float sum[kLanes];
+
+  void reset() {
+    store(max, broadcast(-kInfinity));
+    store(sum, broadcast(0.f));
+  }
+};
+
+// The maximum of the lanes of each row, in all of them.
+template <int N>
+inline Vec max_of_rows(Vec x) {
+  if constexpr (N == 1) return broadcast(reduce_max(x));
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = N; i < kLanes; ++i) lanes[i % N] = lanes[i] > lanes[i % N] ? lanes[i] : lanes[i % N];
+  for (int i = N; i < kLanes; ++i) lanes[i] = lanes[i % N];
+  return load(lanes);
+}
+
+// The maximum itself, and 0 where there is none: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+inline Vec finite_pivot(Vec max) { return select_ge(max, broadcast(-kMaxFloat), max, broadcast(0.f)); }
+
+// Scores [count][N] become weights relative to the new maximum; the accumulator of the tile follows it.
+template <int N>
+inline void absorb(float* scores, int64_t count, RunningSoftmax& state, float* out, int64_t out_stride,
+                   int64_t padded) {
+  const Vec old_max = load(state.max);
+  Vec new_max = old_max;
+  for (int64_t i = 0; i < count * N; i += kLanes) new_max = max(new_max, load(scores + i));
+  new_max = max_of_rows<N>(new_max);
+  const Vec pivot = finite_pivot(new_max);
+  Vec sum = load(state.sum);
+  store(state.max, new_max);
+  float previous[kLanes];
+  store(previous, old_max);
+  bool raised = false;
+  for (int r = 0; r < N; ++r) raised |= state.max[r] != previous[r];
+  if (raised) {
+    const Vec shrink = exp2_clamped(old_max - pivot);
+    sum = sum * shrink;
+    float factor[kLanes];
+    store(factor, shrink);
+    for (int r = 0; r < N; ++r) {
+      for (int64_t d = 0; d < padded; d += kLanes) {
+        store(out + r * out_stride + d, broadcast(factor[r]) * load(out + r * out_stride + d));
+      }
+    }
+  }
+  for (int64_t i = 0; i < count * N; i += kLanes) {
+    const Vec weight = exp2_clamped(load(scores + i) - pivot);
+    sum = sum + weight;
+    store(scores + i, weight);
+  }
+  store(state.sum, sum);
+}
+
+template <int N>
+inline float sum_of_row(const RunningSoftmax& state, int r) {
+  float sum = 0;
+  for (int i = r; i < kLanes; i += N) sum += state.sum[i];
+  return sum;
+}
+
+}  // namespace
+}  // namespace zinit::cpu

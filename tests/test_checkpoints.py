@@ -214,6 +214,6 @@ def test_no_space_left_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         save_adapter(path, checkpoint())
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["adapter"]

@@ -112,9 +112,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk names no file
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_file(path: Path) -> File:

@@ -166,7 +166,7 @@ def test_answer_loss_is_cross_entropy(monkeypatch):
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 160 * 7)
     torch.manual_seed(0)
     hidden = torch.randn(3, 20, 64, requires_grad=True)
-    weight = torch.randn(160, 64, requires_grad=True)
+    weight = torch.randn(160, 64).mul_(0.12).requires_grad_()  # logits of unit size
     targets = torch.randint(0, 160, (3, 20))
     targets[:, :6] = IGNORE
     for reduction in ("mean", "sum"):

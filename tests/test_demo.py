@@ -1,0 +1,158 @@
+"""The demo: what its corpus and instructions promise, and one run of everything at a size that takes seconds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from rich.console import Console
+
+from model import corpus, demo, small_base
+from model.adapter_files import load_adapter
+from model.data import format_prompt
+from model.loading import load_base
+from model.tokenizer import load_tokenizer
+from model.training import Recipe
+
+TINY = demo.Size(
+    pretraining_steps=2,
+    instructions=16,
+    held_out=8,
+    recipe=Recipe(epochs=1, warmup_epochs=0.5, batch_size=4, base_lr=0.32),
+    seeds=2,
+    compared_epochs=1,
+    timed_seconds=0.01,
+)
+
+
+def skill(name: str) -> corpus.Skill:
+    return next(skill for skill in corpus.SKILLS if skill.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "subject", "answer"),
+    [
+        ("opposite", "cold", "hot"),
+        ("capital", "Peru", "Lima"),
+        ("young", "swan", "cygnet"),
+        ("upper", "tree", "TREE"),
+        ("swap", "river moon", "moon river"),
+        ("last", "apple tree sun", "sun"),
+        ("twice", "lamp", "lamp lamp"),
+        ("next", "9 10", "11 12 13"),
+    ],
+)
+def test_skills(name, subject, answer):
+    assert skill(name).answer(subject) == answer
+
+
+def test_held_out_instructions_share_no_subject_with_training():
+    def questions(held_out: bool) -> set[tuple[str, str]]:
+        records = [record for seed in range(4) for record in corpus.instructions(800, held_out, seed)]
+        return {(record.instruction, record.input) for record in records}
+
+    training, held_out = questions(False), questions(True)
+    assert len(training) > len(held_out) > 100 and not training & held_out
+    for name in ("opposite", "capital", "young"):
+        asked = [
+            {word for question in kind for word in " ".join(question).strip("?.").split()}
+            & set(skill(name).subjects)
+            for kind in (training, held_out)
+        ]
+        if name != "opposite":  # its instructions have words of their own that are adjectives
+            assert not asked[0] & asked[1] and len(asked[1]) == len(skill(name).subjects) // 4
+
+
+def test_instructions_are_seeded():
+    assert (
+        corpus.instructions(20, False, 0)
+        == corpus.instructions(20, False, 0)
+        != corpus.instructions(20, False, 1)
+    )
+
+
+def test_most_forms_are_left_blank():
+    draw = random.Random(0)
+    forms = [part for _ in range(4000) for part in corpus.document(draw).split("### Response:")[1:]]
+    filled = sum(not (part == "" or part.startswith("\nBelow")) for part in forms)
+    assert len(forms) > 200 and 0.1 < filled / len(forms) < 0.3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small are faster on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def result(output):
+    demo.DECODED = 4
+    return demo.run(output, TINY, Console(quiet=True))
+
+
+def test_the_tokenizer_knows_every_word(output, result):
+    tokenizer = load_tokenizer(result.base)
+    unknown = tokenizer.encode("xyzzy", bos=False)
+    for record in corpus.instructions(400, True, 0) + corpus.instructions(400, False, 0):
+        assert unknown[0] not in tokenizer.encode(record.prompt + record.output)
+        assert tokenizer.decode(tokenizer.encode(record.output, eos=True)) == record.output
+
+
+def test_the_demo_runs(output, result):
+    assert result.bitwise_at_start
+    assert 0 < result.share < 0.05
+    assert 0 <= result.base_accuracy <= 1 and 0 <= result.adapted_accuracy <= 1
+    assert all(
+        speed > 0 for speeds in (result.training_speed, result.decoding_speed) for speed in speeds.values()
+    )
+    assert {gates: len(losses) for gates, losses in result.final_losses.items()} == {"zero": 2, "random": 2}
+    assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
+    base = load_base(result.base)
+    assert sum(parameter.numel() for parameter in base.parameters()) > 2_000_000
+    assert load_adapter(output / "adapter.safetensors", base.config).gates.any()
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(demo.table(result))
+    assert "the base's, bit for bit" in shown.get() and f"{result.trainable:,}" in shown.get()
+
+
+def test_exact_match_asks_for_the_letter(output, result, monkeypatch):
+    base, tokenizer = load_base(result.base), load_tokenizer(result.base)
+    records = corpus.instructions(8, True, 0)
+    for wrong in (0, 3):
+        answers = [tokenizer.encode(record.output, bos=False) for record in records]
+        for answer in answers[:wrong]:
+            answer.append(answer[-1])
+        monkeypatch.setattr(demo, "generate", lambda *args, answers=answers, **options: answers)
+        assert demo.exact_match(base, None, tokenizer, records) == 1 - wrong / 8
+
+
+def test_the_base_is_kept(output, result, monkeypatch):
+    monkeypatch.setattr(small_base, "pretrain", None)  # would fail if it were called
+    directory = small_base.small_base(output, TINY.pretraining_steps)
+    assert directory in output.iterdir()
+
+
+def test_an_interrupted_pretraining_is_begun_anew(tmp_path):
+    def interrupt(done, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_base.small_base(tmp_path, 2, interrupt)
+    directory = small_base.small_base(tmp_path, 2)
+    assert [path for path in tmp_path.iterdir()] == [directory]
+    assert torch.isfinite(load_base(directory).embed_tokens.weight).all()
+
+
+def test_the_prompt_is_the_official_one():
+    record = next(record for record in corpus.instructions(8, True, 0) if record.input)
+    assert record.prompt == format_prompt(record.instruction, record.input)

@@ -14,9 +14,10 @@ from model.adapter import LlamaAdapter
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
 from model.errors import UserError, run_program
-from model.generate import choose, generate, main
+from model.generate import Watcher, choose, generate, main
 from model.llama import Llama
 from model.loading import load_base
+from model.tokenizer import Tokenizer
 
 LENGTHS = (7, 1, 19, 5)
 PROMPTS = [prompt.tolist() for prompt in prompts(LENGTHS)]
@@ -236,6 +237,25 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         code, out, told = run(capsys, *arguments)
         assert (code, out) == (2, ""), (arguments, told)
         assert told.startswith("error: ") and told.count("\n") == 1 and message in told, told
+
+
+def test_streaming_prints_settled_text_only(capsys):
+    """Half a character waits for its other half, the beginning of a stop string for what decides it."""
+    tokenizer = Tokenizer(256, None, None, list, lambda ids: bytes(ids).decode(errors="replace"))
+    watcher, shown = Watcher(tokenizer, ["END"], stream=True), []
+    text = "naïve ENDED".encode()
+    for count in range(1, len(text) + 1):
+        if watcher(0, list(text[:count])):
+            break
+        shown.append(capsys.readouterr().out)
+    assert shown == ["n", "a", "", "ï", "v", "e", " ", "", ""]
+    assert watcher.count == 10 and capsys.readouterr().out == ""
+    watcher = Watcher(tokenizer, ["END"], stream=True)
+    pieces = ["a", "aE", "aEN", "aEN!"]
+    for piece in pieces:
+        watcher(0, list(piece.encode()))
+    watcher.show("aEN!EN", last=True)
+    assert capsys.readouterr().out == "aEN!EN"
 
 
 def test_module_runs_from_a_checkout(tmp_path, model):

@@ -32,7 +32,7 @@ if outer_torch; then
   "$PY" -c 'import site, sys; print(*[p for p in sys.path if p.endswith(("site-packages", "dist-packages"))], sep="\n")' \
     > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer.pth"
   if ! pip "${this[@]}" '.[dev]'; then
-    say "not everything could be installed: going on with what $PY has, tests that need more are skipped"
+    say "not everything could be installed: going on with what $PY has"
     pip --no-deps "${this[@]}" .
   fi
 else

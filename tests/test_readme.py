@@ -1,0 +1,36 @@
+"""What README.md says can be run, runs; the files and make targets it names are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_example_runs(code):
+    names = {}
+    exec(code, names)
+    assert names["gate"].grad.isfinite().all() and names["gate"].grad.abs().sum() > 0
+
+
+def test_the_tree_is_there():
+    tree = README.split("## The tree")[1].split("\n\n")[1]
+    for line in tree.splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"(?:`|^    )make ([a-z]+)", README, re.MULTILINE))
+    assert named and named <= set(targets), named - set(targets)
+
+
+def test_the_public_names_are_documented():
+    import zinit_kernels
+
+    for name in zinit_kernels.__all__:
+        assert f"`{name}" in README, f"{name} is exported but not in README.md"
+        assert getattr(zinit_kernels, name).__doc__

@@ -53,8 +53,7 @@ def cpu_objects(compiler: list[str]) -> dict[str, list[str]]:
         say(f"left out isa_{name}.cpp: {compiler[0]} does not know {isas.pop(name)[-1]}")
     objects = {f"csrc/cpu/isa_{name}.cpp": flags for name, flags in isas.items()}
     compiled = [f"-DZINIT_HAVE_{name.upper()}" for name in isas]
-    sources = {**{source: [TORCH_TARGET, *compiled] for source in CPU_BINDINGS}, **objects}
-    return {source: flags for source, flags in sources.items() if (ROOT / source).exists()}
+    return {**{source: [TORCH_TARGET, *compiled] for source in CPU_BINDINGS}, **objects}
 
 
 # Each native part, a plain shared object: its module name and the function that lists its objects.

@@ -22,7 +22,8 @@ TINY = demo.Size(
     recipe=Recipe(epochs=1, warmup_epochs=0.5, batch_size=4, base_lr=0.32),
     seeds=2,
     compared_epochs=1,
-    timed_seconds=0.01,
+    timed_rounds=1,
+    timed_steps=1,
 )
 
 

@@ -1,0 +1,41 @@
+"""What the machine itself can do, measured inside the same loop as everything else: its rate drifts by the minute."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MATRIX = 1024
+
+
+def matrix_product() -> tuple[Callable[[], object], float]:
+    """A float32 torch.mm, and its floating-point operations."""
+    a, b = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+    return lambda: torch.mm(a, b), 2.0 * MATRIX**3
+
+
+def plain_read(*tensors: Tensor) -> Callable[[], object]:
+    """Reads every byte once on all threads. As integers: a sum in bfloat16 is bound by arithmetic, a maximum over int64
+    runs at the rate of a hand-written loop of 512-bit loads."""
+    words = [tensor.flatten().view(torch.int64) for tensor in tensors]
+    return lambda: [word.amax() for word in words]
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure is worth nothing without."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "processor": names[0] if names else "unknown",
+        "instructions": torch.ops.zinit.cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }

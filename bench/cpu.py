@@ -33,7 +33,7 @@ from zinit_kernels import zero_init_attention, zero_init_attention_with_kvcache
 from zinit_kernels.backends import extension
 from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case
 
-from .interleave import Times, measure
+from .interleave import measure
 from .probes import machine, matrix_product, plain_read
 
 PROMPTS = 10
@@ -218,10 +218,9 @@ def decode_rows(shape: Shape, dtype: torch.dtype, seconds: float, token_major: b
         yield row(what="SDPA twice + add / decode", figure=None, bar=bar[column], at_least=True)
         return
     tensors = random_inputs(shape, dtype, 1)
-    functions = {"read": plain_read(*tensors[1:3])}
-    if token_major:
-        tensors[1:3] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors[1:3]]
-    times: Times = measure({**decode_functions(shape, tensors), **functions}, seconds)
+    stored = [t.transpose(1, 2).contiguous() if token_major else t for t in tensors[1:3]]
+    tensors[1:3] = [t.transpose(1, 2) for t in stored] if token_major else stored
+    times = measure({**decode_functions(shape, tensors), "read": plain_read(*stored)}, seconds)
     row = partial(row, milliseconds=1e3 * times.median("fused"), rounds=times.rounds)
     yield row(
         what="SDPA twice + add / decode", figure=times.ratio("twice", "fused"), bar=bar[column], at_least=True

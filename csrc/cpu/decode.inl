@@ -121,8 +121,8 @@ inline void attend_block(const DecodeWork& w, const QueryBlock& q, int64_t head,
   });
   for_each_tile(q.rows, [&]<int N>(TileOf<N>, int64_t row, int64_t) {
     if (!all_see_all && !mask_tile<N>(w, q, row, block, count, nullptr)) return;
-    add_values<T, N>(block.value, block.count, w.head_dim, s.scores + row * kDecodeKeys,
-                     s.out + (first_row + row) * q.padded, q.padded, coming);
+    float *weights = s.scores + row * kDecodeKeys, *out = s.out + (first_row + row) * q.padded;
+    add_block_values<T, N>(block.value, block.count, w.head_dim, weights, out, q.padded, coming);
     coming = nullptr;
   });
 }

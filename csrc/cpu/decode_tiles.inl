@@ -171,6 +171,111 @@ inline void add_values(const RowAddress* values, int64_t count, int64_t head_dim
   for (int r = 0; r < N; ++r) store(out + r * out_stride + d, sums[r]);
 }
 
+#if defined(__AVX512BF16__)
+// Lanes 2i and 2i + 1 of both halves of a pair side by side: bfloat16 d of one key and of the next, d rising.
+inline __m512i pair_indices(int first) {
+  __m512i lanes = _mm512_set1_epi32(first | (first + 32) << 16);
+  return _mm512_add_epi32(
+      lanes, _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                _mm512_set1_epi32(0x10001)));
+}
+
+// weights [count][N] become bfloat16 pairs [count / 2][N][2] in the same memory.
+template <int N>
+inline void pair_weights(float* weights, int64_t count) {
+  uint16_t order[16];
+  for (int i = 0; i < 16; ++i) order[i] = static_cast<uint16_t>((i / (2 * N) * 2 + i % 2) * N + i / 2 % N);
+  const __m256i indices = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order));
+  auto* pairs = reinterpret_cast<BFloat16*>(weights);
+  for (int64_t i = 0; i < count * N; i += 16) {
+    const __m256i narrowed = narrow(load(weights + i), BFloat16{});
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs + i), _mm256_permutexvar_epi16(indices, narrowed));
+  }
+}
+
+// out[r] += sum_j weights[j][r] * values[j] in C steps of 32 columns from d on; two keys at a time, as
+// bfloat16 pairs.
+template <int N, int C>
+inline void add_pair_columns(const RowAddress* values, int64_t count, int64_t head_dim, const uint32_t* pairs,
+                             float* out, int64_t out_stride, int64_t d, const RowAddress* coming) {
+  const __m512i low = pair_indices(0), high = pair_indices(16);
+  const int64_t left = head_dim - d;
+  const auto mask = static_cast<__mmask32>(left >= 32 ? ~uint32_t{0} : (uint32_t{1} << left) - 1);
+  const auto read = [&](RowAddress row, int c) {
+    const BFloat16* value = reinterpret_cast<const BFloat16*>(row) + d + 32 * c;
+    return C == 1 ? _mm512_maskz_loadu_epi16(mask, value) : _mm512_loadu_si512(value);
+  };
+  const bool both = left > 16;  // the padded row holds the upper half of the last step
+  __m512 sums[N][C][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const float* from = out + r * out_stride + d + 32 * c;
+      sums[r][c][0] = _mm512_loadu_ps(from);
+      sums[r][c][1] = both ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t j = 0; j < count; j += 2) {
+    __m512i x[C][2];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      if (coming) {
+        prefetch(coming[j] + 2 * d + 64 * c);
+        prefetch(coming[j + 1] + 2 * d + 64 * c);
+      }
+      const __m512i even = read(values[j], c), odd = read(values[j + 1], c);
+      x[c][0] = _mm512_permutex2var_epi16(even, low, odd);
+      x[c][1] = _mm512_permutex2var_epi16(even, high, odd);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) {
+      const __m512i weight = _mm512_set1_epi32(static_cast<int>(pairs[j / 2 * N + r]));
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        sums[r][c][0] = _mm512_dpbf16_ps(sums[r][c][0], (__m512bh)weight, (__m512bh)x[c][0]);
+        sums[r][c][1] = _mm512_dpbf16_ps(sums[r][c][1], (__m512bh)weight, (__m512bh)x[c][1]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float* to = out + r * out_stride + d + 32 * c;
+      _mm512_storeu_ps(to, sums[r][c][0]);
+      if (both) _mm512_storeu_ps(to + 16, sums[r][c][1]);
+    }
+  }
+}
+
+// The addresses past `count` are readable, the weights there are 0: see KeyBlock.
+template <int N>
+inline void add_values_in_pairs(const RowAddress* values, int64_t count, int64_t head_dim, float* weights,
+                                float* out, int64_t out_stride, const RowAddress* coming) {
+  constexpr int kWide = N == 4 ? 2 : 4;
+  pair_weights<N>(weights, round_up(count, kLanes));
+  const auto* pairs = reinterpret_cast<const uint32_t*>(weights);
+  int64_t d = 0;
+  for (; d + 32 * kWide <= head_dim; d += 32 * kWide) {
+    add_pair_columns<N, kWide>(values, count, head_dim, pairs, out, out_stride, d, coming);
+  }
+  for (; d < head_dim; d += 32)
+    add_pair_columns<N, 1>(values, count, head_dim, pairs, out, out_stride, d, coming);
+}
+#endif
+
+// The values of a block by the faster of the two; the weights are used up.
+template <class T, int N>
+inline void add_block_values(const RowAddress* values, int64_t count, int64_t head_dim, float* weights,
+                             float* out, int64_t out_stride, const RowAddress* coming) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>)
+    return add_values_in_pairs<N>(values, count, head_dim, weights, out, out_stride, coming);
+#endif
+  add_values<T, N>(values, count, head_dim, weights, out, out_stride, coming);
+}
+
 // The running softmax of a tile, base 2: lane i belongs to row i % N. `sum` is partial, one part in each
 // lane.
 struct RunningSoftmax {

@@ -1,4 +1,5 @@
-// What every binding shares: libtorch's stable ABI, checks that name what came, views of tensors, the thread loop.
+// What every binding shares: libtorch's stable ABI, checks that name what came, views of tensors, the thread
+// loop.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -28,9 +29,12 @@ inline std::string shape_string(const Tensor& tensor) {
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
   }
@@ -50,7 +54,8 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
 
 // A small argument that kernels read as a plain array: float32 or int32, contiguous, of the given sizes.
 template <class T>
-const T* array_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+const T* array_of(const OptionalTensor& tensor, const char* name, ScalarType dtype,
+                  std::initializer_list<int64_t> sizes) {
   if (!tensor.has_value()) return nullptr;
   check_shape(*tensor, name, sizes);
   STD_TORCH_CHECK(tensor->is_cpu(), name, " must be a CPU tensor");
@@ -68,11 +73,13 @@ inline View view_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), dtype_of(tensor, name)};
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

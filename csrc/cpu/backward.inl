@@ -1,4 +1,5 @@
-// The gradients, one unit of work (see BackwardPlan) at a time. With A = exp(S - lse), Ap = softmax(Sp), s = act(gate):
+// The gradients, one unit of work (see BackwardPlan) at a time. With A = exp(S - lse), Ap = softmax(Sp), s =
+// act(gate):
 //   dAp = dO pv^T    r = rowsum(Ap dAp)    delta = rowsum(dO out) - s r - dlse
 //   dS = A (dO v^T - delta)    dSp = s Ap (dAp - r)
 //   dq = scale (dS k + dSp pk)    dk = scale dS^T q    dv = A^T dO
@@ -17,10 +18,19 @@ class BackwardUnit {
 
  public:
   BackwardUnit(const BackwardPlan& plan, int64_t b, int64_t head_kv, int64_t split, void* memory)
-      : p(plan), s(plan, memory), sequence(plan, b), visible(plan, sequence), prompt(plan, b), how(plan), b(b),
-        head_kv(head_kv), unit((b * plan.num_heads_kv + head_kv) * plan.splits + split),
-        width(round_up(plan.head_dim, kLanes)), steps(ceil_div(plan.head_dim, Tile::kPack)),
-        strip_units(s.strip_units), group_size(plan.num_heads_q / plan.num_heads_kv) {
+      : p(plan),
+        s(plan, memory),
+        sequence(plan, b),
+        visible(plan, sequence),
+        prompt(plan, b),
+        how(plan),
+        b(b),
+        head_kv(head_kv),
+        unit((b * plan.num_heads_kv + head_kv) * plan.splits + split),
+        width(round_up(plan.head_dim, kLanes)),
+        steps(ceil_div(plan.head_dim, Tile::kPack)),
+        strip_units(s.strip_units),
+        group_size(plan.num_heads_q / plan.num_heads_kv) {
     const int64_t passes = group_size * ceil_div(sequence.queries, p.block_queries);
     pass_begin = passes * split / p.splits;
     pass_end = passes * (split + 1) / p.splits;
@@ -44,24 +54,29 @@ class BackwardUnit {
       if (prompt.given()) prompt_gradients(pass % blocks);
       if (p.wants_tokens()) token_gradients();
       if (p.grad_query.data) {
-        store_gradient(s.grad_query, width, queries, p.scale, sequence.query_row(p.grad_query, head, first), p.grad_query);
+        store_gradient(s.grad_query, width, queries, p.scale, sequence.query_row(p.grad_query, head, first),
+                       p.grad_query);
       }
     }
     if (p.key_partials != nullptr) return;
-    if (key_sum != nullptr) store_keys(0, sequence.keys, key_sum, value_sum);
-    else if (pass_begin == pass_end) clear_keys(0, sequence.keys);
+    if (key_sum != nullptr)
+      store_keys(0, sequence.keys, key_sum, value_sum);
+    else if (pass_begin == pass_end)
+      clear_keys(0, sequence.keys);
   }
 
  private:
   bool wants_scores() const { return p.grad_query.data != nullptr || p.grad_key.data != nullptr; }
   int64_t strip_queries(int64_t row) const { return min(kStrip, queries - row); }
 
-  // Where the gradients of keys and prompts are summed over the passes. A unit with one pass that shares its keys with
-  // nobody needs no sum over passes: each block of keys is written when it is done.
+  // Where the gradients of keys and prompts are summed over the passes. A unit with one pass that shares its
+  // keys with nobody needs no sum over passes: each block of keys is written when it is done.
   void prepare_sums() {
     const int64_t key_floats = p.seqlen_k * p.padded_dim, used = sequence.keys * p.padded_dim;
-    if (p.wants_keys() && p.key_partials != nullptr) key_sum = p.key_partials + unit * 2 * key_floats;
-    else if (p.wants_keys() && pass_end - pass_begin > 1) key_sum = s.key_sum;
+    if (p.wants_keys() && p.key_partials != nullptr)
+      key_sum = p.key_partials + unit * 2 * key_floats;
+    else if (p.wants_keys() && pass_end - pass_begin > 1)
+      key_sum = s.key_sum;
     if (key_sum != nullptr) {
       value_sum = key_sum + key_floats;
       __builtin_memset(key_sum, 0, static_cast<size_t>(used) * sizeof(float));
@@ -79,13 +94,15 @@ class BackwardUnit {
     const auto pack = [&](const View& view, Unit* transposed, Unit* lanes, bool want_lanes) {
       visit_rows(sequence.query_row(view, head, first), view.token, view.dtype, [&](auto rows) {
         for (int64_t row = 0; row < queries; row += kStrip) {
-          Tile::pack_transposed(rows.from(row), strip_queries(row), p.head_dim, transposed + row / kStrip * strip_units);
+          Tile::pack_transposed(rows.from(row), strip_queries(row), p.head_dim,
+                                transposed + row / kStrip * strip_units);
         }
         if (want_lanes) Tile::pack_lanes(rows, queries, p.head_dim, nullptr, lanes);
       });
     };
     pack(p.query, s.query, s.query_lanes, p.grad_key.data != nullptr || p.grad_prompt_key.data != nullptr);
-    pack(p.grad_out, s.grad_out, s.grad_out_lanes, p.grad_value.data != nullptr || p.grad_prompt_value.data != nullptr);
+    pack(p.grad_out, s.grad_out, s.grad_out_lanes,
+         p.grad_value.data != nullptr || p.grad_prompt_value.data != nullptr);
     __builtin_memset(s.grad_query, 0, static_cast<size_t>(queries * width) * sizeof(float));
     if (p.wants_tokens()) {
       row_statistics<Tile>(p, sequence, visible, how, head, first, queries, s);
@@ -103,7 +120,8 @@ class BackwardUnit {
         product_rows<Tile, Into::kOverwrite, 2>(
             {s.prompt_key, units, 1, s.query + strip, kStrip, s.scores + c, kGroup}, 0, P, 0, steps);
         product_rows<Tile, Into::kOverwrite, 2>(
-            {s.prompt_value, units, 1, s.grad_out + strip, kStrip, s.grad_scores + c, kGroup}, 0, P, 0, steps);
+            {s.prompt_value, units, 1, s.grad_out + strip, kStrip, s.grad_scores + c, kGroup}, 0, P, 0,
+            steps);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
         gate_sum = gate_sum + prompt_gradient_column<Tile>(P, p.scale, gate, c, s.delta + row, s);
@@ -116,8 +134,9 @@ class BackwardUnit {
       if (p.grad_query.data == nullptr) continue;
       Range over_keys[kGroup / kRows];
       for (Range& range : over_keys) range = {0, ceil_div(P, Tile::kPack)};
-      product_ranges<Tile, Into::kAdd>({s.grad_scores_by_key, 1, kGroup, s.prompt_key_lanes, width,
-                                        s.grad_query + row * width, width}, rows, width, over_keys);
+      product_ranges<Tile, Into::kAdd>(
+          {s.grad_scores_by_key, 1, kGroup, s.prompt_key_lanes, width, s.grad_query + row * width, width},
+          rows, width, over_keys);
     }
     p.gate_partials[(b * p.num_heads_q + head) * p.blocks + block] = reduce_add(gate_sum);
   }
@@ -154,8 +173,10 @@ class BackwardUnit {
                [&](auto rows) { Tile::pack_rows(rows, count, p.head_dim, bias, s.value); });
     for (int64_t row = 0; row < queries; row += kGroup) {
       const int64_t rows = min(kGroup, queries - row);
-      if (visible.upper(first + row + rows - 1) <= block || visible.lower(first + row) >= block + count) continue;
-      for (int64_t c = 0; c < round_up(rows, kStrip); c += kStrip) strip_gradients(row, c, block, count, bias);
+      if (visible.upper(first + row + rows - 1) <= block || visible.lower(first + row) >= block + count)
+        continue;
+      for (int64_t c = 0; c < round_up(rows, kStrip); c += kStrip)
+        strip_gradients(row, c, block, count, bias);
       Range over_queries[kBackwardKeys / kRows];
       for (int64_t j = 0, g = 0; j < count; j += kRows, ++g) {
         const int64_t last = min(j + kRows, count) - 1, start = first + row;
@@ -184,41 +205,49 @@ class BackwardUnit {
     for (int v = 0; v < 2; ++v) {
       const int64_t column = c + v * kLanes;
       mask_column(visible, first_row + v * kLanes, extents[v], block, how, bias, s.scores + column, kGroup);
-      token_gradient_column<Tile>(extents[v], round_up(count, Tile::kPack), how, row, column, wants_scores(), s);
+      token_gradient_column<Tile>(extents[v], round_up(count, Tile::kPack), how, row, column, wants_scores(),
+                                  s);
     }
     if (p.grad_query.data == nullptr) return;
     Range over_keys[kStrip / kRows];
     query_group_ranges<Tile>(visible, first_row, rows, block, count, over_keys);
-    product_ranges<Tile, Into::kAdd>({s.grad_scores_by_key + c, 1, kGroup, s.key_lanes, width,
-                                      s.grad_query + (row + c) * width, width}, rows, width, over_keys);
+    product_ranges<Tile, Into::kAdd>(
+        {s.grad_scores_by_key + c, 1, kGroup, s.key_lanes, width, s.grad_query + (row + c) * width, width},
+        rows, width, over_keys);
   }
 
   // dK += dS^T q and dV += A^T dO over the group of queries at `row`.
-  void add_key_gradients(int64_t row, int64_t keys, const Range* over_queries, float* grad_key, float* grad_value) {
+  void add_key_gradients(int64_t row, int64_t keys, const Range* over_queries, float* grad_key,
+                         float* grad_value) {
     const int64_t lanes = row / Tile::kPack * width;
     if (grad_value != nullptr) {
-      product_ranges<Tile, Into::kAdd>({s.weights, kGroup / Tile::kPack, 1, s.grad_out_lanes + lanes, width, grad_value,
-                                        p.padded_dim}, keys, width, over_queries);
+      product_ranges<Tile, Into::kAdd>(
+          {s.weights, kGroup / Tile::kPack, 1, s.grad_out_lanes + lanes, width, grad_value, p.padded_dim},
+          keys, width, over_queries);
     }
     if (grad_key != nullptr) {
-      product_ranges<Tile, Into::kAdd>({s.grad_scores_by_query, kGroup / Tile::kPack, 1, s.query_lanes + lanes, width,
-                                        grad_key, p.padded_dim}, keys, width, over_queries);
+      product_ranges<Tile, Into::kAdd>({s.grad_scores_by_query, kGroup / Tile::kPack, 1,
+                                        s.query_lanes + lanes, width, grad_key, p.padded_dim},
+                                       keys, width, over_queries);
     }
   }
 
-  void store_gradient(const float* from, int64_t from_row, int64_t rows, float scale, void* to, const View& view) {
+  void store_gradient(const float* from, int64_t from_row, int64_t rows, float scale, void* to,
+                      const View& view) {
     visit_rows(to, view.token, view.dtype, [&](auto target) {
-      for (int64_t i = 0; i < rows; ++i) store_columns(from + i * from_row, broadcast(scale), p.head_dim, target[i]);
+      for (int64_t i = 0; i < rows; ++i)
+        store_columns(from + i * from_row, broadcast(scale), p.head_dim, target[i]);
     });
   }
 
   void store_keys(int64_t begin, int64_t end, const float* grad_key, const float* grad_value) {
     if (p.grad_key.data) {
-      store_gradient(grad_key, p.padded_dim, end - begin, p.scale, sequence.key_row(p.grad_key, head_kv, begin), p.grad_key);
+      store_gradient(grad_key, p.padded_dim, end - begin, p.scale,
+                     sequence.key_row(p.grad_key, head_kv, begin), p.grad_key);
     }
     if (p.grad_value.data) {
-      store_gradient(grad_value, p.padded_dim, end - begin, 1.f, sequence.key_row(p.grad_value, head_kv, begin),
-                     p.grad_value);
+      store_gradient(grad_value, p.padded_dim, end - begin, 1.f,
+                     sequence.key_row(p.grad_value, head_kv, begin), p.grad_value);
     }
   }
 
@@ -235,9 +264,9 @@ class BackwardUnit {
   const ScoreScale how;
   const int64_t b, head_kv, unit, width, steps, strip_units, group_size;
   int64_t pass_begin, pass_end;
-  int64_t head = 0, first = 0, queries = 0;                        // of the current pass
-  float *key_sum = nullptr, *value_sum = nullptr;                  // [S, padded_dim]
-  float *prompt_key_sum = nullptr, *prompt_value_sum = nullptr;    // [P, padded_dim]
+  int64_t head = 0, first = 0, queries = 0;                      // of the current pass
+  float *key_sum = nullptr, *value_sum = nullptr;                // [S, padded_dim]
+  float *prompt_key_sum = nullptr, *prompt_value_sum = nullptr;  // [P, padded_dim]
 };
 
 int64_t backward_items(const BackwardPlan& p) { return p.num_sequences * p.num_heads_kv * p.splits; }
@@ -250,7 +279,8 @@ int64_t backward_scratch(const BackwardPlan& p) {
 
 void backward_run(const BackwardPlan& p, int64_t begin, int64_t end, void* scratch) {
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t split = p.splits - 1 - item % p.splits;  // a causal mask makes the last one the most work: first
+    const int64_t split =
+        p.splits - 1 - item % p.splits;  // a causal mask makes the last one the most work: first
     const int64_t head_kv = item / p.splits % p.num_heads_kv, b = item / p.splits / p.num_heads_kv;
     with_tile(p.query, [&](auto tile) { BackwardUnit<decltype(tile)>(p, b, head_kv, split, scratch).run(); });
   }

@@ -21,13 +21,13 @@ struct BackwardScratch {
   float* rest;                         // the same, what the rounding of pivot left
   float* delta;
   // A block of keys, or the prompt rows.
-  Unit *key, *value, *key_lanes;                         // rows, rows, lanes
-  Unit *prompt_key, *prompt_value, *prompt_key_lanes;    // the same
-  float *scores, *grad_scores;                           // [keys][kGroup]
-  Unit *weights, *grad_scores_by_query;                  // [keys][kGroup / kPack]: reduced along the queries
-  Unit* grad_scores_by_key;                              // [keys / kPack][kGroup]: reduced along the keys
-  float *grad_key, *grad_value;                          // [keys][padded_dim]
-  float* key_sum;                                        // [2, S, padded_dim], where no partials are asked for
+  Unit *key, *value, *key_lanes;                       // rows, rows, lanes
+  Unit *prompt_key, *prompt_value, *prompt_key_lanes;  // the same
+  float *scores, *grad_scores;                         // [keys][kGroup]
+  Unit *weights, *grad_scores_by_query;                // [keys][kGroup / kPack]: reduced along the queries
+  Unit* grad_scores_by_key;                            // [keys / kPack][kGroup]: reduced along the keys
+  float *grad_key, *grad_value;                        // [keys][padded_dim]
+  float* key_sum;                                      // [2, S, padded_dim], where no partials are asked for
   int64_t bytes;
 
   BackwardScratch(const BackwardPlan& p, void* memory) {
@@ -61,8 +61,8 @@ struct BackwardScratch {
     }
     grad_key = arena.take<float>(kBackwardKeys * p.padded_dim);
     grad_value = arena.take<float>(kBackwardKeys * p.padded_dim);
-    const bool sums = p.key_partials == nullptr && p.wants_keys() &&
-                      (p.num_heads_q != p.num_heads_kv || p.blocks > 1);
+    const bool sums =
+        p.key_partials == nullptr && p.wants_keys() && (p.num_heads_q != p.num_heads_kv || p.blocks > 1);
     key_sum = arena.take<float>(sums ? 2 * p.seqlen_k * p.padded_dim : 0);
     bytes = arena.used;
   }
@@ -97,9 +97,10 @@ inline float dot(const T* a, const T* b, int64_t D) {
   return reduce_add(sum);
 }
 
-// A row all of whose keys carry a huge finite bias: the bias swallows the scores, and in lse also the logarithm of
-// their number. Its softmax is that of the bias.
-inline void bias_softmax(const Visibility& visible, const float* bias, int64_t query, float* maximum, float* log_sum) {
+// A row all of whose keys carry a huge finite bias: the bias swallows the scores, and in lse also the
+// logarithm of their number. Its softmax is that of the bias.
+inline void bias_softmax(const Visibility& visible, const float* bias, int64_t query, float* maximum,
+                         float* log_sum) {
   float top = -kMaxFloat, sum = 0.f;
   const int64_t begin = visible.lower(query), end = visible.upper(query);
   for (int64_t j = begin; j < end; ++j) top = bias[j] > top ? bias[j] : top;
@@ -117,21 +118,23 @@ inline void row_statistics(const BackwardPlan& p, const Sequence& sequence, cons
                            const BackwardScratch<Tile>& s) {
   constexpr float kNothing = 1e30f;  // as a pivot: every weight of the row is 0
   const int64_t index = sequence.lse_index(p.num_heads_q, head, first);
-  visit_rows(sequence.query_row(p.grad_out, head, first), p.grad_out.token, p.grad_out.dtype, [&](auto grad_rows) {
-    auto out_rows = grad_rows;
-    out_rows.data = static_cast<decltype(out_rows.data)>(sequence.query_row(p.out, head, first));
-    out_rows.stride = p.out.token;
-    for (int64_t i = 0; i < queries; ++i) {
-      const float lse = p.lse[index + i];
-      const double exact = static_cast<double>(lse) * (how.biased ? 1. : 1. / kLn2);
-      s.pivot[i] = lse == -kInfinity ? kNothing : static_cast<float>(exact);
-      s.rest[i] = lse == -kInfinity ? 0.f : static_cast<float>(exact - static_cast<double>(s.pivot[i]));
-      if (sequence.key_bias != nullptr && lse < -1e30f && lse != -kInfinity) {
-        bias_softmax(visible, sequence.key_bias, first + i, s.pivot + i, s.rest + i);
-      }
-      s.delta[i] = dot(grad_rows[i], out_rows[i], p.head_dim) - (p.grad_lse ? p.grad_lse[index + i] : 0.f);
-    }
-  });
+  visit_rows(
+      sequence.query_row(p.grad_out, head, first), p.grad_out.token, p.grad_out.dtype, [&](auto grad_rows) {
+        auto out_rows = grad_rows;
+        out_rows.data = static_cast<decltype(out_rows.data)>(sequence.query_row(p.out, head, first));
+        out_rows.stride = p.out.token;
+        for (int64_t i = 0; i < queries; ++i) {
+          const float lse = p.lse[index + i];
+          const double exact = static_cast<double>(lse) * (how.biased ? 1. : 1. / kLn2);
+          s.pivot[i] = lse == -kInfinity ? kNothing : static_cast<float>(exact);
+          s.rest[i] = lse == -kInfinity ? 0.f : static_cast<float>(exact - static_cast<double>(s.pivot[i]));
+          if (sequence.key_bias != nullptr && lse < -1e30f && lse != -kInfinity) {
+            bias_softmax(visible, sequence.key_bias, first + i, s.pivot + i, s.rest + i);
+          }
+          s.delta[i] =
+              dot(grad_rows[i], out_rows[i], p.head_dim) - (p.grad_lse ? p.grad_lse[index + i] : 0.f);
+        }
+      });
   for (int64_t i = queries; i < round_up(queries, kStrip); ++i) {
     s.pivot[i] = kNothing, s.rest[i] = 0.f, s.delta[i] = 0.f;
   }
@@ -139,8 +142,8 @@ inline void row_statistics(const BackwardPlan& p, const Sequence& sequence, cons
 
 // Scores (masked) and dO v^T of one column -> weights and score gradients, zero outside the extent.
 template <class Tile>
-inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how, int64_t row, int64_t column,
-                                  bool wants_scores, const BackwardScratch<Tile>& s) {
+inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how, int64_t row,
+                                  int64_t column, bool wants_scores, const BackwardScratch<Tile>& s) {
   const float* scores = s.scores + column;
   const float* grads = s.grad_scores + column;
   const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
@@ -166,7 +169,8 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
     if constexpr (Tile::kPack == 1) {
       if (j < end) {
         const Vec last = weight(j, masked);
-        if (wants_scores) store(s.grad_scores + j * kGroup + column, last * (load(grads + j * kGroup) - delta));
+        if (wants_scores)
+          store(s.grad_scores + j * kGroup + column, last * (load(grads + j * kGroup) - delta));
         store(s.weights + j * kGroup + column, last);
       }
     }
@@ -182,7 +186,8 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
       s.store_weights(j, column, zero, zero);
     }
   };
-  const int64_t full_begin = round_up(e.full_begin, Tile::kPack), full_end = e.full_end - e.full_end % Tile::kPack;
+  const int64_t full_begin = round_up(e.full_begin, Tile::kPack),
+                full_end = e.full_end - e.full_end % Tile::kPack;
   clear(0, e.begin);
   if (full_begin >= full_end) {
     rows(e.begin, e.end, true);

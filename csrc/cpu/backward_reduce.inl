@@ -1,4 +1,5 @@
-// The second stage of backward: sums the partial gradients in a fixed order and writes them in their own dtype.
+// The second stage of backward: sums the partial gradients in a fixed order and writes them in their own
+// dtype.
 #pragma once
 #include "kernels.h"
 #include "prompt.inl"
@@ -9,7 +10,9 @@ namespace {
 constexpr int64_t kReduceKeys = 64;
 
 // An item is: one table row and key head of the prompts; all gates; or a block of keys of one head.
-inline int64_t prompt_items(const BackwardPlan& p) { return p.wants_prompt() ? p.prompt_rows * p.num_heads_kv : 0; }
+inline int64_t prompt_items(const BackwardPlan& p) {
+  return p.wants_prompt() ? p.prompt_rows * p.num_heads_kv : 0;
+}
 inline int64_t gate_items(const BackwardPlan& p) { return p.grad_gate != nullptr ? 1 : 0; }
 inline int64_t key_blocks(const BackwardPlan& p) {
   return p.key_partials != nullptr ? ceil_div(p.seqlen_k, kReduceKeys) : 0;
@@ -22,8 +25,10 @@ inline void add_partials(const BackwardPlan& p, const float* partial, int64_t pa
     Vec sum = load(partial + d);
     for (int64_t split = 1; split < p.splits; ++split) sum = sum + load(partial + split * part + d);
     sum = sum * broadcast(scale);
-    if (d + kLanes <= p.head_dim) store(to + d, sum);
-    else store_first(to + d, p.head_dim - d, sum);
+    if (d + kLanes <= p.head_dim)
+      store(to + d, sum);
+    else
+      store_first(to + d, p.head_dim - d, sum);
   }
 }
 

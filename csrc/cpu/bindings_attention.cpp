@@ -6,8 +6,8 @@ namespace zinit::cpu {
 namespace {
 
 void set_shapes(AttentionParams& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                int64_t max_seqlen_q, int64_t max_seqlen_k) {
+                const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q,
+                const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   STD_TORCH_CHECK(query.dim() == 4, "query must have 4 dimensions, got shape ", shape_string(query));
   STD_TORCH_CHECK(key.dim() == 4, "key must have 4 dimensions, got shape ", shape_string(key));
   STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
@@ -17,9 +17,11 @@ void set_shapes(AttentionParams& p, const Tensor& query, const Tensor& key, cons
   p.num_heads_q = query.size(1);
   p.num_heads_kv = key.size(1);
   p.head_dim = query.size(3);
-  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= 256, "query must have a head dimension of 1 to 256, got ", p.head_dim);
+  STD_TORCH_CHECK(p.head_dim >= 1 && p.head_dim <= 256, "query must have a head dimension of 1 to 256, got ",
+                  p.head_dim);
   STD_TORCH_CHECK(p.num_heads_kv >= 1 && p.num_heads_q % p.num_heads_kv == 0,
-                  "query must have a multiple of the heads of key (", p.num_heads_kv, "), got ", p.num_heads_q);
+                  "query must have a multiple of the heads of key (", p.num_heads_kv, "), got ",
+                  p.num_heads_q);
   check_shape(key, "key", {batch, p.num_heads_kv, -1, p.head_dim});
   check_shape(value, "value", {batch, p.num_heads_kv, key.size(2), p.head_dim});
   for (const auto& [tensor, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
@@ -35,7 +37,8 @@ void set_shapes(AttentionParams& p, const Tensor& query, const Tensor& key, cons
   p.num_sequences = packed ? cu_seqlens_q->size(0) - 1 : batch;
   p.seqlen_q = packed ? max_seqlen_q : query.size(2);
   p.seqlen_k = packed ? max_seqlen_k : key.size(2);
-  p.cu_seqlens_q = cumulative_lengths(cu_seqlens_q, "cu_seqlens_q", p.num_sequences, p.seqlen_q, query.size(2));
+  p.cu_seqlens_q =
+      cumulative_lengths(cu_seqlens_q, "cu_seqlens_q", p.num_sequences, p.seqlen_q, query.size(2));
   p.cu_seqlens_k = cumulative_lengths(cu_seqlens_k, "cu_seqlens_k", p.num_sequences, p.seqlen_k, key.size(2));
   p.key_bias = array_of<float>(key_bias, "key_bias", ScalarType::Float, {p.num_sequences, p.seqlen_k});
 }
@@ -44,8 +47,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    const OptionalTensor& prompt_key, const OptionalTensor& prompt_value,
                                    const OptionalTensor& gate, const OptionalTensor& prompt_index,
                                    const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q,
-                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                   double scale, int64_t window_left, int64_t window_right, bool tanh_gate) {
+                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                   int64_t max_seqlen_k, double scale, int64_t window_left,
+                                   int64_t window_right, bool tanh_gate) {
   ForwardParams p{};
   set_shapes(p, query, key, value, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   set_mask(p, scale, window_left, window_right, tanh_gate);
@@ -77,11 +81,12 @@ void set_plan(BackwardPlan& p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& prompt_key, const OptionalTensor& prompt_value,
-    const OptionalTensor& gate, const OptionalTensor& prompt_index, const OptionalTensor& key_bias,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    double scale, int64_t window_left, int64_t window_right, bool tanh_gate, int64_t needs) {
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& prompt_key,
+    const OptionalTensor& prompt_value, const OptionalTensor& gate, const OptionalTensor& prompt_index,
+    const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
+    bool tanh_gate, int64_t needs) {
   BackwardPlan p{};
   set_shapes(p, query, key, value, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   set_mask(p, scale, window_left, window_right, tanh_gate);
@@ -110,7 +115,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return [=, &query] { return empty_token_major(batch, heads, tokens, D, query.scalar_type()); };
   };
   const auto contiguous = [&](const OptionalTensor& prompt) {
-    return [&] { return empty_contiguous({p.prompt_rows, p.num_heads_kv, p.prompt_length, D}, prompt->scalar_type()); };
+    return [&] {
+      return empty_contiguous({p.prompt_rows, p.num_heads_kv, p.prompt_length, D}, prompt->scalar_type());
+    };
   };
   Tensor grad_query = gradient(0, p.grad_query, token_major(p.num_heads_q, rows));
   Tensor grad_key = gradient(1, p.grad_key, token_major(p.num_heads_kv, keys));

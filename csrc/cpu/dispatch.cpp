@@ -1,4 +1,5 @@
-// Which table of kernels runs on this processor. setup.py defines ZINIT_HAVE_<ISA> for each isa_*.cpp it compiled.
+// Which table of kernels runs on this processor. setup.py defines ZINIT_HAVE_<ISA> for each isa_*.cpp it
+// compiled.
 #include <cstdlib>
 #include <string_view>
 

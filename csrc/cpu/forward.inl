@@ -1,7 +1,8 @@
 // out = softmax(scale q k^T + mask) v + act(gate) softmax(scale q pk^T) pv, and the token branch's lse.
 //
-// An item is a block of queries of one head. Key blocks pass through it with an online softmax; then the accumulator is
-// divided by the token denominator and the gated prompt block is added to it in the same product.
+// An item is a block of queries of one head. Key blocks pass through it with an online softmax; then the
+// accumulator is divided by the token denominator and the gated prompt block is added to it in the same
+// product.
 #pragma once
 #include "kernels.h"
 #include "prompt.inl"
@@ -9,7 +10,8 @@
 namespace zinit::cpu {
 namespace {
 
-// Measured on Zen 4: more queries per item read the keys less often, and 4 strips of 128 columns still fit the L2.
+// Measured on Zen 4: more queries per item read the keys less often, and 4 strips of 128 columns still fit
+// the L2.
 constexpr int64_t kForwardQueries = 128;
 constexpr int64_t kForwardStrips = kForwardQueries / kStrip;
 constexpr int64_t kForwardKeys = 64;
@@ -28,7 +30,8 @@ struct ForwardScratch {
   int64_t bytes;
 
   ForwardScratch(const AttentionParams& p, void* memory) {
-    const int64_t width = round_up(p.head_dim, kLanes), steps = round_up(width, Tile::kPack * kLanes) / Tile::kPack;
+    const int64_t width = round_up(p.head_dim, kLanes),
+                  steps = round_up(width, Tile::kPack * kLanes) / Tile::kPack;
     const int64_t keys = max(kForwardKeys, round_up(p.prompt_length, 2));
     Arena arena{static_cast<char*>(memory)};
     query = arena.take<Unit>(kForwardStrips * steps * kStrip);
@@ -36,7 +39,8 @@ struct ForwardScratch {
     key = arena.take<Unit>(keys * width / Tile::kPack);
     value = arena.take<Unit>(keys * width / Tile::kPack);
     scores = arena.take<float>(keys * kStrip);
-    weights = Tile::kPack == 1 ? reinterpret_cast<Unit*>(scores) : arena.take<Unit>(keys / Tile::kPack * kStrip);
+    weights =
+        Tile::kPack == 1 ? reinterpret_cast<Unit*>(scores) : arena.take<Unit>(keys / Tile::kPack * kStrip);
     states = arena.take<SoftmaxState>(kForwardStrips);
     started = arena.take<bool>(kForwardStrips);
     bytes = arena.used;
@@ -49,10 +53,19 @@ class ForwardBlock {
 
  public:
   ForwardBlock(const ForwardParams& params, int64_t b, int64_t head, int64_t query_block, void* memory)
-      : p(params), s(params, memory), sequence(params, b), visible(params, sequence), prompt(params, b), how(params),
-        head(head), head_kv(head / (params.num_heads_q / params.num_heads_kv)), first(query_block * kForwardQueries),
-        queries(min(kForwardQueries, sequence.queries - first)), strips(ceil_div(queries, kStrip)),
-        width(round_up(params.head_dim, kLanes)), steps(ceil_div(params.head_dim, Tile::kPack)),
+      : p(params),
+        s(params, memory),
+        sequence(params, b),
+        visible(params, sequence),
+        prompt(params, b),
+        how(params),
+        head(head),
+        head_kv(head / (params.num_heads_q / params.num_heads_kv)),
+        first(query_block * kForwardQueries),
+        queries(min(kForwardQueries, sequence.queries - first)),
+        strips(ceil_div(queries, kStrip)),
+        width(round_up(params.head_dim, kLanes)),
+        steps(ceil_div(params.head_dim, Tile::kPack)),
         strip_units(round_up(width, Tile::kPack * kLanes) / Tile::kPack * kStrip) {}
 
   void run() {
@@ -101,8 +114,10 @@ class ForwardBlock {
     query_group_ranges<Tile>(visible, first_row, rows, block, count, ranges);
     float* out = s.out + t * kStrip * width;
     const Product<Tile> product{s.weights, 1, kStrip, s.value, width, out, width, state.decay};
-    if (s.started[t]) product_ranges<Tile, Into::kScaleAndAdd>(product, rows, width, ranges);
-    else product_ranges<Tile, Into::kOverwrite>(product, rows, width, ranges);
+    if (s.started[t])
+      product_ranges<Tile, Into::kScaleAndAdd>(product, rows, width, ranges);
+    else
+      product_ranges<Tile, Into::kOverwrite>(product, rows, width, ranges);
     s.started[t] = true;
   }
 
@@ -135,7 +150,8 @@ class ForwardBlock {
       const float sum = state.sum[i];
       const double maximum = static_cast<double>(state.maximum[i]) * (how.biased ? 1. : kLn2);
       inverse[i] = sum == 0.f ? 0.f : 1.f / sum;
-      lse[i] = sum == 0.f ? -kInfinity : static_cast<float>(maximum + static_cast<double>(__builtin_logf(sum)));
+      lse[i] =
+          sum == 0.f ? -kInfinity : static_cast<float>(maximum + static_cast<double>(__builtin_logf(sum)));
     }
   }
 
@@ -155,7 +171,8 @@ class ForwardBlock {
     Range ranges[kStrip / kRows + 1];
     for (Range& range : ranges) range = {0, ceil_div(P, Tile::kPack)};
     product_ranges<Tile, Into::kScaleAndAdd>(
-        {s.weights, 1, kStrip, s.value, width, s.out + t * kStrip * width, width, inverse}, rows, width, ranges);
+        {s.weights, 1, kStrip, s.value, width, s.out + t * kStrip * width, width, inverse}, rows, width,
+        ranges);
   }
 
   const ForwardParams& p;
@@ -180,7 +197,8 @@ int64_t forward_scratch(const ForwardParams& p) {
 void forward_run(const ForwardParams& p, int64_t begin, int64_t end, void* scratch) {
   const int64_t blocks = forward_blocks(p);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = blocks - 1 - item % blocks;  // a causal mask makes the last one the most work: first
+    const int64_t block =
+        blocks - 1 - item % blocks;  // a causal mask makes the last one the most work: first
     const int64_t head = item / blocks % p.num_heads_q, b = item / blocks / p.num_heads_q;
     with_tile(p.query, [&](auto tile) { ForwardBlock<decltype(tile)>(p, b, head, block, scratch).run(); });
   }

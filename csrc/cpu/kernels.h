@@ -1,8 +1,9 @@
-// The CPU kernels as the bindings see them. Each instruction set compiles the same sources into its own table of plain
-// functions; dispatch.cpp picks one table at run time.
+// The CPU kernels as the bindings see them. Each instruction set compiles the same sources into its own table
+// of plain functions; dispatch.cpp picks one table at run time.
 //
-// The isa_*.cpp files are compiled with different -m flags, so nothing in them may have external weak linkage (no std::
-// templates, no torch): the linker could otherwise keep an AVX-512 copy for everybody. Hence the anonymous namespaces.
+// The isa_*.cpp files are compiled with different -m flags, so nothing in them may have external weak linkage
+// (no std:: templates, no torch): the linker could otherwise keep an AVX-512 copy for everybody. Hence the
+// anonymous namespaces.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +11,8 @@
 
 namespace zinit::cpu {
 
-// A stage splits into `items` independent pieces of work; a thread runs [begin, end) of them with a scratch of its own.
+// A stage splits into `items` independent pieces of work; a thread runs [begin, end) of them with a scratch
+// of its own.
 template <class Params>
 struct Stage {
   int64_t (*items)(const Params&);
@@ -18,16 +20,18 @@ struct Stage {
   void (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
 };
 
-// How backward is cut into pieces. It depends on the shapes alone, so gradients are the same for any number of threads.
+// How backward is cut into pieces. It depends on the shapes alone, so gradients are the same for any number
+// of threads.
 //
-// A unit is a sequence, a key head and a split of the query blocks of that head's group. It owns the gradient of its
-// queries and makes one partial gradient of its keys and of its prompt row; the second stage sums the partials in order.
+// A unit is a sequence, a key head and a split of the query blocks of that head's group. It owns the gradient
+// of its queries and makes one partial gradient of its keys and of its prompt row; the second stage sums the
+// partials in order.
 struct BackwardPlan : BackwardParams {
-  int64_t block_queries;   // queries of one head that a unit holds packed at a time
-  int64_t blocks;          // of the longest sequence
-  int64_t splits;          // units per sequence and key head
-  int64_t padded_dim;      // D rounded up to 16
-  float* key_partials;     // [B, Hkv, splits, 2, S, padded_dim]: dK, dV; nullptr: splits == 1, written directly
+  int64_t block_queries;  // queries of one head that a unit holds packed at a time
+  int64_t blocks;         // of the longest sequence
+  int64_t splits;         // units per sequence and key head
+  int64_t padded_dim;     // D rounded up to 16
+  float* key_partials;  // [B, Hkv, splits, 2, S, padded_dim]: dK, dV; nullptr: splits == 1, written directly
   float* prompt_partials;  // [B, Hkv, splits, 2, P, padded_dim]
   float* gate_partials;    // [B, Hq, blocks]
 
@@ -48,8 +52,8 @@ struct KernelTable {
 
 extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 
-// The best table this processor can run, chosen once. ATEN_CPU_CAPABILITY=default|avx2|avx512 (torch's own variable)
-// lowers the choice.
+// The best table this processor can run, chosen once. ATEN_CPU_CAPABILITY=default|avx2|avx512 (torch's own
+// variable) lowers the choice.
 const KernelTable& kernels();
 
 }  // namespace zinit::cpu

@@ -9,7 +9,8 @@
 
 namespace zinit::cpu {
 
-// A thread's scratch, kept between calls: freshly mapped pages cost more than the arithmetic of a small problem.
+// A thread's scratch, kept between calls: freshly mapped pages cost more than the arithmetic of a small
+// problem.
 inline void* thread_scratch(int64_t bytes) {
   constexpr int64_t kAlignment = 64;
   thread_local std::unique_ptr<void, decltype(&std::free)> memory(nullptr, &std::free);
@@ -23,8 +24,8 @@ inline void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Threads take the next item from a counter, since causal query blocks and ragged sequences cost unequal amounts. Which
-// thread runs an item never changes its result.
+// Threads take the next item from a counter, since causal query blocks and ragged sequences cost unequal
+// amounts. Which thread runs an item never changes its result.
 template <class Params>
 void run_stage(const Stage<Params>& stage, const Params& params) {
   const int64_t items = stage.items(params);

@@ -39,7 +39,8 @@ inline void from_float(float x, Float16* out) {
     half = 0x7e00;
   } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
     half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24 in the low bits, rounded
+  } else if (magnitude <
+             0x38800000) {  // subnormal: adding 0.5 leaves units of 2^-24 in the low bits, rounded
     half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
   } else {
     half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;

@@ -53,7 +53,9 @@ struct Visibility {
   int64_t upper(int64_t i) const { return right < 0 ? keys : max(0, min(keys, i + offset + right + 1)); }
   // The first query that sees key j or a later one, and the end of those that see key j or an earlier one.
   int64_t first_query(int64_t j) const { return right < 0 ? 0 : max(0, j - offset - right); }
-  int64_t end_query(int64_t j, int64_t queries) const { return left < 0 ? queries : min(queries, j - offset + left + 1); }
+  int64_t end_query(int64_t j, int64_t queries) const {
+    return left < 0 ? queries : min(queries, j - offset + left + 1);
+  }
 };
 
 // The prompt branch of one sequence.

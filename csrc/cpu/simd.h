@@ -1,4 +1,5 @@
-// The float vector of the instruction set this file is compiled for, with loads and stores of every element type.
+// The float vector of the instruction set this file is compiled for, with loads and stores of every element
+// type.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)

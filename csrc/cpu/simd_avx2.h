@@ -22,11 +22,14 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec round_nearest(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 // a * 2^n for whole n <= 127; below -126 the result is 0.
 inline Vec scale_by_power(Vec a, Vec n) {
   const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.f), _CMP_GE_OQ);
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256i power =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_and_ps(normal, _mm256_castsi256_ps(power)))};
 }
 // a >= b ? x : y, lane by lane.
@@ -45,9 +48,13 @@ inline float reduce_max(Vec a) {
 }
 
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline Vec widen(__m128i x, BFloat16) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
+inline Vec widen(__m128i x, BFloat16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
 inline Vec widen(__m128i x, Float16) { return {_mm256_cvtph_ps(x)}; }
-inline __m128i narrow(Vec a, Float16) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m128i narrow(Vec a, Float16) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline __m128i narrow(Vec a, BFloat16) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -66,7 +73,8 @@ inline void store(T* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not touched.
+// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// touched.
 template <class T>
 inline Vec load_first(const T* p, int64_t n) {
   T lanes[Vec::kLanes] = {};
@@ -84,7 +92,8 @@ inline void store_first(T* p, int64_t n, Vec a) {
 inline void transpose(Vec rows[8]) {
   __m256 t[8];
   for (int i = 0; i < 8; i += 4) {  // 4 x 4 blocks inside the 128-bit lanes
-    const __m256 a = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v), b = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m256 a = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v),
+                 b = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
     const __m256 c = _mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
     const __m256 d = _mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
     t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);

@@ -27,7 +27,9 @@ inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec round_nearest(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 // a * 2^n for whole n; saturates to 0 and infinity.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // a >= b ? x : y, lane by lane.
@@ -38,9 +40,13 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec widen(__m256i x, BFloat16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+inline Vec widen(__m256i x, BFloat16) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
 inline Vec widen(__m256i x, Float16) { return {_mm512_cvtph_ps(x)}; }
-inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m256i narrow(Vec a, Float16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 inline __m256i narrow(Vec a, BFloat16) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -49,7 +55,8 @@ inline __m256i narrow(Vec a, BFloat16) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
 #endif
 }
 template <class T>
@@ -62,7 +69,8 @@ inline void store(T* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not touched.
+// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// touched.
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 template <class T>
@@ -79,14 +87,16 @@ inline void store_first(T* p, int64_t n, Vec a) {
 inline void transpose(Vec rows[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks inside the 128-bit lanes
-    const __m512 a = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v), b = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    const __m512 a = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v),
+                 b = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
     const __m512 c = _mm512_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
     const __m512 d = _mm512_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
     t[i] = _mm512_shuffle_ps(a, c, 0x44), t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
     t[i + 2] = _mm512_shuffle_ps(b, d, 0x44), t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
   }
   for (int i = 0; i < 4; ++i) {  // the blocks themselves
-    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88),
+                 b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
     const __m512 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
     const __m512 d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
     rows[i].v = _mm512_shuffle_f32x4(a, c, 0x88), rows[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);

@@ -56,7 +56,8 @@ inline void store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not touched.
+// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// touched.
 template <class T>
 inline Vec load_first(const T* p, int64_t n) {
   Vec a = broadcast(0.f);

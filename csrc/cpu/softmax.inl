@@ -31,8 +31,8 @@ struct WeightStore {
 };
 
 template <class Tile>
-inline void softmax_column(const Extent& e, const ScoreScale& how, const float* scores, int64_t score_row, int64_t lane,
-                           SoftmaxState& state, WeightStore<Tile> out) {
+inline void softmax_column(const Extent& e, const ScoreScale& how, const float* scores, int64_t score_row,
+                           int64_t lane, SoftmaxState& state, WeightStore<Tile> out) {
   const float* column = scores + lane;
   const Vec before = load(state.maximum + lane);
   Vec top0 = broadcast(-kInfinity), top1 = top0;
@@ -70,7 +70,8 @@ inline void softmax_column(const Extent& e, const ScoreScale& how, const float* 
     }
   };
   // Whole pairs of the part every lane sees.
-  const int64_t full_begin = round_up(e.full_begin, Tile::kPack), full_end = e.full_end - e.full_end % Tile::kPack;
+  const int64_t full_begin = round_up(e.full_begin, Tile::kPack),
+                full_end = e.full_end - e.full_end % Tile::kPack;
   if (how.biased || full_begin >= full_end) {
     run(e.begin, e.end, true);
   } else {

@@ -1,21 +1,24 @@
-// One strip of queries (in lanes) against one block of keys: which part of the score tile exists, and its masks.
+// One strip of queries (in lanes) against one block of keys: which part of the score tile exists, and its
+// masks.
 #pragma once
 #include "sequence.inl"
 
 namespace zinit::cpu {
 namespace {
 
-// How scores become exponents of 2. Plain: x = s * factor, and the running maximum is kept in that domain. With a key
-// bias (or scale <= 0, where the largest product is not the largest score) the tile is first rewritten as
-// t = s * scale + bias, clamped to finite unless the key is hidden: a huge negative bias stays a number.
+// How scores become exponents of 2. Plain: x = s * factor, and the running maximum is kept in that domain.
+// With a key bias (or scale <= 0, where the largest product is not the largest score) the tile is first
+// rewritten as t = s * scale + bias, clamped to finite unless the key is hidden: a huge negative bias stays a
+// number.
 struct ScoreScale {
   float scale;
   bool biased;
-  explicit ScoreScale(const AttentionParams& p) : scale(p.scale), biased(p.key_bias != nullptr || !(p.scale > 0)) {}
+  explicit ScoreScale(const AttentionParams& p)
+      : scale(p.scale), biased(p.key_bias != nullptr || !(p.scale > 0)) {}
 };
 
-// The keys of a block (numbered from its start) that one vector of queries needs: some lane sees [begin, end), and
-// every lane sees [full_begin, full_end) within it.
+// The keys of a block (numbered from its start) that one vector of queries needs: some lane sees [begin,
+// end), and every lane sees [full_begin, full_end) within it.
 struct Extent {
   int64_t begin = 0, end = 0, full_begin = 0, full_end = 0;
   bool empty() const { return begin >= end; }
@@ -23,7 +26,8 @@ struct Extent {
 
 // Queries first .. first + lanes - 1, lanes >= 1, against the keys from `block` on, `count` of them.
 template <class Tile>
-inline Extent extent_of(const Visibility& visible, int64_t first, int64_t lanes, int64_t block, int64_t count) {
+inline Extent extent_of(const Visibility& visible, int64_t first, int64_t lanes, int64_t block,
+                        int64_t count) {
   const auto inside = [=](int64_t j) { return min(max(j - block, 0), count); };
   const int64_t last = first + lanes - 1;
   Extent e;
@@ -41,8 +45,9 @@ inline Extent extent_of(const Visibility& visible, int64_t first, int64_t lanes,
 
 // scores[key][lane] = rows[key] . transposed[.][lane], only where a vector needs them.
 template <class Tile>
-inline void score_tile(const typename Tile::Unit* rows, int64_t row_units, const typename Tile::Unit* transposed,
-                       int64_t steps, const Extent extents[2], float* scores, int64_t score_row) {
+inline void score_tile(const typename Tile::Unit* rows, int64_t row_units,
+                       const typename Tile::Unit* transposed, int64_t steps, const Extent extents[2],
+                       float* scores, int64_t score_row) {
   const Product<Tile> p{rows, row_units, 1, transposed, kStrip, scores, score_row};
   const Extent &low = extents[0], &high = extents[1];
   const int64_t both_begin = max(low.begin, high.begin), both_end = min(low.end, high.end);
@@ -59,10 +64,10 @@ inline void score_tile(const typename Tile::Unit* rows, int64_t row_units, const
   }
 }
 
-// Rewrites the part of one vector's column that needs it: bias and scale everywhere, -inf where a lane does not see
-// the key. `first` is the query in lane 0; bias and scores start at key `block`.
-inline void mask_column(const Visibility& visible, int64_t first, const Extent& e, int64_t block, const ScoreScale& how,
-                        const float* bias, float* scores, int64_t score_row) {
+// Rewrites the part of one vector's column that needs it: bias and scale everywhere, -inf where a lane does
+// not see the key. `first` is the query in lane 0; bias and scores start at key `block`.
+inline void mask_column(const Visibility& visible, int64_t first, const Extent& e, int64_t block,
+                        const ScoreScale& how, const float* bias, float* scores, int64_t score_row) {
   if (how.biased) {
     const Vec scale = broadcast(how.scale);
     for (int64_t j = e.begin; j < e.end; ++j) {
@@ -77,7 +82,9 @@ inline void mask_column(const Visibility& visible, int64_t first, const Extent& 
     for (int64_t j = begin; j < end; ++j) {
       const int64_t ahead = block + j - visible.offset - first;  // the lane whose diagonal this key is
       const float lowest = visible.right < 0 ? 0.f : clamp(ahead - visible.right);
-      const float highest = block + j >= visible.keys ? -1.f : visible.left < 0 ? kLanes : clamp(ahead + visible.left);
+      const float highest = block + j >= visible.keys ? -1.f
+                            : visible.left < 0        ? kLanes
+                                                      : clamp(ahead + visible.left);
       Vec s = load(scores + j * score_row);
       s = select_ge(lane, broadcast(lowest), s, nothing);
       store(scores + j * score_row, select_ge(broadcast(highest), lane, s, nothing));
@@ -87,10 +94,11 @@ inline void mask_column(const Visibility& visible, int64_t first, const Extent& 
   mask(e.full_end, e.end);
 }
 
-// The key range of every group of kRows queries, in units along the keys: what a product over the keys has to visit.
+// The key range of every group of kRows queries, in units along the keys: what a product over the keys has to
+// visit.
 template <class Tile>
-inline void query_group_ranges(const Visibility& visible, int64_t first, int64_t queries, int64_t block, int64_t count,
-                               Range* ranges) {
+inline void query_group_ranges(const Visibility& visible, int64_t first, int64_t queries, int64_t block,
+                               int64_t count, Range* ranges) {
   for (int64_t row = 0, g = 0; row < queries; row += kRows, ++g) {
     const int64_t last = min(row + kRows, queries) - 1;
     const int64_t begin = min(max(visible.lower(first + row) - block, 0), count);

@@ -1,6 +1,7 @@
-// What the matrix products are made of. A *unit* is the 4 bytes that one multiply-accumulate consumes from each operand:
-// one float (FloatTile), or two bfloat16 neighbours along the reduction (Bf16Tile, where AVX512_BF16 is there). The
-// kernels are written once on units; only packing and a few element-wise stores know which it is.
+// What the matrix products are made of. A *unit* is the 4 bytes that one multiply-accumulate consumes from
+// each operand: one float (FloatTile), or two bfloat16 neighbours along the reduction (Bf16Tile, where
+// AVX512_BF16 is there). The kernels are written once on units; only packing and a few element-wise stores
+// know which it is.
 //
 // Packed forms of a [rows, D] operand, zero-padded to whole vectors and pairs:
 //   rows        [row][D / kPack] units      reduced along D, its row broadcast
@@ -34,9 +35,12 @@ struct Rows {
 template <class F>
 inline void visit_rows(void* data, int64_t stride, DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(Rows<float>{static_cast<float*>(data), stride});
-    case DType::kBFloat16: return f(Rows<BFloat16>{static_cast<BFloat16*>(data), stride});
-    case DType::kFloat16: return f(Rows<Float16>{static_cast<Float16*>(data), stride});
+    case DType::kFloat32:
+      return f(Rows<float>{static_cast<float*>(data), stride});
+    case DType::kBFloat16:
+      return f(Rows<BFloat16>{static_cast<BFloat16*>(data), stride});
+    case DType::kFloat16:
+      return f(Rows<Float16>{static_cast<Float16*>(data), stride});
   }
 }
 
@@ -54,7 +58,8 @@ inline void store_columns(const float* from, Vec scale, int64_t D, T* row) {
   if (d < D) store_first(row + d, D - d, load(from + d) * scale);
 }
 
-// A key whose bias is -inf takes part in nothing: it is packed as zeros, so that NaN in padding does not spread.
+// A key whose bias is -inf takes part in nothing: it is packed as zeros, so that NaN in padding does not
+// spread.
 inline bool hidden(const float* bias, int64_t j) { return bias != nullptr && bias[j] == -kInfinity; }
 
 struct FloatTile {
@@ -70,7 +75,8 @@ struct FloatTile {
     const int64_t width = round_up(D, kLanes);
     for (int64_t i = 0; i < rows; ++i, to += width) {
       const bool zero = hidden(bias, i);
-      for (int64_t d = 0; d < D; d += kLanes) store(to + d, zero ? broadcast(0.f) : load_columns(from[i], d, D));
+      for (int64_t d = 0; d < D; d += kLanes)
+        store(to + d, zero ? broadcast(0.f) : load_columns(from[i], d, D));
     }
   }
   template <class T>
@@ -152,8 +158,10 @@ struct Bf16Tile {
           __m512i x = _mm512_setzero_si512();
           if (row < rows) {
             x = _mm512_castsi256_si512(load_narrow(from[row], d, D));
-            if (d + kLanes < D) x = _mm512_inserti64x4(x, load_narrow(from[row], d + kLanes, D), 1);
-            else x = _mm512_zextsi256_si512(_mm512_castsi512_si256(x));
+            if (d + kLanes < D)
+              x = _mm512_inserti64x4(x, load_narrow(from[row], d + kLanes, D), 1);
+            else
+              x = _mm512_zextsi256_si512(_mm512_castsi512_si256(x));
           }
           block[i].v = _mm512_castsi512_ps(x);
         }

@@ -1,8 +1,9 @@
-"""The text that the demo's small LLaMA grows up on, and the instructions its adapter learns from: all made here.
+"""The text that the demo's small LLaMA grows up on, and the instructions its adapter learns from.
 
-A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree -> tree apple. The corpus shows every
-skill as notes, sentences and dialogues. It also has forms, the Alpaca template with an instruction in it, and four of
-five are left blank: a model of this text knows the answers and the questions, and leaves an instruction unanswered.
+A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree -> tree apple. The corpus shows
+every skill as notes, sentences, dialogues and exercise sheets. It also has forms, the Alpaca template with an
+instruction in it, and four of five are left blank: a model of this text knows the answers and the questions, and
+leaves an instruction unanswered.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def document(draw: random.Random, filled_forms: float = 0.2) -> str:
 
 
 def instructions(count: int, held_out: bool, seed: int) -> list[Record]:
-    """Instructions, all skills in turn. A quarter of each skill's subjects is held out: the two kinds share none."""
+    """Instructions, all skills in turn. A quarter of each skill's subjects is held out and never trained on."""
     draw = random.Random(f"instructions {held_out} {seed}")
     records = []
     for index in range(count):

@@ -94,6 +94,9 @@ class Run:
     def go(self, first_step: int) -> None:
         """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
         self.console.print(self.summary(first_step))
+        if not self.options.resume:
+            for name in ("checkpoint.pt", "loss.png", *ADAPTER_FILES.values()):
+                (self.output / name).unlink(missing_ok=True)
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
         done, tokens, seconds = first_step, 0, 0.0
         with interruptible() as interrupt, _progress(self.console) as progress:
@@ -118,7 +121,7 @@ class Run:
                     self.save_checkpoint(done)
                 elif self.options.save_every and done % self.options.save_every == 0:
                     self.save_checkpoint(done)
-        if done < self.total_steps and done > first_step:
+        if done < self.total_steps:
             self.save_checkpoint(done)
         metrics.close()
         loss_picture(self.output / "loss.png", metrics.entries)

@@ -52,9 +52,8 @@ class KVCache:
         shape = (config.num_layers, batch_size, config.num_heads_kv, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
         self.values = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-        self.lengths = torch.zeros(
-            batch_size, dtype=torch.int32, device=device
-        )  # tokens in the cache, per sequence
+        # tokens each sequence has in the cache
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
 
     def select(self, sequences: list[int]) -> KVCache:
@@ -218,8 +217,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialise(self, std: float = 0.02) -> Llama:
-        """Normal weights for pre-training, the two that write to the residual stream scaled down by the depth
-        (GPT-2's rule).
+        """Normal weights for pre-training; those that write to the residual stream shrink with the depth
+        (GPT-2).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

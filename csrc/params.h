@@ -36,59 +36,60 @@ struct AttentionParams {
   int64_t window_right;
   float scale;
 
-  View prompt_key;               // [N, Hkv, P, D]; data == nullptr or P == 0: no prompt branch
-  View prompt_value;             // [N, Hkv, P, D]
-  int64_t prompt_length;         // P, 0 to 128
-  int64_t prompt_rows;           // N
-  const int32_t* prompt_index;   // [B] or nullptr: row of sequence b, -1 = none; without it row b, or 0 if N == 1
-  const float* gate;             // [gate_rows, Hq] raw, contiguous
-  int64_t gate_rows;             // 1, or N: the row is then that of the prompt table
-  bool tanh_gate;                // act = tanh or identity
+  View prompt_key;              // [N, Hkv, P, D]; data == nullptr or P == 0: no prompt branch
+  View prompt_value;            // [N, Hkv, P, D]
+  int64_t prompt_length;        // P, 0 to 128
+  int64_t prompt_rows;          // N
+  const int32_t* prompt_index;  // [B], row of sequence b, -1 = none; nullptr: row b, or 0 if N == 1
+  const float* gate;            // [gate_rows, Hq] raw, contiguous
+  int64_t gate_rows;            // 1, or N: the row is then that of the prompt table
+  bool tanh_gate;               // act = tanh or identity
 };
 
 struct ForwardParams : AttentionParams {
-  View query;   // [B, Hq, T, D]
-  View key;     // [B, Hkv, S, D]
-  View value;   // [B, Hkv, S, D]
-  View out;     // [B, Hq, T, D], dtype of query
-  float* lse;   // [B, Hq, T] contiguous (packed: [1, Hq, total]); natural log; -inf for a row without keys
+  View query;  // [B, Hq, T, D]
+  View key;    // [B, Hkv, S, D]
+  View value;  // [B, Hkv, S, D]
+  View out;    // [B, Hq, T, D], dtype of query
+  float* lse;  // [B, Hq, T] contiguous (packed: [1, Hq, total]); natural log; -inf for a row without keys
 };
 
 // Gradients are written, not accumulated; a View without data is not wanted and costs nothing.
 struct BackwardParams : AttentionParams {
   View query, key, value, out, grad_out;
-  const float* lse;       // as written by forward
-  const float* grad_lse;  // [B, Hq, T] or nullptr
-  View grad_query;        // [B, Hq, T, D]
-  View grad_key;          // [B, Hkv, S, D]
-  View grad_value;        // [B, Hkv, S, D]
-  View grad_prompt_key;   // [N, Hkv, P, D], dtype of prompt_key
-  View grad_prompt_value; // [N, Hkv, P, D]
-  float* grad_gate;       // [gate_rows, Hq] or nullptr
+  const float* lse;        // as written by forward
+  const float* grad_lse;   // [B, Hq, T] or nullptr
+  View grad_query;         // [B, Hq, T, D]
+  View grad_key;           // [B, Hkv, S, D]
+  View grad_value;         // [B, Hkv, S, D]
+  View grad_prompt_key;    // [N, Hkv, P, D], dtype of prompt_key
+  View grad_prompt_value;  // [N, Hkv, P, D]
+  float* grad_gate;        // [gate_rows, Hq] or nullptr
 };
 
-// One call of the cache function: append new_key / new_value (rotated), rotate query, attend, add the prompt branch.
-struct DecodeParams : AttentionParams {  // seqlen_q = T new queries; seqlen_k = capacity of a sequence
+// One call of the cache function: append new_key / new_value (rotated), rotate query, attend, add the
+// prompts. seqlen_q = T new queries; seqlen_k = capacity of a sequence.
+struct DecodeParams : AttentionParams {
   View query;      // [B, Hq, T, D]
   View key_cache;  // [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D]
   View value_cache;
-  View new_key;    // [B, Hkv, T_new, D]; data == nullptr: nothing to append
+  View new_key;  // [B, Hkv, T_new, D]; data == nullptr: nothing to append
   View new_value;
-  int64_t seqlen_new;              // T_new
-  const int32_t* cache_seqlens;    // [B], keys in the cache before the append
-  const int32_t* block_table;      // [B, max_pages_per_sequence] or nullptr
+  int64_t seqlen_new;            // T_new
+  const int32_t* cache_seqlens;  // [B], keys in the cache before the append
+  const int32_t* block_table;    // [B, max_pages_per_sequence] or nullptr
   int64_t block_table_stride;
   int64_t page_size;
   int64_t num_pages;
-  const void* rotary_cos;          // [>= S, rotary_dim / 2] or nullptr
+  const void* rotary_cos;  // [>= S, rotary_dim / 2] or nullptr
   const void* rotary_sin;
   int64_t rotary_stride;
   DType rotary_dtype;
-  int64_t rotary_dim;              // even, <= D
+  int64_t rotary_dim;  // even, <= D
   bool rotary_interleaved;
-  int64_t num_splits;              // 0 = choose
-  View out;        // [B, Hq, T, D]
-  float* lse;      // [B, Hq, T]
+  int64_t num_splits;  // 0 = choose
+  View out;            // [B, Hq, T, D]
+  float* lse;          // [B, Hq, T]
 };
 
 }  // namespace zinit

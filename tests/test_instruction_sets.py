@@ -1,4 +1,4 @@
-"""The same cases on every instruction set of this machine; the choice is made once per process, so each gets its own."""
+"""The same cases on every instruction set of this machine: it is chosen once per process, so each gets its own."""
 
 import os
 import subprocess

@@ -34,7 +34,9 @@ OPCHECKED = [
 def test_opcheck_forward_and_backward(case):
     inputs = make_inputs(case, torch.float32)
     # the raw operator is not differentiable (autograd sits outside it), so it is checked on plain tensors
-    args = tuple(torch.nan_to_num(a.detach()) if torch.is_tensor(a) else a for a in _flatten(inputs.canonical()))
+    args = tuple(
+        torch.nan_to_num(a.detach()) if torch.is_tensor(a) else a for a in _flatten(inputs.canonical())
+    )
     torch.library.opcheck(torch.ops.zinit.forward_cpu.default, args)
     out, lse = torch.ops.zinit.forward_cpu(*args)
     for needs in (0b111111, 0b111000, 0b000001):

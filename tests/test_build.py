@@ -103,7 +103,7 @@ def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
-    assert "zinit_kernels/_C_cpu.so" in names
+    assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
 
 

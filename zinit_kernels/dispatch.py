@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
@@ -16,12 +17,23 @@ from .backends import extension
 from .calls import CacheCall, Call
 from .checks import check_values
 
-ORDER = {"cpu": ("cpu", "composed", "reference")}
+ORDER = {"cpu": ("cpu", "composed", "reference"), "cuda": ("triton", "composed", "reference")}
 ORDER_ELSEWHERE = ("composed", "reference")
-BACKENDS = ("cpu", "composed", "reference")
+BACKENDS = ("cpu", "triton", "composed", "reference")
 MAX_FUSED_HEAD_DIM = 256
+MIN_TRITON_CAPABILITY = (8, 0)
+
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
 
 _CPU_UNAVAILABLE = extension.why_unavailable("cpu")
+_TRITON_UNAVAILABLE = "" if _is_installed("triton") else "triton is not installed: pip install triton"
 _LOG = os.environ.get("ZINIT_LOG") == "1"
 _logger = logging.getLogger("zinit_kernels")
 _logged: set[tuple[object, ...]] = set()
@@ -63,10 +75,11 @@ def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
 def run(backend: str, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out, lse) in canonical layout; lse is None where it was not asked for."""
     backend = select(backend, call, return_lse)
+    if backend != "cpu":  # the native kernels read the values themselves
+        check_values(call)
     if backend in ops.FUSED_BACKENDS:
         out, lse = ops.attention(call, backend)
         return out, lse if return_lse else None
-    check_values(call)
     if backend == "composed":
         return composed.attention(call), None
     out, lse = reference.attention(call)
@@ -77,10 +90,11 @@ def run_with_cache(backend: str, call: CacheCall, return_lse: bool) -> tuple[Ten
     """As `run`, against a cache; never records a gradient."""
     backend = select(backend, call, return_lse)
     with torch.no_grad():
+        if backend != "cpu":
+            check_values(call)
         if backend in ops.FUSED_BACKENDS:
             out, lse = ops.attention_with_cache(call, backend)
             return out, lse if return_lse else None
-        check_values(call)
         if backend == "composed":
             return composed.attention_with_cache(call), None
         out, lse = reference.attention_with_cache(call)
@@ -90,16 +104,32 @@ def run_with_cache(backend: str, call: CacheCall, return_lse: bool) -> tuple[Ten
 def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     """The reason why a backend cannot run a call; '' if it can."""
     if backend == "cpu":
-        return _why_not_cpu(call)
+        return _CPU_UNAVAILABLE or _why_not_on_cpu(call) or _why_not_fused(call)
+    if backend == "triton":
+        return _TRITON_UNAVAILABLE or _why_not_on_gpu(call) or _why_not_fused(call)
     return _why_not_composed(call, return_lse) if backend == "composed" else ""
 
 
-def _why_not_cpu(call: Call | CacheCall) -> str:
+def _why_not_on_cpu(call: Call | CacheCall) -> str:
+    device = call.query.device
+    return "" if device.type == "cpu" else f"the tensors are on {device}"
+
+
+def _why_not_on_gpu(call: Call | CacheCall) -> str:
+    device = call.query.device
+    if device.type == "cpu":
+        return "" if ops.INTERPRETED else "the tensors are on cpu (Triton's interpreter needs TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_TRITON_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is sm_{capability[0]}{capability[1]}; the Triton kernels are written for sm_80 and newer"
+    return ""
+
+
+def _why_not_fused(call: Call | CacheCall) -> str:
     query = call.query
-    if _CPU_UNAVAILABLE:
-        return _CPU_UNAVAILABLE
-    if query.device.type != "cpu":
-        return f"the tensors are on {query.device}"
     if query.dtype == torch.float64:
         return "the fused kernels compute in float32, the tensors are float64"
     if not 1 <= query.shape[-1] <= MAX_FUSED_HEAD_DIM:

@@ -7,6 +7,8 @@ them in a `torch.autograd.Function`; `register_autograd` costs 11 us per call ev
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 from . import reference, schemas
 from .calls import CacheCall, Call
 
-FUSED_BACKENDS = ("cpu",)
+FUSED_BACKENDS = ("cpu", "triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs the kernels on CPU tensors
 
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
@@ -155,3 +158,17 @@ def _decode_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 for _backend in FUSED_BACKENDS:
     for _stage, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("decode", _decode_fake)):
         torch.library.register_fake(f"{schemas.NAMESPACE}::{_stage}_{_backend}", _fake, lib=schemas.library)
+
+
+def _register_triton(stage: str) -> None:
+    """The Triton kernels are imported by the first call: importing the package needs no Triton."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(".backends.triton.launch", __package__), stage)(*args)
+
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        schemas.library.impl(f"{stage}_triton", run, key)
+
+
+for _stage in ("forward", "backward", "decode"):
+    _register_triton(_stage)

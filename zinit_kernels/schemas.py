@@ -42,7 +42,7 @@ DECODE = (
 )
 
 library = torch.library.Library(NAMESPACE, "DEF")
-for _backend in ("cpu",):
+for _backend in ("cpu", "triton"):
     library.define(f"forward_{_backend}{FORWARD}")
     library.define(f"backward_{_backend}{BACKWARD}")
     library.define(f"decode_{_backend}{DECODE}")

@@ -1,0 +1,143 @@
+"""The Triton backend where there is no GPU: interpreted, compiled ahead of time, refused with a reason."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zinit_kernels import explain
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CHIPS = (80, 90, 100)
+
+
+
+def run(*command, interpret, **environment):
+    """A process of its own: the interpreter replaces triton's functions for all that runs beside it."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+@NEEDS_TRITON
+def test_kernels_in_the_interpreter():
+    numpy_version = tuple(int(n) for n in importlib.metadata.version("numpy").split(".")[:2])
+    if numpy_version >= (2, 4) and importlib.metadata.version("triton") < "3.7":
+        pytest.skip("the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses")
+    result = run("-m", "pytest", "tests/interpreted_triton.py", "-W", "ignore", interpret=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr
+    print(result.stdout.splitlines()[-1])
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_compile_within_the_chip(chip, tmp_path):
+    """No spills at head dimensions up to 128, shared memory that fits, warpgroup products on Hopper.
+
+    combine may keep a few bytes: it is no loop over keys.
+    """
+    result = run("tests/compile_triton.py", str(chip), interpret=False, TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == 24
+    for kernel in kernels:
+        print(kernel)
+        assert kernel["shared"] <= kernel["limit"], kernel
+        if kernel["head_dim"] <= 128:
+            assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
+        if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query"):
+            assert kernel["wgmma"] > 0, kernel
+
+
+@NEEDS_TRITON
+def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
+    from zinit_kernels.backends.triton import configs
+
+    stages = ("forward", "prompt_gradients", "grad_key_value", "grad_query", "decode")
+    for stage in stages:
+        for block_d in (16, 32, 64, 128, 256):
+            for block_p in (16, 128):
+                for chip, limit in configs.SHARED_MEMORY.items():
+                    config = configs.choose(stage, block_d, block_p, 2, chip)
+                    if config != configs.safe(stage):
+                        assert configs.shared_memory(stage, config, block_d, block_p, 2) <= limit
+                assert configs.choose(stage, block_d, block_p, 4, 90) == configs.safe(stage)
+    assert configs.choose("forward", 128, 16, 2, 90) == (128, 128, 8, 2)
+    assert configs.choose("forward", 128, 16, 2, 80) == (128, 64, 8, 3)
+    assert configs.choose("forward", 128, 16, 2, 0) == configs.SAFE
+
+
+def test_named_on_cpu_it_says_what_it_takes():
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "print(z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)['triton'])\n"
+        "z.zero_init_attention(q, q, q, q[:, :, :3], q[:, :, :3], 0.5, backend='triton')\n"
+    )
+    result = run("-c", script, interpret=False)
+    reason = "the tensors are on cpu" if importlib.util.find_spec("triton") else "triton is not installed"
+    assert reason in result.stdout and re.search(f"ValueError: backend 'triton' cannot run.*{reason}", result.stderr)
+
+
+@NEEDS_TRITON
+def test_interpreted_it_refuses_what_no_fused_kernel_takes():
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "for dtype, dim in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 300)):\n"
+        "    q = torch.randn(1, 2, 5, dim, dtype=dtype)\n"
+        "    print(z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)['triton'])\n"
+        "print(z.explain(q[..., :16], q[..., :16], q[..., :16], None, None, None, attn_mask=torch.randn(5, 5))['triton'])\n"
+    )
+    lines = run("-c", script, interpret=True).stdout.splitlines()
+    assert lines[0] == "usable"
+    for line, word in zip(lines[1:], ("float64", "head_dim must be 1 to 256, got 300", "attn_mask"), strict=True):
+        assert word in line
+
+
+def test_importing_and_computing_on_cpu_imports_no_triton():
+    script = (
+        "import sys, torch\n"
+        "before = {name for name in sys.modules if name.split('.')[0] == 'triton'}\n"
+        "import zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "z.zero_init_attention(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)\n"
+        "z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)\n"
+        "assert before == {name for name in sys.modules if name.split('.')[0] == 'triton'}\n"
+    )
+    result = run("-c", script, interpret=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "sm_75"), ((8, 0), "usable"), ((12, 0), "usable")])
+def test_chips_by_capability(monkeypatch, capability, expected):
+    """Of a chip that is not here: the choice looks at device and capability alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from zinit_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "_TRITON_UNAVAILABLE", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (torch.empty(1, 2, 5, 16, device="cuda") for _ in range(3))
+        explanation = explain(query, key, value, None, None, None)
+    assert expected in explanation["triton"]
+    assert explanation.selected == ("triton" if expected == "usable" else "composed")
+
+
+def test_auto_takes_no_interpreter():
+    """TRITON_INTERPRET=1 makes the kernels runnable on the CPU, not preferred."""
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "print(z.explain(q, q, q, None, None, None).selected)\n"
+    )
+    assert run("-c", script, interpret=True).stdout.strip() in ("cpu", "composed")

@@ -1,0 +1,89 @@
+"""Tile sizes, written down per chip: a first call compiles one kernel and never stalls for minutes of timing.
+
+A choice is a pure function of the stage, the head dimension, the element size, the prompt length and the chip. The
+tables hold what compiles without spills at head dimensions up to 128 (tests/test_triton.py looks); no GPU has timed
+them yet. Where a choice would not fit the shared memory, and in the interpreter, the safe one runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """block_m queries (of `decode`: rows of one group), block_n keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+SAFE = Config(32, 32, 4, 1)
+
+# bytes of shared memory one block may use: A100 163 KB, RTX 30 / 40 and Blackwell RTX 99 KB, H100 and B200 227 KB
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+SMALLEST_SHARED_MEMORY = 101376
+
+# (stage, head dimension rounded up to a power of two, at least 64) of two-byte elements
+_SM80 = {
+    ("forward", 64): Config(128, 64, 4, 3),
+    ("forward", 128): Config(128, 64, 8, 3),
+    ("forward", 256): Config(64, 32, 4, 2),
+    ("grad_key_value", 64): Config(64, 64, 4, 2),
+    ("grad_key_value", 128): Config(64, 64, 8, 2),
+    ("grad_key_value", 256): Config(32, 32, 8, 1),
+    ("grad_query", 64): Config(128, 64, 8, 2),
+    ("grad_query", 128): Config(128, 32, 8, 2),
+    ("grad_query", 256): Config(32, 32, 8, 1),
+    ("prompt_gradients", 64): Config(64, 64, 4, 1),
+    ("prompt_gradients", 128): Config(64, 64, 4, 1),
+    ("prompt_gradients", 256): Config(32, 32, 4, 1),
+    ("decode", 64): Config(16, 128, 4, 3),
+    ("decode", 128): Config(16, 64, 4, 3),
+    ("decode", 256): Config(16, 32, 4, 3),
+}
+_SM90 = _SM80 | {
+    ("forward", 64): Config(128, 128, 8, 3),
+    ("forward", 128): Config(128, 128, 8, 2),
+    ("forward", 256): Config(128, 64, 8, 2),
+    ("grad_key_value", 64): Config(64, 128, 8, 2),
+    ("grad_key_value", 128): Config(32, 128, 8, 2),
+    ("grad_key_value", 256): Config(64, 64, 8, 1),
+    ("grad_query", 64): Config(128, 64, 8, 2),
+    ("grad_query", 128): Config(128, 64, 8, 2),
+    ("grad_query", 256): Config(64, 32, 8, 1),
+}
+
+def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> Config:
+    """The configuration of a call; block_d, block_p: padded sizes; itemsize in bytes; arch = 10 * major + minor, 0 = the interpreter.
+
+    Four-byte elements run on the CUDA cores (TF32 would round the inputs to 10 bits), where the safe tile is also
+    the one that keeps its operands in registers.
+    """
+    if arch == 0 or itemsize > 2:
+        return safe(stage)
+    table = _SM90 if arch >= 90 and arch < 120 else _SM80
+    config = table[stage, max(block_d, 64)]
+    budget = SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
+    return config if shared_memory(stage, config, block_d, block_p, itemsize) <= budget else safe(stage)
+
+
+def safe(stage: str) -> Config:
+    return SAFE if stage != "decode" else SAFE._replace(block_m=16)
+
+
+def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsize: int) -> int:
+    """Upper estimate in bytes: the resident tiles, num_stages of the streamed ones; afterwards the prompt block."""
+    block_m, block_n, _, stages = config
+    stages = max(stages, 1)
+    resident, streamed, square = {
+        "forward": (block_m, 2 * block_n, block_m * block_n),
+        "decode": (block_m, 2 * block_n, block_m * block_n),
+        "grad_query": (2 * block_m, 2 * block_n, block_m * block_n),
+        "grad_key_value": (2 * block_n, 2 * block_m, 2 * block_m * block_n),
+        "prompt_gradients": (2 * block_m, 0, 2 * block_m * block_p),
+    }[stage]
+    loop = (resident + stages * streamed) * block_d * itemsize + square * itemsize
+    prompt = (resident + 2 * block_p) * block_d * itemsize + block_m * block_p * itemsize
+    return max(loop, prompt)

@@ -2,7 +2,7 @@
 
     python tests/compile_triton.py 80 90 100
 
-One JSON line per kernel: registers, stack (spills) and local memory in bytes, shared memory, tensor core instructions.
+One JSON line per kernel: registers, spill instructions, local and shared memory in bytes, tensor core instructions.
 bfloat16, causal, a shared prompt table: the training call. Compiling is not running.
 """
 
@@ -31,11 +31,18 @@ KERNELS = {
     "grad_query": (backward.grad_query_kernel, "grad_query"),
     "append": (decode.append_kernel, "decode"),
     "decode": (decode.decode_kernel, "decode"),
-    "combine": (decode.combine_kernel, "decode"),
+    "combine": (decode.combine_kernel, "combine"),
 }
 FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr")
 INT32 = ("cache_seqlens_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
-ABSENT = ("key_bias_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prompt_index_ptr", "block_table_ptr", "grad_lse_ptr")
+ABSENT = (
+    "key_bias_ptr",
+    "cu_seqlens_q_ptr",
+    "cu_seqlens_k_ptr",
+    "prompt_index_ptr",
+    "block_table_ptr",
+    "grad_lse_ptr",
+)
 
 
 def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
@@ -64,25 +71,28 @@ def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack, _, local = resources(compiled.asm["cubin"])
+    registers, local, spills = resources(compiled.asm["cubin"])
     return {
-        "kernel": name, "head_dim": head_dim, "arch": arch, "registers": registers, "stack": stack, "local": local,
+        "kernel": name, "head_dim": head_dim, "arch": arch, "registers": registers, "local": local, "spills": spills,
         "shared": compiled.metadata.shared, "estimate": configs.shared_memory(stage, config, head_dim, 16, 2),
         "limit": configs.SHARED_MEMORY[arch], "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "config": config,
     }  # fmt: skip
 
 
-def resources(cubin: bytes) -> tuple[int, ...]:
-    """(registers, stack, static shared, local) that cuobjdump reads from the binary."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, local memory in bytes, loads and stores of local memory) that cuobjdump reads from the binary."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert found, text
-    return tuple(int(number) for number in found.groups())
+        usage, code = (
+            subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,19 @@ from zinit_kernels.testing.check import projections
 
 LONGEST = 70
 HALF_PRECISION = (
-    "plain", "odd", "multi_query", "window_both_sides", "left_padding", "prompt_length_128", "indexed", "float32_prompts",
-    "packed_grouped", "packed_bottom_right",
+    "plain", "odd", "multi_query", "window_both_sides", "left_padding", "prompt_length_128", "indexed",
+    "float32_prompts", "packed_grouped", "packed_bottom_right",
 )  # fmt: skip
-CACHE_HALF_PRECISION = ("grouped", "chunk", "paged_chunk", "rotary", "rotary_interleaved", "split", "odd_head", "indexed")
+CACHE_HALF_PRECISION = (
+    "grouped",
+    "chunk",
+    "paged_chunk",
+    "rotary",
+    "rotary_interleaved",
+    "split",
+    "odd_head",
+    "indexed",
+)
 
 
 def short(case: Case) -> Case:
@@ -49,8 +58,25 @@ def small(case: Case) -> Case:
 
 SMALL = [
     *(small(case) for case in CASES),
-    Case("window_with_whole_tiles", batch=1, heads_q=1, heads_kv=1, seqlens_q=(150,), window=(75, -1), head_dim=16),
-    Case("many_tiles", batch=1, heads_q=2, heads_kv=1, seqlens_q=(150,), seqlens_k=(130,), causal=False, head_dim=16),
+    Case(
+        "window_with_whole_tiles",
+        batch=1,
+        heads_q=1,
+        heads_kv=1,
+        seqlens_q=(150,),
+        window=(75, -1),
+        head_dim=16,
+    ),
+    Case(
+        "many_tiles",
+        batch=1,
+        heads_q=2,
+        heads_kv=1,
+        seqlens_q=(150,),
+        seqlens_k=(130,),
+        causal=False,
+        head_dim=16,
+    ),
 ]
 
 
@@ -97,7 +123,9 @@ def test_cache_without_prompt_effect_is_plain_attention_bit_for_bit(way, num_spl
         given.update(prompt_k=given["prompt_k"][:, :0], prompt_v=given["prompt_v"][:, :0])
     plain = make_cache_arguments(CacheCase("exact", num_splits=num_splits), torch.float16)
     plain |= {"prompt_k": None, "prompt_v": None, "gate": None}
-    outputs = [zero_init_attention_with_kvcache(**a, backend="triton", return_lse=True) for a in (given, plain)]
+    outputs = [
+        zero_init_attention_with_kvcache(**a, backend="triton", return_lse=True) for a in (given, plain)
+    ]
     for ours, expected in zip(*outputs, strict=True):
         assert torch.equal(ours, expected)
 
@@ -165,7 +193,10 @@ def test_huge_finite_mask_is_not_minus_infinity():
     inputs.options["attn_mask"] = torch.full((2, 1, 1, 19), torch.finfo(torch.float32).min)
     out, _ = inputs.call("triton")
     torch.testing.assert_close(out, inputs.tensors["value"].mean(2, keepdim=True).expand_as(out))
-    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.sum(), list(inputs.tensors.values())[:3]))
+    assert all(
+        torch.isfinite(grad).all()
+        for grad in torch.autograd.grad(out.sum(), list(inputs.tensors.values())[:3])
+    )
 
 
 @pytest.mark.parametrize("gate", [-9.0, -1.0, -0.3, -1e-4, 1e-6, 0.5, 0.99, 1.01, 3.0])
@@ -181,11 +212,17 @@ def test_tanh_of_the_gate_keeps_its_digits(gate):
 @pytest.mark.parametrize("packed", [False, True])
 def test_prompt_attention_adds_the_branch_in_place_with_gradients(packed):
     lengths = (7, 12) if packed else (19,)
-    case = Case("branch", packed=packed, seqlens_q=lengths, heads_q=2, heads_kv=1, table="per_sample", head_dim=16)
+    case = Case(
+        "branch", packed=packed, seqlens_q=lengths, heads_q=2, heads_kv=1, table="per_sample", head_dim=16
+    )
     results = []
     for backend in ("triton", "reference"):
         tensors = make_inputs(case, torch.float32).tensors
-        query, prompts, gate = tensors["query"], [tensors["prompt_key"], tensors["prompt_value"]], tensors["gate"]
+        query, prompts, gate = (
+            tensors["query"],
+            [tensors["prompt_key"], tensors["prompt_value"]],
+            tensors["gate"],
+        )
         options = {"cu_seqlens": torch.tensor([0, 7, 19], dtype=torch.int32)} if packed else {}
         laid_out, rows = query, prompts
         if not packed:
@@ -198,7 +235,9 @@ def test_prompt_attention_adds_the_branch_in_place_with_gradients(packed):
 
 
 def test_numbers_that_lead_outside_a_tensor_are_named_and_the_kernels_cut_them():
-    inputs = make_inputs(small(Case("indexed", table="indexed", batch=3, seqlens_q=(5,), head_dim=16)), torch.float32)
+    inputs = make_inputs(
+        small(Case("indexed", table="indexed", batch=3, seqlens_q=(5,), head_dim=16)), torch.float32
+    )
     inputs.options["prompt_index"] = torch.tensor([0, 1, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="prompt_index.*3"):
         inputs.call("triton")

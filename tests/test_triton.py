@@ -15,15 +15,18 @@ import torch
 from zinit_kernels import explain
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 CHIPS = (80, 90, 100)
-
 
 
 def run(*command, interpret, **environment):
     """A process of its own: the interpreter replaces triton's functions for all that runs beside it."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (
+        {"TRITON_INTERPRET": "1"} if interpret else {}
+    )
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
@@ -31,7 +34,9 @@ def run(*command, interpret, **environment):
 def test_kernels_in_the_interpreter():
     numpy_version = tuple(int(n) for n in importlib.metadata.version("numpy").split(".")[:2])
     if numpy_version >= (2, 4) and importlib.metadata.version("triton") < "3.7":
-        pytest.skip("the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses")
+        pytest.skip(
+            "the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses"
+        )
     result = run("-m", "pytest", "tests/interpreted_triton.py", "-W", "ignore", interpret=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
     print(result.stdout.splitlines()[-1])
@@ -40,10 +45,7 @@ def test_kernels_in_the_interpreter():
 @NEEDS_TRITON
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernels_compile_within_the_chip(chip, tmp_path):
-    """No spills at head dimensions up to 128, shared memory that fits, warpgroup products on Hopper.
-
-    combine may keep a few bytes: it is no loop over keys.
-    """
+    """No spills at head dimensions up to 128, shared memory that fits, warpgroup products on Hopper."""
     result = run("tests/compile_triton.py", str(chip), interpret=False, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
@@ -52,7 +54,7 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
         print(kernel)
         assert kernel["shared"] <= kernel["limit"], kernel
         if kernel["head_dim"] <= 128:
-            assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
+            assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
         if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query"):
             assert kernel["wgmma"] > 0, kernel
 
@@ -61,7 +63,7 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
 def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
     from zinit_kernels.backends.triton import configs
 
-    stages = ("forward", "prompt_gradients", "grad_key_value", "grad_query", "decode")
+    stages = ("forward", "prompt_gradients", "grad_key_value", "grad_query", "decode", "combine")
     for stage in stages:
         for block_d in (16, 32, 64, 128, 256):
             for block_p in (16, 128):
@@ -84,7 +86,9 @@ def test_named_on_cpu_it_says_what_it_takes():
     )
     result = run("-c", script, interpret=False)
     reason = "the tensors are on cpu" if importlib.util.find_spec("triton") else "triton is not installed"
-    assert reason in result.stdout and re.search(f"ValueError: backend 'triton' cannot run.*{reason}", result.stderr)
+    assert reason in result.stdout and re.search(
+        f"ValueError: backend 'triton' cannot run.*{reason}", result.stderr
+    )
 
 
 @NEEDS_TRITON
@@ -94,11 +98,14 @@ def test_interpreted_it_refuses_what_no_fused_kernel_takes():
         "for dtype, dim in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 300)):\n"
         "    q = torch.randn(1, 2, 5, dim, dtype=dtype)\n"
         "    print(z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)['triton'])\n"
-        "print(z.explain(q[..., :16], q[..., :16], q[..., :16], None, None, None, attn_mask=torch.randn(5, 5))['triton'])\n"
+        "q, mask = q[..., :16], torch.randn(5, 5)\n"
+        "print(z.explain(q, q, q, None, None, None, attn_mask=mask)['triton'])\n"
     )
     lines = run("-c", script, interpret=True).stdout.splitlines()
     assert lines[0] == "usable"
-    for line, word in zip(lines[1:], ("float64", "head_dim must be 1 to 256, got 300", "attn_mask"), strict=True):
+    for line, word in zip(
+        lines[1:], ("float64", "head_dim must be 1 to 256, got 300", "attn_mask"), strict=True
+    ):
         assert word in line
 
 
@@ -116,7 +123,9 @@ def test_importing_and_computing_on_cpu_imports_no_triton():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "sm_75"), ((8, 0), "usable"), ((12, 0), "usable")])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "sm_75"), ((8, 0), "usable"), ((12, 0), "usable")]
+)
 def test_chips_by_capability(monkeypatch, capability, expected):
     """Of a chip that is not here: the choice looks at device and capability alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode

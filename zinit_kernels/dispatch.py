@@ -24,7 +24,6 @@ MAX_FUSED_HEAD_DIM = 256
 MIN_TRITON_CAPABILITY = (8, 0)
 
 
-
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -118,13 +117,19 @@ def _why_not_on_cpu(call: Call | CacheCall) -> str:
 def _why_not_on_gpu(call: Call | CacheCall) -> str:
     device = call.query.device
     if device.type == "cpu":
-        return "" if ops.INTERPRETED else "the tensors are on cpu (Triton's interpreter needs TRITON_INTERPRET=1)"
+        return (
+            ""
+            if ops.INTERPRETED
+            else "the tensors are on cpu (Triton's interpreter needs TRITON_INTERPRET=1)"
+        )
     if device.type != "cuda":
         return f"the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_TRITON_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return f"{name} is sm_{capability[0]}{capability[1]}; the Triton kernels are written for sm_80 and newer"
+        return (
+            f"{name} is sm_{capability[0]}{capability[1]}; the Triton kernels are written for sm_80 and newer"
+        )
     return ""
 
 

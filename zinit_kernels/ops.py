@@ -18,7 +18,9 @@ from . import reference, schemas
 from .calls import CacheCall, Call
 
 FUSED_BACKENDS = ("cpu", "triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs the kernels on CPU tensors
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's interpreter runs the kernels on CPU tensors
 
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The token part of backward: dK/dV and dQ in kernels of their own, each sum in one program, so bits never change.
 
-    A  = exp(S - lse)      dS = A * (dO v^T - delta)      delta = rowsum(dO * out) - s r - dlse
-    dv = A^T dO            dk = scale dS^T q              dq = scale (dS k + dSp pk)
+A  = exp(S - lse)      dS = A * (dO v^T - delta)      delta = rowsum(dO * out) - s r - dlse
+dv = A^T dO            dk = scale dS^T q              dq = scale (dS k + dSp pk)
 """
 
 import triton
@@ -31,7 +31,8 @@ RUN_TIME = [
 
 @triton.jit
 def _accumulate_key_value(
-    grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides, grad_out_strides,
+    grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
+    grad_out_strides,
     first, last, num_q, total_q, group, positions, window_left, window_right, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -51,7 +52,9 @@ def _accumulate_key_value(
         query_tile_ptr = query_ptr + member * query_strides[1] + offset * query_strides[2]
         grad_out_tile_ptr = grad_out_ptr + member * grad_out_strides[1] + offset * grad_out_strides[2]
         row_offset = member * total_q + start
-        query = load_tile(query_tile_ptr, query_strides[2], rows, left, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_M, BLOCK_D]
+        query = load_tile(
+            query_tile_ptr, query_strides[2], rows, left, HEAD_DIM, BLOCK_D, MASKED
+        )  # [BLOCK_M, BLOCK_D]
         grad_out = load_tile(grad_out_tile_ptr, grad_out_strides[2], rows, left, HEAD_DIM, BLOCK_D, MASKED)
         lse = load_lse(lse_ptr + row_offset, rows, left)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
@@ -61,7 +64,9 @@ def _accumulate_key_value(
         else:
             weights = tl.math.exp2(scores - lse[None, :])
         if MASKED:
-            seen = in_window(positions[:, None], (start + rows)[None, :], window_right, window_left, HAS_RIGHT, HAS_LEFT)
+            seen = in_window(
+                positions[:, None], (start + rows)[None, :], window_right, window_left, HAS_RIGHT, HAS_LEFT
+            )
             weights = tl.where(seen, weights, 0.0)
         if NEEDS_VALUE:
             grad_value = tl.dot(weights.to(query.dtype), grad_out, grad_value, input_precision=PRECISION)
@@ -75,7 +80,8 @@ def _accumulate_key_value(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def grad_key_value_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, key_bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, key_bias_ptr, cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     grad_key_ptr, grad_value_ptr,
     query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides, grad_value_strides,
     heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, scale, scale_log2,
@@ -127,18 +133,24 @@ def grad_key_value_kernel(
         delta_ptr += row_offset
     if HAS_RIGHT:
         grad_key, grad_value = _accumulate_key_value(
-            grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides, grad_out_strides,
-            first, full_first, num_q, total_q, group, positions, window_left, window_right, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M,
+            grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
+            query_strides, grad_out_strides,
+            first, full_first, num_q, total_q, group, positions, window_left, window_right, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_M,
             True, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
         )  # fmt: skip
     grad_key, grad_value = _accumulate_key_value(
-        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides, grad_out_strides,
-        full_first, full_last, num_q, total_q, group, positions, window_left, window_right, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M,
+        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
+        grad_out_strides,
+        full_first, full_last, num_q, total_q, group, positions, window_left, window_right, scale_log2,
+        HEAD_DIM, BLOCK_D, BLOCK_M,
         False, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
     )  # fmt: skip
     grad_key, grad_value = _accumulate_key_value(
-        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides, grad_out_strides,
-        full_last, last, num_q, total_q, group, positions, window_left, window_right, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M,
+        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
+        grad_out_strides,
+        full_last, last, num_q, total_q, group, positions, window_left, window_right, scale_log2, HEAD_DIM,
+        BLOCK_D, BLOCK_M,
         True, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
     )  # fmt: skip
 
@@ -177,7 +189,9 @@ def _accumulate_query(
         else:
             weights = tl.math.exp2(scores - lse[:, None])
         if MASKED:
-            seen = in_window(positions[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            seen = in_window(
+                positions[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
             weights = tl.where(seen & (columns < num_k)[None, :], weights, 0.0)
         grad_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None])
@@ -187,13 +201,16 @@ def _accumulate_query(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def grad_query_kernel(
-    query_ptr, key_ptr, value_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, grad_out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, grad_out_ptr,
+    lse_ptr,
     delta_ptr, key_bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, grad_query_ptr,
     query_strides, key_strides, value_strides, prompt_key_strides, prompt_value_strides, grad_out_strides,
     grad_query_strides,
-    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, prompt_length, prompt_rows,
+    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, prompt_length,
+    prompt_rows,
     gate_stride, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq = scale (dS k + dSp pk), dSp = s Ap (dAp - rowsum(Ap dAp)); one program owns BLOCK_M queries of one head.
@@ -233,17 +250,20 @@ def grad_query_kernel(
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_LEFT:
         grad_query = _accumulate_query(
-            grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2], value_strides[2],
+            grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
+            value_strides[2],
             first, full_first, num_k, positions, window_left, window_right, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
     grad_query = _accumulate_query(
-        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2], value_strides[2],
+        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
+        value_strides[2],
         full_first, full_last, num_k, positions, window_left, window_right, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
     grad_query = _accumulate_query(
-        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2], value_strides[2],
+        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
+        value_strides[2],
         full_last, last, num_k, positions, window_left, window_right, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
@@ -262,10 +282,14 @@ def grad_query_kernel(
                 prompt_value_ptr, prompt_value_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True
             ).to(query.dtype)
             weights = prompt_weights(query, prompt_key, prompt_length, scale_log2, BLOCK_P, PRECISION)
-            grad_weights = tl.dot(grad_out, tl.trans(prompt_value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_P]
+            grad_weights = tl.dot(
+                grad_out, tl.trans(prompt_value), input_precision=PRECISION
+            )  # [BLOCK_M, BLOCK_P]
             r = tl.sum(weights * grad_weights, 1)
             grad_scores = gate * weights * (grad_weights - r[:, None])
-            grad_query = tl.dot(grad_scores.to(query.dtype), prompt_key, grad_query, input_precision=PRECISION)
+            grad_query = tl.dot(
+                grad_scores.to(query.dtype), prompt_key, grad_query, input_precision=PRECISION
+            )
 
     grad_query_ptr = row_ptr(grad_query_ptr, grad_query_strides, batch, head, first_q + start)
     store_tile(grad_query_ptr, grad_query_strides[2], rows, left, grad_query * scale, HEAD_DIM, BLOCK_D)

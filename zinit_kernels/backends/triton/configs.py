@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """block_m queries (of `decode`: rows of one group), block_n keys."""
+    """block_m queries (of `decode` and `combine`: rows of one group), block_n keys."""
 
     block_m: int
     block_n: int
@@ -42,6 +42,9 @@ _SM80 = {
     ("decode", 64): Config(16, 128, 4, 3),
     ("decode", 128): Config(16, 64, 4, 3),
     ("decode", 256): Config(16, 32, 4, 3),
+    ("combine", 64): Config(16, 1, 8, 1),
+    ("combine", 128): Config(16, 1, 8, 1),
+    ("combine", 256): Config(16, 1, 8, 1),
 }
 _SM90 = _SM80 | {
     ("forward", 64): Config(128, 128, 8, 3),
@@ -54,32 +57,40 @@ _SM90 = _SM80 | {
     ("grad_query", 128): Config(128, 64, 8, 2),
     ("grad_query", 256): Config(64, 32, 8, 1),
 }
+_SM100 = _SM90 | {("grad_query", 128): Config(64, 64, 4, 2)}
+
 
 def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> Config:
-    """The configuration of a call; block_d, block_p: padded sizes; itemsize in bytes; arch = 10 * major + minor, 0 = the interpreter.
+    """The configuration of a call.
+
+    block_d, block_p: padded sizes; itemsize: bytes of an element; arch: 10 * major + minor, 0 = the interpreter.
 
     Four-byte elements run on the CUDA cores (TF32 would round the inputs to 10 bits), where the safe tile is also
     the one that keeps its operands in registers.
     """
     if arch == 0 or itemsize > 2:
         return safe(stage)
-    table = _SM90 if arch >= 90 and arch < 120 else _SM80
+    table = _SM100 if 100 <= arch < 120 else _SM90 if 90 <= arch < 100 else _SM80
     config = table[stage, max(block_d, 64)]
     budget = SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
     return config if shared_memory(stage, config, block_d, block_p, itemsize) <= budget else safe(stage)
 
 
 def safe(stage: str) -> Config:
-    return SAFE if stage != "decode" else SAFE._replace(block_m=16)
+    return SAFE._replace(block_m=16) if stage in ("decode", "combine") else SAFE
 
 
 def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsize: int) -> int:
-    """Upper estimate in bytes: the resident tiles, num_stages of the streamed ones; afterwards the prompt block."""
+    """Bytes, to within a tenth of what the compiler takes.
+
+    The resident tiles and num_stages of the streamed ones in the loop, the prompt block afterwards.
+    """
     block_m, block_n, _, stages = config
     stages = max(stages, 1)
     resident, streamed, square = {
         "forward": (block_m, 2 * block_n, block_m * block_n),
         "decode": (block_m, 2 * block_n, block_m * block_n),
+        "combine": (block_m, 0, 0),
         "grad_query": (2 * block_m, 2 * block_n, block_m * block_n),
         "grad_key_value": (2 * block_n, 2 * block_m, 2 * block_m * block_n),
         "prompt_gradients": (2 * block_m, 0, 2 * block_m * block_p),

@@ -9,11 +9,21 @@ would lead outside a tensor is cut, so that a bad one cannot read or write past 
 import triton
 import triton.language as tl
 
-from .primitives import LN2, activate, add_prompt_branch, in_window, key_range, online_softmax, prompt_row, row_ptr, unravel
+from .primitives import (
+    LN2,
+    activate,
+    add_prompt_branch,
+    in_window,
+    key_range,
+    online_softmax,
+    prompt_row,
+    row_ptr,
+    unravel,
+)
 
 RUN_TIME = [
-    "heads_q", "heads_kv", "seqlen_q", "seqlen_new", "capacity", "num_pages", "table_stride", "rotary_rows", "rotary_stride",
-    "window_left", "window_right", "prompt_length", "prompt_rows", "gate_stride", "num_splits",
+    "heads_q", "heads_kv", "seqlen_q", "seqlen_new", "capacity", "num_pages", "table_stride", "rotary_rows",
+    "rotary_stride", "window_left", "window_right", "prompt_length", "prompt_rows", "gate_stride", "num_splits",
 ]  # fmt: skip
 
 
@@ -46,7 +56,17 @@ def _load_rotated(
 
 
 @triton.jit
-def _slots(block_table_ptr, strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE: tl.constexpr):
+def _slots(
+    block_table_ptr,
+    strides,
+    sequence,
+    head,
+    positions,
+    valid,
+    num_pages,
+    table_stride,
+    PAGE_SIZE: tl.constexpr,
+):
     """(int64 offsets in a cache, which of them exist) of some positions of a sequence."""
     offset = head.to(tl.int64) * strides[1]
     if block_table_ptr is None:
@@ -55,15 +75,19 @@ def _slots(block_table_ptr, strides, sequence, head, positions, valid, num_pages
         entry = block_table_ptr + sequence.to(tl.int64) * table_stride + positions // PAGE_SIZE
         page = tl.load(entry, mask=valid, other=-1)
         exists = (page >= 0) & (page < num_pages)
-        return offset + page.to(tl.int64) * strides[0] + (positions % PAGE_SIZE).to(tl.int64) * strides[2], exists
+        return offset + page.to(tl.int64) * strides[0] + (positions % PAGE_SIZE).to(tl.int64) * strides[
+            2
+        ], exists
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def append_kernel(
-    new_key_ptr, new_value_ptr, key_cache_ptr, value_cache_ptr, cache_seqlens_ptr, block_table_ptr, cos_ptr, sin_ptr,
+    new_key_ptr, new_value_ptr, key_cache_ptr, value_cache_ptr, cache_seqlens_ptr, block_table_ptr, cos_ptr,
+    sin_ptr,
     new_key_strides, new_value_strides, key_cache_strides, value_cache_strides,
     heads_kv, seqlen_new, capacity, num_pages, table_stride, rotary_rows, rotary_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr, HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """cache[seqlen + t] = rotate(new[t]); one program owns BLOCK_T new tokens of one head."""
@@ -73,26 +97,63 @@ def append_kernel(
     valid = (rows < seqlen_new) & (positions < capacity)
     key_rows = row_ptr(new_key_ptr, new_key_strides, sequence, head, rows)
     key = _load_rotated(
-        key_rows, valid, positions, cos_ptr, sin_ptr, rotary_rows, rotary_stride, HEAD_DIM, BLOCK_D, HALF, INTERLEAVED
+        key_rows,
+        valid,
+        positions,
+        cos_ptr,
+        sin_ptr,
+        rotary_rows,
+        rotary_stride,
+        HEAD_DIM,
+        BLOCK_D,
+        HALF,
+        INTERLEAVED,
     )
     dims = tl.arange(0, BLOCK_D)
     value_rows = row_ptr(new_value_ptr, new_value_strides, sequence, head, rows)
-    value = tl.load(value_rows[:, None] + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    slots, exists = _slots(
-        block_table_ptr, key_cache_strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE
+    value = tl.load(
+        value_rows[:, None] + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
     )
-    tl.store(key_cache_ptr + slots[:, None] + dims[None, :], key, mask=exists[:, None] & (dims < HEAD_DIM)[None, :])
     slots, exists = _slots(
-        block_table_ptr, value_cache_strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE
+        block_table_ptr,
+        key_cache_strides,
+        sequence,
+        head,
+        positions,
+        valid,
+        num_pages,
+        table_stride,
+        PAGE_SIZE,
     )
-    tl.store(value_cache_ptr + slots[:, None] + dims[None, :], value, mask=exists[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(
+        key_cache_ptr + slots[:, None] + dims[None, :], key, mask=exists[:, None] & (dims < HEAD_DIM)[None, :]
+    )
+    slots, exists = _slots(
+        block_table_ptr,
+        value_cache_strides,
+        sequence,
+        head,
+        positions,
+        valid,
+        num_pages,
+        table_stride,
+        PAGE_SIZE,
+    )
+    tl.store(
+        value_cache_ptr + slots[:, None] + dims[None, :],
+        value,
+        mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
+    )
 
 
 @triton.jit
 def _attend_cache(
-    acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, block_table_ptr, key_cache_strides, value_cache_strides,
-    sequence, head_kv, first, last, num_k, positions, num_pages, table_stride, window_left, window_right, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, block_table_ptr, key_cache_strides,
+    value_cache_strides,
+    sequence, head_kv, first, last, num_k, positions, num_pages, table_stride, window_left, window_right,
+    scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One stretch of keys [first, last); slots behind the last key may hold NaN and are never read."""
@@ -101,10 +162,26 @@ def _attend_cache(
         columns = start + tl.arange(0, BLOCK_N)
         present = columns < num_k
         slots, exists = _slots(
-            block_table_ptr, key_cache_strides, sequence, head_kv, columns, present, num_pages, table_stride, PAGE_SIZE
+            block_table_ptr,
+            key_cache_strides,
+            sequence,
+            head_kv,
+            columns,
+            present,
+            num_pages,
+            table_stride,
+            PAGE_SIZE,
         )
         value_slots, _ = _slots(
-            block_table_ptr, value_cache_strides, sequence, head_kv, columns, present, num_pages, table_stride, PAGE_SIZE
+            block_table_ptr,
+            value_cache_strides,
+            sequence,
+            head_kv,
+            columns,
+            present,
+            num_pages,
+            table_stride,
+            PAGE_SIZE,
         )
         key_ptrs = key_cache_ptr + slots[:, None] + dims[None, :]
         value_ptrs = value_cache_ptr + value_slots[:, None] + dims[None, :]
@@ -120,7 +197,9 @@ def _attend_cache(
             value = tl.load(value_ptrs)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            seen = in_window(positions[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            seen = in_window(
+                positions[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
             scores = tl.where(seen & present[None, :], scores, float("-inf"))
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
@@ -129,10 +208,12 @@ def _attend_cache(
 
 @triton.jit
 def _finish(
-    acc, lse_log2, query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, out_ptr, lse_ptr,
+    acc, lse_log2, query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr,
+    out_ptr, lse_ptr,
     prompt_key_strides, prompt_value_strides, out_strides, sequence, head_kv, heads_q, seqlen_q, prompt_length,
     prompt_rows, gate_stride, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, TANH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the gated prompt branch to the token branch and writes out and lse: the only place that does."""
     if prompt_key_ptr is not None:
@@ -150,7 +231,9 @@ def _finish(
     out_rows = row_ptr(out_ptr, out_strides, sequence, heads, tokens)
     mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(out_rows[:, None] + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + (sequence.to(tl.int64) * heads_q + heads) * seqlen_q + tokens, lse_log2 * LN2, mask=valid)
+    tl.store(
+        lse_ptr + (sequence.to(tl.int64) * heads_q + heads) * seqlen_q + tokens, lse_log2 * LN2, mask=valid
+    )
 
 
 @triton.jit
@@ -166,10 +249,12 @@ def _tile_rows(tile, head_kv, group, seqlen_q, BLOCK_M: tl.constexpr):
 def decode_kernel(
     query_ptr, key_cache_ptr, value_cache_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr,
     cache_seqlens_ptr, block_table_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-    query_strides, key_cache_strides, value_cache_strides, prompt_key_strides, prompt_value_strides, out_strides,
+    query_strides, key_cache_strides, value_cache_strides, prompt_key_strides, prompt_value_strides,
+    out_strides,
     heads_q, heads_kv, seqlen_q, seqlen_new, capacity, num_pages, table_stride, rotary_rows, rotary_stride,
     window_left, window_right, prompt_length, prompt_rows, gate_stride, num_splits, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PAGE_SIZE: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,13 +271,21 @@ def decode_kernel(
     num_k = tl.minimum(cached + seqlen_new, capacity)
     rotary_positions = cached + (tokens if HAS_LEFT or HAS_RIGHT else tokens * 0)
     query = _load_rotated(
-        row_ptr(query_ptr, query_strides, sequence, heads, tokens), valid, rotary_positions, cos_ptr, sin_ptr, rotary_rows,
+        row_ptr(query_ptr, query_strides, sequence, heads, tokens), valid, rotary_positions, cos_ptr, sin_ptr,
+        rotary_rows,
         rotary_stride, HEAD_DIM, BLOCK_D, HALF, INTERLEAVED,
     )  # fmt: skip
 
     position = num_k - seqlen_q
     first, full_first, full_last, last = key_range(
-        position + tile * BLOCK_M // group, num_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+        position + tile * BLOCK_M // group,
+        num_k,
+        window_left,
+        window_right,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_LEFT,
+        HAS_RIGHT,
     )
     length = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), num_splits) * BLOCK_N
     first += split * length
@@ -204,13 +297,15 @@ def decode_kernel(
     if HAS_LEFT:
         acc, row_max, row_sum = _attend_cache(
             acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, block_table_ptr, key_cache_strides,
-            value_cache_strides, sequence, head_kv, first, tl.minimum(last, full_first), num_k, positions, num_pages,
+            value_cache_strides, sequence, head_kv, first, tl.minimum(last, full_first), num_k, positions,
+            num_pages,
             table_stride, window_left, window_right, scale_log2,
             HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, True, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
     acc, row_max, row_sum = _attend_cache(
         acc, row_max, row_sum, query, key_cache_ptr, value_cache_ptr, block_table_ptr, key_cache_strides,
-        value_cache_strides, sequence, head_kv, tl.maximum(first, full_first), tl.minimum(last, full_last), num_k, positions,
+        value_cache_strides, sequence, head_kv, tl.maximum(first, full_first), tl.minimum(last, full_last),
+        num_k, positions,
         num_pages, table_stride, window_left, window_right, scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, False, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
@@ -226,8 +321,10 @@ def decode_kernel(
     lse = row_max + tl.math.log2(safe_sum)
     if partial_out_ptr is None:
         _finish(
-            acc, lse, query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, out_ptr,
-            lse_ptr, prompt_key_strides, prompt_value_strides, out_strides, sequence, head_kv, heads_q, seqlen_q,
+            acc, lse, query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr, gate_ptr,
+            prompt_index_ptr, out_ptr,
+            lse_ptr, prompt_key_strides, prompt_value_strides, out_strides, sequence, head_kv, heads_q,
+            seqlen_q,
             prompt_length, prompt_rows, gate_stride, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P, TANH, PRECISION,
         )  # fmt: skip
     else:
@@ -244,8 +341,10 @@ def combine_kernel(
     partial_out_ptr, partial_lse_ptr, query_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr,
     cache_seqlens_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr,
     query_strides, prompt_key_strides, prompt_value_strides, out_strides,
-    heads_q, heads_kv, seqlen_q, rotary_rows, rotary_stride, prompt_length, prompt_rows, gate_stride, num_splits, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HALF: tl.constexpr,
+    heads_q, heads_kv, seqlen_q, rotary_rows, rotary_stride, prompt_length, prompt_rows, gate_stride,
+    num_splits, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, ADVANCE: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = sum_s 2^(lse_s - lse) out_s, with lse = log2 sum_s 2^lse_s, and then the prompt branch, once."""
@@ -267,13 +366,19 @@ def combine_kernel(
         acc = acc * rescale[:, None] + weights * partial
     safe_sum = tl.where(row_sum == 0, 1.0, row_sum)
     acc = acc / safe_sum[:, None]
-    rotary_positions = tl.maximum(tl.load(cache_seqlens_ptr + sequence), 0) + (tokens if ADVANCE else tokens * 0)
+    rotary_positions = tl.maximum(tl.load(cache_seqlens_ptr + sequence), 0) + (
+        tokens if ADVANCE else tokens * 0
+    )
     query = _load_rotated(
-        row_ptr(query_ptr, query_strides, sequence, heads, tokens), valid, rotary_positions, cos_ptr, sin_ptr, rotary_rows,
+        row_ptr(query_ptr, query_strides, sequence, heads, tokens), valid, rotary_positions, cos_ptr, sin_ptr,
+        rotary_rows,
         rotary_stride, HEAD_DIM, BLOCK_D, HALF, INTERLEAVED,
     )  # fmt: skip
     _finish(
-        acc, row_max + tl.math.log2(safe_sum), query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr, gate_ptr,
-        prompt_index_ptr, out_ptr, lse_ptr, prompt_key_strides, prompt_value_strides, out_strides, sequence, head_kv, heads_q,
-        seqlen_q, prompt_length, prompt_rows, gate_stride, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P, TANH, PRECISION,
+        acc, row_max + tl.math.log2(safe_sum), query, heads, tokens, valid, prompt_key_ptr, prompt_value_ptr,
+        gate_ptr,
+        prompt_index_ptr, out_ptr, lse_ptr, prompt_key_strides, prompt_value_strides, out_strides, sequence,
+        head_kv, heads_q,
+        seqlen_q, prompt_length, prompt_rows, gate_stride, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P, TANH,
+        PRECISION,
     )  # fmt: skip

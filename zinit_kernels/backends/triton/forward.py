@@ -5,7 +5,6 @@ import triton.language as tl
 
 from .primitives import (
     LN2,
-    LOG2E,
     activate,
     add_prompt_branch,
     in_window,
@@ -53,7 +52,9 @@ def _attend(
         if key_bias_ptr is not None:
             scores += bias[None, :]
         if MASKED:
-            seen = in_window(position[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            seen = in_window(
+                position[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT
+            )
             scores = tl.where(seen & (columns < seqlen_k)[None, :], scores, float("-inf"))
         weights, row_max, row_sum, rescale = online_softmax(scores, row_max, row_sum)
         acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
@@ -65,9 +66,11 @@ def forward_kernel(
     query_ptr, key_ptr, value_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, key_bias_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, out_ptr, lse_ptr,
     query_strides, key_strides, value_strides, prompt_key_strides, prompt_value_strides, out_strides,
-    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, prompt_length, prompt_rows,
+    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, prompt_length,
+    prompt_rows,
     gate_stride, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T + mask) v + act(gate) softmax(scale q pk^T) pv; lse = log sum exp of the first.
@@ -91,7 +94,9 @@ def forward_kernel(
     value_ptr = row_ptr(value_ptr, value_strides, batch, head_kv, first_k)
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * seqlen_k
-    query = load_tile(query_ptr, query_strides[2], rows, num_q - start, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    query = load_tile(
+        query_ptr, query_strides[2], rows, num_q - start, HEAD_DIM, BLOCK_D, True
+    )  # [BLOCK_M, BLOCK_D]
 
     position = start + num_k - num_q
     first, full_first, full_last, last = key_range(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 from torch import Tensor
@@ -41,14 +40,18 @@ def forward(
         return out, lse
     with torch.cuda.device_of(query):
         forward_kernel[grid](
-            query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, key_bias, cu_seqlens_q, cu_seqlens_k,
+            query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, key_bias, cu_seqlens_q,
+            cu_seqlens_k,
             out, lse,
-            strides_of(query), strides_of(key), strides_of(value), prompt.key_strides, prompt.value_strides, strides_of(out),
+            strides_of(query), strides_of(key), strides_of(value), prompt.key_strides, prompt.value_strides,
+            strides_of(out),
             query.shape[1], key.shape[1], max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2],
             min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW), prompt.length, prompt.rows,
             prompt.gate_stride, scale * LOG2E.value,
-            HEAD_DIM=query.shape[3], BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p,
-            HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, TANH=tanh_gate, PRECISION=precision_of(query),
+            HEAD_DIM=query.shape[3], BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_P=block_p,
+            HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, TANH=tanh_gate,
+            PRECISION=precision_of(query),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
@@ -61,12 +64,14 @@ def backward(
     max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`zinit::backward_triton`, see schemas.py. What is not wanted is neither allocated nor computed."""
-    inputs = (query, key, value, prompt_key, prompt_value, gate)
-    grads: list[Tensor | None] = [None] * 6
-    for i, tensor in enumerate(inputs):
-        if tensor is not None and needs >> i & 1:
-            grads[i] = token_major_like(tensor) if i < 3 else torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-    grad_query, grad_key, grad_value, *prompt_grads = grads
+    token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
+    prompt_grads = [
+        torch.zeros_like(t, memory_format=torch.contiguous_format)
+        if t is not None and needs >> i & 1
+        else None
+        for i, t in enumerate((prompt_key, prompt_value, gate), 3)
+    ]
+    grad_query, grad_key, grad_value = token_grads
     query, key, value, grad_out = (_addressable(t) for t in (query, key, value, grad_out))
     prompt = Prompt(prompt_key, prompt_value, gate)
     sequences = num_sequences(query, cu_seqlens_q)
@@ -86,23 +91,29 @@ def backward(
             config = configs.choose("prompt_gradients", block_d, block_p, itemsize, arch)
             tiles = triton.cdiv(max_seqlen_q, config.block_m)
             parts = num_parts(tiles, heads_q * sequences)
-            partials = [None if not wants_prompt or grad is None else query.new_empty(
-                (sequences, heads_q, parts) + ((prompt.length, head_dim) if i < 2 else ()), dtype=torch.float32
-            ) for i, grad in enumerate(prompt_grads)]  # fmt: skip
-            chunk_d = min(block_d, max(16, _PARTIAL_ELEMENTS // block_p)) if any(p is not None for p in partials[:2]) else block_d
+            slots, table = (sequences, heads_q, parts), (prompt.length, head_dim)
+            partials = [
+                None
+                if not wants_prompt or grad is None
+                else query.new_empty(slots + shape, dtype=torch.float32)
+                for grad, shape in zip(prompt_grads, (table, table, ()), strict=True)
+            ]
+            wants_table = any(partial is not None for partial in partials[:2])
+            chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
             grid = (parts * (block_d // chunk_d) * heads_q * sequences,)
             if grid[0]:
                 partial_sums_kernel[grid](
-                    query, prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, out, grad_out, grad_lse,
-                    delta, *partials,
-                    strides_of(query), prompt.key_strides, prompt.value_strides, strides_of(out), strides_of(grad_out),
-                    heads_q, heads_kv, max_seqlen_q, query.shape[2], prompt.length, prompt.rows, prompt.gate_stride, parts,
-                    scale_log2,
-                    HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_P=block_p, CHUNK_D=chunk_d,
-                    TANH=tanh_gate, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
+                    query, prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, out, grad_out,
+                    grad_lse, delta, *partials,
+                    strides_of(query), prompt.key_strides, prompt.value_strides, strides_of(out),
+                    strides_of(grad_out),
+                    heads_q, heads_kv, max_seqlen_q, query.shape[2], prompt.length, prompt.rows, prompt.gate_stride,
+                    parts, scale_log2,
+                    HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_P=block_p,
+                    CHUNK_D=chunk_d, TANH=tanh_gate, PRECISION=precision,
+                    num_warps=config.num_warps, num_stages=config.num_stages,
                 )  # fmt: skip
             if wants_prompt:
-                wants_table = any(p is not None for p in partials[:2])
                 tiles = triton.cdiv(prompt.length * head_dim, _BLOCK_E) if wants_table else 1
                 add_partials_kernel[(tiles * heads_kv * prompt.rows,)](
                     *partials, prompt.gate, prompt_index, *prompt_grads,
@@ -114,7 +125,8 @@ def backward(
             grid = (triton.cdiv(max_seqlen_k, config.block_n) * heads_kv * sequences,)
             if grid[0]:
                 grad_key_value_kernel[grid](
-                    query, key, value, grad_out, lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, grad_key, grad_value,
+                    query, key, value, grad_out, lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, grad_key,
+                    grad_value,
                     strides_of(query), strides_of(key), strides_of(value), strides_of(grad_out),
                     strides_of(grad_key), strides_of(grad_value), *lengths, scale, scale_log2,
                     HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags,
@@ -125,22 +137,27 @@ def backward(
             grid = (triton.cdiv(max_seqlen_q, config.block_m) * heads_q * sequences,)
             if grid[0]:
                 grad_query_kernel[grid](
-                    query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, grad_out, lse, delta, key_bias,
+                    query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, grad_out, lse,
+                    delta, key_bias,
                     cu_seqlens_q, cu_seqlens_k, grad_query,
-                    strides_of(query), strides_of(key), strides_of(value), prompt.key_strides, prompt.value_strides,
-                    strides_of(grad_out), strides_of(grad_query), *lengths, prompt.length, prompt.rows, prompt.gate_stride,
+                    strides_of(query), strides_of(key), strides_of(value), prompt.key_strides,
+                    prompt.value_strides,
+                    strides_of(grad_out), strides_of(grad_query), *lengths, prompt.length, prompt.rows,
+                    prompt.gate_stride,
                     scale, scale_log2,
-                    HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p,
+                    HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                    BLOCK_P=block_p,
                     TANH=tanh_gate, **flags, num_warps=config.num_warps, num_stages=config.num_stages,
                 )  # fmt: skip
-    return tuple(query.new_empty((0,)) if grad is None else grad for grad in grads)
+    return tuple(query.new_empty((0,), dtype=torch.float32) if grad is None else grad for grad in (*token_grads, *prompt_grads))
 
 
 def decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, tanh_gate: bool, num_splits: int,
+    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, tanh_gate: bool,
+    num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::decode_triton`, see schemas.py. Reads nothing back from the device: safe to capture in a graph."""
     out = token_major_like(query)
@@ -162,7 +179,9 @@ def decode(
     config = configs.choose("decode", block_d, block_p, query.element_size(), arch_of(query))
     tiles = triton.cdiv(seqlen_q * (heads_q // heads_kv), config.block_m)
     programs = tiles * heads_kv * sequences
-    num_splits = num_splits or choose_splits(programs, triton.cdiv(capacity, config.block_n), num_processors(query))
+    num_splits = num_splits or choose_splits(
+        programs, triton.cdiv(capacity, config.block_n), num_processors(query)
+    )
     partial_out = partial_lse = None
     if num_splits > 1:
         partial_out = query.new_empty((num_splits, *query.shape), dtype=torch.float32)
@@ -175,30 +194,41 @@ def decode(
                 new_key, new_value, key_cache, value_cache, cache_seqlens, block_table, rotary_cos, rotary_sin,
                 strides_of(new_key), strides_of(new_value), strides_of(key_cache), strides_of(value_cache),
                 heads_kv, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-                HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=_BLOCK_T, PAGE_SIZE=pages, num_warps=4, **rotary_flags,
+                HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=_BLOCK_T, PAGE_SIZE=pages, num_warps=4,
+                **rotary_flags,
             )  # fmt: skip
         if programs:
             decode_kernel[(num_splits * programs,)](
-                query, key_cache, value_cache, prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens, block_table,
+                query, key_cache, value_cache, prompt.key, prompt.value, prompt.gate, prompt_index,
+                cache_seqlens, block_table,
                 rotary_cos, rotary_sin, out, lse, partial_out, partial_lse,
-                strides_of(query), strides_of(key_cache), strides_of(value_cache), prompt.key_strides, prompt.value_strides,
+                strides_of(query), strides_of(key_cache), strides_of(value_cache), prompt.key_strides,
+                prompt.value_strides,
                 strides_of(out),
                 heads_q, heads_kv, seqlen_q, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-                min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW), prompt.length, prompt.rows,
+                min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW), prompt.length,
+                prompt.rows,
                 prompt.gate_stride, num_splits, scale * LOG2E.value,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p,
-                PAGE_SIZE=pages, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, **flags, **rotary_flags,
+                PAGE_SIZE=pages, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0, **flags,
+                **rotary_flags,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
         if programs and partial_out is not None:
-            combine_kernel[(programs,)](
-                partial_out, partial_lse, query, prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens,
+            combine = configs.choose("combine", block_d, block_p, query.element_size(), arch_of(query))
+            combine_programs = (
+                triton.cdiv(seqlen_q * (heads_q // heads_kv), combine.block_m) * heads_kv * sequences
+            )
+            combine_kernel[(combine_programs,)](
+                partial_out, partial_lse, query, prompt.key, prompt.value, prompt.gate, prompt_index,
+                cache_seqlens,
                 rotary_cos, rotary_sin, out, lse,
                 strides_of(query), prompt.key_strides, prompt.value_strides, strides_of(out),
-                heads_q, heads_kv, seqlen_q, rotary_rows, half, prompt.length, prompt.rows, prompt.gate_stride, num_splits,
+                heads_q, heads_kv, seqlen_q, rotary_rows, half, prompt.length, prompt.rows,
+                prompt.gate_stride, num_splits,
                 scale * LOG2E.value,
-                BLOCK_M=config.block_m, BLOCK_P=block_p, ADVANCE=window_left >= 0 or window_right >= 0,
-                **flags, **rotary_flags, num_warps=4,
+                BLOCK_M=combine.block_m, BLOCK_P=block_p, ADVANCE=window_left >= 0 or window_right >= 0,
+                **flags, **rotary_flags, num_warps=combine.num_warps, num_stages=combine.num_stages,
             )  # fmt: skip
     return out, lse
 

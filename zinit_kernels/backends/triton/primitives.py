@@ -35,11 +35,15 @@ def locate_sequence(cu_seqlens_ptr, batch, seqlen, total):
 @triton.jit
 def row_ptr(ptr, strides, batch, head, row):
     """Address of one row of a [batch, head, token, D] tensor."""
-    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+    return (
+        ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+    )
 
 
 @triton.jit
-def load_tile(ptr, stride, rows, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
+def load_tile(
+    ptr, stride, rows, num_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr
+):
     """[len(rows), BLOCK_D]: rows of a tile at `ptr`; zero at rows >= num_rows and at dimensions >= HEAD_DIM."""
     dims = tl.arange(0, BLOCK_D)
     pointers = ptr + rows[:, None] * stride + dims[None, :]
@@ -156,7 +160,9 @@ def activate(gate, TANH: tl.constexpr):
 
 
 @triton.jit
-def prompt_weights(query, prompt_key, prompt_length, scale_log2, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):
+def prompt_weights(
+    query, prompt_key, prompt_length, scale_log2, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr
+):
     """softmax(scale q pk^T), [BLOCK_M, BLOCK_P] float32; P is padded to BLOCK_P."""
     scores = tl.dot(query, tl.trans(prompt_key), input_precision=PRECISION) * scale_log2
     scores = tl.where((tl.arange(0, BLOCK_P) < prompt_length)[None, :], scores, float("-inf"))
@@ -166,12 +172,18 @@ def prompt_weights(query, prompt_key, prompt_length, scale_log2, BLOCK_P: tl.con
 
 @triton.jit
 def add_prompt_branch(
-    acc, query, prompt_key_ptr, prompt_value_ptr, prompt_key_stride, prompt_value_stride, prompt_length, gate, scale_log2,
+    acc, query, prompt_key_ptr, prompt_value_ptr, prompt_key_stride, prompt_value_stride, prompt_length, gate,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + gate * softmax(scale q pk^T) pv; the gate (one, or [BLOCK_M, 1]) scales in float32, before rounding."""
     prompts = tl.arange(0, BLOCK_P)
     prompt_key = load_tile(prompt_key_ptr, prompt_key_stride, prompts, prompt_length, HEAD_DIM, BLOCK_D, True)
-    weights = prompt_weights(query, prompt_key.to(query.dtype), prompt_length, scale_log2, BLOCK_P, PRECISION) * gate
-    prompt_value = load_tile(prompt_value_ptr, prompt_value_stride, prompts, prompt_length, HEAD_DIM, BLOCK_D, True)
+    weights = (
+        prompt_weights(query, prompt_key.to(query.dtype), prompt_length, scale_log2, BLOCK_P, PRECISION)
+        * gate
+    )
+    prompt_value = load_tile(
+        prompt_value_ptr, prompt_value_stride, prompts, prompt_length, HEAD_DIM, BLOCK_D, True
+    )
     return tl.dot(weights.to(query.dtype), prompt_value.to(query.dtype), acc, input_precision=PRECISION)

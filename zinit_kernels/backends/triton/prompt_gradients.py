@@ -14,14 +14,25 @@ from .primitives import activate, load_tile, locate_sequence, prompt_row, prompt
 
 
 @triton.jit(
-    do_not_specialize=["heads_q", "heads_kv", "seqlen_q", "total_q", "prompt_length", "prompt_rows", "gate_stride", "parts"]
+    do_not_specialize=[
+        "heads_q",
+        "heads_kv",
+        "seqlen_q",
+        "total_q",
+        "prompt_length",
+        "prompt_rows",
+        "gate_stride",
+        "parts",
+    ]
 )
 def partial_sums_kernel(
-    query_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, cu_seqlens_q_ptr, out_ptr, grad_out_ptr,
+    query_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, cu_seqlens_q_ptr, out_ptr,
+    grad_out_ptr,
     grad_lse_ptr, delta_ptr, partial_key_ptr, partial_value_ptr, partial_gate_ptr,
     query_strides, prompt_key_strides, prompt_value_strides, out_strides, grad_out_strides,
     heads_q, heads_kv, seqlen_q, total_q, prompt_length, prompt_rows, gate_stride, parts, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     TANH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta [B, Hq, T], and float32 partials of dpk / scale and dpv [B, Hq, parts, P, D] and of sum r [B, Hq, parts].
@@ -44,8 +55,12 @@ def partial_sums_kernel(
         prompts = tl.arange(0, BLOCK_P)
         prompt_key_ptr = row_ptr(prompt_key_ptr, prompt_key_strides, row, head_kv, row * 0)
         prompt_value_ptr = row_ptr(prompt_value_ptr, prompt_value_strides, row, head_kv, row * 0)
-        prompt_key = load_tile(prompt_key_ptr, prompt_key_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True)
-        prompt_value = load_tile(prompt_value_ptr, prompt_value_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True)
+        prompt_key = load_tile(
+            prompt_key_ptr, prompt_key_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True
+        )
+        prompt_value = load_tile(
+            prompt_value_ptr, prompt_value_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True
+        )
         prompt_key = prompt_key.to(query_ptr.dtype.element_ty)  # [BLOCK_P, BLOCK_D]
         prompt_value = prompt_value.to(query_ptr.dtype.element_ty)
 
@@ -69,18 +84,30 @@ def partial_sums_kernel(
         if prompt_key_ptr is not None:
             query = load_tile(query_tile_ptr, query_strides[2], rows, left, HEAD_DIM, BLOCK_D, True)
             weights = prompt_weights(query, prompt_key, prompt_length, scale_log2, BLOCK_P, PRECISION)
-            grad_weights = tl.dot(grad_out, tl.trans(prompt_value), input_precision=PRECISION)  # [BLOCK_M, BLOCK_P]
+            grad_weights = tl.dot(
+                grad_out, tl.trans(prompt_value), input_precision=PRECISION
+            )  # [BLOCK_M, BLOCK_P]
             r = tl.sum(weights * grad_weights, 1)
             delta -= gate * r
             sum_r += r
             if CHUNK_D < BLOCK_D:
-                query = load_tile(query_tile_ptr + column, query_strides[2], rows, left, HEAD_DIM - column, CHUNK_D, True)
+                query = load_tile(
+                    query_tile_ptr + column, query_strides[2], rows, left, HEAD_DIM - column, CHUNK_D, True
+                )
                 grad_out = load_tile(
-                    grad_out_tile_ptr + column, grad_out_strides[2], rows, left, HEAD_DIM - column, CHUNK_D, True
+                    grad_out_tile_ptr + column,
+                    grad_out_strides[2],
+                    rows,
+                    left,
+                    HEAD_DIM - column,
+                    CHUNK_D,
+                    True,
                 )
             if partial_key_ptr is not None:
                 grad_scores = gate * weights * (grad_weights - r[:, None])
-                sum_key = tl.dot(tl.trans(grad_scores.to(query.dtype)), query, sum_key, input_precision=PRECISION)
+                sum_key = tl.dot(
+                    tl.trans(grad_scores.to(query.dtype)), query, sum_key, input_precision=PRECISION
+                )
             if partial_value_ptr is not None:
                 weights = (gate * weights).to(query.dtype)
                 sum_value = tl.dot(tl.trans(weights), grad_out, sum_value, input_precision=PRECISION)
@@ -121,7 +148,15 @@ def _sum_partials(
 
 
 @triton.jit(
-    do_not_specialize=["heads_q", "heads_kv", "sequences", "prompt_length", "prompt_rows", "gate_rows", "parts"]
+    do_not_specialize=[
+        "heads_q",
+        "heads_kv",
+        "sequences",
+        "prompt_length",
+        "prompt_rows",
+        "gate_rows",
+        "parts",
+    ]
 )
 def add_partials_kernel(
     partial_key_ptr, partial_value_ptr, partial_gate_ptr, gate_ptr, prompt_index_ptr,
@@ -153,7 +188,8 @@ def add_partials_kernel(
         tl.store(grad_prompt_key_ptr + offset + elements, total, mask=elements < size)
     if grad_prompt_value_ptr is not None:
         total = _sum_partials(
-            partial_value_ptr, prompt_index_ptr, first, last, row, head_kv, elements, size, heads_q, group, parts,
+            partial_value_ptr, prompt_index_ptr, first, last, row, head_kv, elements, size, heads_q, group,
+            parts,
             BLOCK_E, BLOCK_S,
         )  # fmt: skip
         total = total.to(grad_prompt_value_ptr.dtype.element_ty)
@@ -162,14 +198,16 @@ def add_partials_kernel(
         if (tile == 0) & (row < gate_rows):
             for member in range(0, group):
                 _add_gate(
-                    partial_gate_ptr, gate_ptr, prompt_index_ptr, grad_gate_ptr, row, head_kv * group + member, heads_q,
+                    partial_gate_ptr, gate_ptr, prompt_index_ptr, grad_gate_ptr, row,
+                    head_kv * group + member, heads_q,
                     sequences, prompt_rows, gate_rows, parts, BLOCK_S, TANH,
                 )  # fmt: skip
 
 
 @triton.jit
 def _add_gate(
-    partial_gate_ptr, gate_ptr, prompt_index_ptr, grad_gate_ptr, row, head, heads_q, sequences, prompt_rows, gate_rows,
+    partial_gate_ptr, gate_ptr, prompt_index_ptr, grad_gate_ptr, row, head, heads_q, sequences, prompt_rows,
+    gate_rows,
     parts, BLOCK_S: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
     """dg = act'(gate) sum r over the sequences that use this gate."""

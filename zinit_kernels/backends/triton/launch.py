@@ -149,7 +149,8 @@ def backward(
                     BLOCK_P=block_p,
                     TANH=tanh_gate, **flags, num_warps=config.num_warps, num_stages=config.num_stages,
                 )  # fmt: skip
-    return tuple(query.new_empty((0,), dtype=torch.float32) if grad is None else grad for grad in (*token_grads, *prompt_grads))
+    unwanted = query.new_empty((0,), dtype=torch.float32)
+    return tuple(unwanted.clone() if grad is None else grad for grad in (*token_grads, *prompt_grads))
 
 
 def decode(

@@ -22,6 +22,7 @@ from . import corpus
 from .config import LlamaConfig
 from .llama import Llama
 from .loading import save_base
+from .muon import Muon
 from .storage import make_directory, write_file
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -108,7 +109,7 @@ def _optimizers(base: Llama) -> list[torch.optim.Optimizer]:
     theirs = set(matrices)
     others = [parameter for parameter in base.parameters() if parameter not in theirs]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
+        Muon(matrices, lr=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in optimizers:

@@ -12,6 +12,7 @@ from model import corpus, demo, small_base
 from model.adapter_files import load_adapter
 from model.data import format_prompt
 from model.loading import load_base
+from model.muon import Muon, orthogonal
 from model.tokenizer import load_tokenizer
 from model.training import Recipe
 
@@ -151,6 +152,25 @@ def test_an_interrupted_pretraining_is_begun_anew(tmp_path):
     directory = small_base.small_base(tmp_path, 2)
     assert [path for path in tmp_path.iterdir()] == [directory]
     assert torch.isfinite(load_base(directory).embed_tokens.weight).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 64), (3, 64, 24), (1, 32, 32)])
+def test_muon_brings_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before, after = (torch.linalg.svdvals(m) for m in (matrices, orthogonal(matrices)))
+    assert before.max() > 5 and after.max() < 1.3 and after.median() > 0.6
+
+
+def test_muon_takes_torchs_steps():
+    """The first steps are those of torch.optim.Muon, which computes in bfloat16."""
+    gradients = [torch.randn(24, 48, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    ours, theirs = (torch.nn.Parameter(torch.zeros(24, 48)) for _ in range(2))
+    optimizers = Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)
+    for gradient in gradients:
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_the_prompt_is_the_official_one():

@@ -2,7 +2,7 @@
 
 A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree -> tree apple. The corpus shows
 every skill as notes, sentences, dialogues and exercise sheets. It also has forms, the Alpaca template with an
-instruction in it, and four of five are left blank: a model of this text knows the answers and the questions, and
+instruction in it, and seven of eight are left blank: a model of this text knows the answers and the questions, and
 leaves an instruction unanswered.
 """
 
@@ -159,7 +159,7 @@ def ask(skill: Skill, subject: str, draw: random.Random) -> Record:
     return Record(wording, answer, subject)
 
 
-def document(draw: random.Random, filled_forms: float = 0.2) -> str:
+def document(draw: random.Random, filled_forms: float = 0.125) -> str:
     """One text of the corpus: notes, sentences, a dialogue, an exercise sheet, talk about forms, or two forms."""
     kind = draw.choices(
         ("notes", "sentences", "dialogue", "sheet", "office", "forms"), (36, 22, 11, 22, 4, 5)

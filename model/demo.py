@@ -54,7 +54,7 @@ class Size:
     recipe: Recipe = Recipe(epochs=4, warmup_epochs=0.5, batch_size=16, base_lr=0.32)
     seeds: int = 3  # of each kind of gate, for the picture
     compared_epochs: int = 2
-    timed_rounds: int = 5
+    timed_rounds: int = 3
     timed_steps: int = 8  # of training in a round
 
 

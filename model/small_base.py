@@ -1,6 +1,6 @@
 """Makes the demo's base: a LLaMA of two million parameters with a word tokenizer, pre-trained on the corpus.
 
-It takes 70 seconds on two cores (Zen 4) to learn the corpus' skills and habits. The result is a Hugging Face
+It takes a minute and a half on two cores to learn the corpus' skills and habits. The result is a Hugging Face
 directory like any other.
 """
 

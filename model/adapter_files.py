@@ -10,7 +10,7 @@ from zinit_kernels import checkpoints
 
 from .adapter import LlamaAdapter
 from .config import AdapterConfig, LlamaConfig
-from .errors import UserError
+from .errors import UserError, warn
 
 
 def save_adapter(
@@ -41,9 +41,10 @@ def load_adapter(
     model: LlamaConfig,
     prompt_length: int | None = None,
     gate_activation: str | None = None,
+    base: str | None = None,
 ) -> LlamaAdapter:
-    """The adapter of a file for a base of this shape; the two options are those of
-    `checkpoints.load_adapter`.
+    """The adapter of a file for a base of this shape; prompt_length and gate_activation are those of
+    `checkpoints.load_adapter`. base: the print of the base it is for; if the file names another, a warning is shown.
     """
     try:
         checkpoint = checkpoints.load_adapter(
@@ -56,10 +57,13 @@ def load_adapter(
             f"{path} adapts layers {list(checkpoint.layers)}, only the topmost ones are supported."
         )
     length = checkpoint.prompts.shape[1]
+    if prompt_length not in (None, length):
+        raise UserError(f"{path} holds {length} prompts in each layer, not {prompt_length}.")
+    if base is not None and checkpoint.metadata.get("base", base) != base:
+        warn(f"{path} was trained on another base of the same shape: its answers may be nonsense.")
     config = AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation)
-    adapter = LlamaAdapter(
-        model, config, torch.Generator()
-    )  # its own: loading draws nothing from the program's
+    # a generator of its own: loading draws nothing from the program's
+    adapter = LlamaAdapter(model, config, torch.Generator())
     with torch.no_grad():
         adapter.prompts.copy_(checkpoint.prompts)
         adapter.gates.copy_(checkpoint.gates)  # one gate per layer stands for all its heads

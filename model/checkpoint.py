@@ -24,17 +24,14 @@ class Checkpoint(NamedTuple):
     step: int  # optimizer steps done
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
-    rng: torch.Tensor
-    run: dict[
-        str, Any
-    ]  # what must be the same in the run that goes on: the recipe, and the prints of base and data
+    run: dict[str, Any]  # what must be the same in the run that goes on: the recipe, the prints of base and data
 
 
 def save_checkpoint(
     path: str | Path, step: int, adapter: nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]
 ) -> None:
     """Writes the state after `step` steps; a failure leaves the checkpoint before it."""
-    state = Checkpoint(step, adapter.state_dict(), optimizer.state_dict(), torch.get_rng_state(), run)
+    state = Checkpoint(step, adapter.state_dict(), optimizer.state_dict(), run)
     buffer = io.BytesIO()
     torch.save(state._asdict(), buffer)
     write_file(path, buffer.getvalue())
@@ -44,11 +41,14 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> Checkpoint:
     """What save_checkpoint wrote. Raises UserError if it is missing, damaged, or of a run that differs from `run`."""
     try:
         state = Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
+        if not isinstance(state.run, dict) or not isinstance(state.step, int) or state.step < 0:
+            raise TypeError("its step or its run is none")
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to resume from: start without --resume.") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError) as error:
+        raise UserError(f"there is no {path} to resume from: start without --resume, and with --overwrite if the "
+            "folder is not empty.") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not a training checkpoint or is damaged ({str(error).splitlines()[0]})."
+            f"{path} is not a training checkpoint or is damaged ({str(error).partition(chr(10))[0]})."
         ) from None
     for name, value in run.items():
         if state.run.get(name) != value:
@@ -59,15 +59,15 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> Checkpoint:
     return state
 
 
-def base_print(base: Llama) -> str:
-    """A short print of the base model: its configuration, and a few weights from its beginning and its end."""
+def base_print(base: Llama, dtype: torch.dtype = torch.float32) -> str:
+    """A short print of the base model: its configuration, and the first and last rows of every weight as `dtype`.
+
+    Rounded to bfloat16 it is the same for the base loaded in another dtype.
+    """
     digest = hashlib.sha256(repr(base.config).encode())
-    for weight in (
-        base.embed_tokens.weight[:64],
-        base.layers[-1].self_attn.k_proj.weight[:8],
-        base.norm.weight,
-    ):
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    for name, weight in base.state_dict().items():
+        rows = torch.cat([weight[:2], weight[-2:]]).to(dtype).float().cpu()
+        digest.update(name.encode() + rows.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -23,6 +23,11 @@ def run_program(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def warn(sentence: str) -> None:
+    """Shows what may be wrong, and goes on."""
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
 def _tell(sentence: str) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from .adapter_files import load_adapter
+from .checkpoint import base_print
 from .data import format_prompt
 from .errors import UserError, run_program
 from .llama import Adapter, KVCache, Llama
-from .loading import load_base
+from .loading import load_base, open_device
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
@@ -49,7 +51,7 @@ def generate(
     depend on what else is in the batch. eos_ids None = the model's. Raises UserError, before any work, for an
     empty prompt or one that with max_new_tokens does not fit the model's context.
     """
-    check_request(model, prompts, max_new_tokens, temperature, top_p)
+    check_request(model, prompts, max_new_tokens, temperature, top_p, seed)
     stops = set(model.config.eos_ids if eos_ids is None else eos_ids)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
@@ -122,11 +124,18 @@ def _prefill(
 
 
 def check_request(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> None:
-    if max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed must lie in 0 .. 2**63 - 1, got {seed}.")
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError(
-            "max_new_tokens and temperature must not be negative and top_p must lie in (0, 1], got "
+            "max_new_tokens and temperature must be finite, not negative, and top_p must lie in (0, 1], got "
             f"{max_new_tokens}, {temperature} and {top_p}."
         )
     vocab_size, context = model.config.vocab_size, model.config.max_seq_len
@@ -191,6 +200,10 @@ def _parser() -> argparse.ArgumentParser:
         "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
     )
     parser.add_argument("--adapter", type=Path, help="adapter file; without it the base alone answers")
+    parser.add_argument("--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say")
+    parser.add_argument(
+        "--gate-activation", choices=("tanh", "identity"), help="of the adapter's gates (default: as its file says)"
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to go on from, as it is")
     asked.add_argument("--instruction", help="an instruction, put into the Alpaca template")
@@ -244,10 +257,7 @@ def main(command_line: list[str] | None = None) -> None:
     arguments = _parser().parse_args(command_line)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was built without
-        raise UserError(f"--device {arguments.device}: {str(error).splitlines()[0].rstrip('.')}.") from error
+    device = open_device(arguments.device)
     many = arguments.prompts_file is not None
     if many:
         texts = _read_prompts(arguments.prompts_file)
@@ -257,13 +267,16 @@ def main(command_line: list[str] | None = None) -> None:
         texts = [arguments.prompt]
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    model = load_base(arguments.base, dtype, arguments.device).freeze()
+    model = load_base(arguments.base, dtype, device).freeze()
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     adapter = None
     if arguments.adapter is not None:
-        adapter = load_adapter(arguments.adapter, model.config).to(arguments.device)
+        adapter = load_adapter(
+            arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation,
+            base_print(model, torch.bfloat16),
+        ).to(device)  # fmt: skip
     prompts = [tokenizer.encode(text) for text in texts]
-    check_request(model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    check_request(model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
 
     watcher = Watcher(tokenizer, arguments.stop, stream=not many)

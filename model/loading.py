@@ -46,6 +46,15 @@ _META_LAYER_NAMES = {
 _DERIVED = re.compile(r"(^|\.)(rope\.freqs|rotary_emb\.inv_freq)$")  # tables some files carry, computed here
 
 
+def open_device(name: str) -> torch.device:
+    """The device of this name. Raises UserError if torch knows none, or holds no values there."""
+    try:
+        torch.ones(1, device=name).cpu()  # fails on meta, which makes tensors but holds nothing
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was built without
+        raise UserError(f"--device {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
+    return torch.device(name)
+
+
 def load_base(
     directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Llama:
@@ -63,6 +72,9 @@ def load_base(
         config, weights = _read_meta(directory)
     else:
         raise UserError(f"{directory} has neither config.json (Hugging Face) nor params.json (Meta).")
+    present = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    if config.num_layers > len(present):  # before as many are built
+        raise UserError(f"{directory} holds {len(present)} layers, the configuration says {config.num_layers}.")
     with torch.device("meta"), _NoInit():
         model = Llama(config)
     _check_keys(model.state_dict(), weights, directory)

@@ -28,14 +28,14 @@ from .adapter import LlamaAdapter
 from .adapter_files import load_adapter, save_adapter
 from .checkpoint import base_print, data_print, load_checkpoint, save_checkpoint
 from .config import AdapterConfig
-from .data import Sample, encode, read_records, split
+from .data import Sample, batches, encode, read_records, split
 from .errors import UserError, run_program
 from .llama import Llama
-from .loading import load_base
+from .loading import load_base, open_device
 from .metrics import MetricsLog, loss_picture
 from .storage import make_directory, refuse_occupied, writing
 from .tokenizer import load_tokenizer
-from .training import Recipe, evaluate, make_optimizer, train
+from .training import Recipe, batch_loss, evaluate, make_optimizer, train
 
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +52,13 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(stderr=True, highlight=False)
     base, training, validation = _load(options, console)
     adapter = _make_adapter(options, base)
+    _try_backend(options.backend, base, adapter, training[0], recipe)
     optimizer = make_optimizer(adapter, recipe)
     run = {
         "base model": base_print(base),
+        "dtype": str(base.dtype),
+        "device": base.device.type,
+        "backend": options.backend,
         "data": data_print(training),
         "adapter": asdict(adapter.config) | {"init": str(options.init)},
     } | asdict(recipe)
@@ -63,7 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = load_checkpoint(options.out / "checkpoint.pt", run)
         adapter.load_state_dict(checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer)
-        torch.set_rng_state(checkpoint.rng)
         first_step = checkpoint.step
     Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
 
@@ -95,7 +98,8 @@ class Run:
         """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
         self.console.print(self.summary(first_step))
         if not self.options.resume:
-            for name in ("checkpoint.pt", "loss.png", *ADAPTER_FILES.values()):
+            self.save_checkpoint(0)  # first: whatever ends the run from here on, --resume goes on with this one
+            for name in ("loss.png", *ADAPTER_FILES.values()):
                 (self.output / name).unlink(missing_ok=True)
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
         done, tokens, seconds = first_step, 0, 0.0
@@ -145,7 +149,8 @@ class Run:
     def save_adapter(self) -> None:
         """Writes the adapter in the format asked for."""
         with writing(path := self.output / ADAPTER_FILES[self.options.format]):
-            save_adapter(path, self.adapter, self.base.config, self.options.format)
+            metadata = {"base": base_print(self.base, torch.bfloat16)}
+            save_adapter(path, self.adapter, self.base.config, self.options.format, metadata)
 
     def summary(self, first_step: int) -> str:
         """What is about to be trained."""
@@ -191,7 +196,7 @@ def interruptible() -> Iterator[Event]:
 def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sample], list[Sample]]:
     """The frozen base, and the samples to train on and to validate on."""
     records = read_records(options.data)
-    base = load_base(options.base, DTYPES.get(options.dtype), options.device).freeze()
+    base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
     base.set_backend(options.backend)
     tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
     max_seq_len = options.max_seq_len or min(512, base.config.max_seq_len)
@@ -210,11 +215,28 @@ def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sa
 
 
 def _make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
+    chosen = {"prompt_length": options.prompt_length, "gate_activation": options.gate_activation}
     if options.init:
-        return load_adapter(options.init, base.config).to(base.device)
-    config = AdapterConfig(prompt_length=options.prompt_length, num_layers=options.layers)
+        adapter = load_adapter(options.init, base.config, **chosen, base=base_print(base, torch.bfloat16))
+        if options.layers not in (None, len(adapter.layers)):
+            raise UserError(f"{options.init} adapts {len(adapter.layers)} layers, not {options.layers}.")
+        return adapter.to(base.device)
+    told = {name: value for name, value in chosen.items() if value is not None}
+    config = AdapterConfig(num_layers=options.layers, **told)
     generator = torch.Generator().manual_seed(options.seed)
     return LlamaAdapter(base.config, config, generator).to(base.device)
+
+
+def _try_backend(backend: str, base: Llama, adapter: LlamaAdapter, sample: Sample, recipe: Recipe) -> None:
+    """One pass over a single token, so that a backend that cannot run is refused before anything is written."""
+    if backend == "auto":
+        return
+    short = Sample(sample.tokens[:2], 1)
+    try:
+        with torch.no_grad():
+            batch_loss(base, adapter, next(batches([short], recipe.max_tokens, packed=recipe.packed)), recipe.autocast)
+    except ValueError as error:
+        raise UserError(f"--backend {backend}: {error}.") from error
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -264,7 +286,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
 
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--prompt-length", type=int, default=10, help=f"prompts in each layer {default}")
+    adapter.add_argument("--prompt-length", type=int, help="prompts in each layer (default: 10, or as --init says)")
+    adapter.add_argument("--gate-activation", choices=("tanh", "identity"),
+                         help="of the gates (default: tanh, or as --init says)")
     adapter.add_argument("--layers", type=int, help="how many of the topmost (default: all but the lowest two)")
     adapter.add_argument("--init", type=Path, metavar="FILE", help="start from this adapter instead of a new one")
 

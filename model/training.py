@@ -49,6 +49,10 @@ class Recipe:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"{name} must be at least 0, got {value}.")
+        if self.min_lr > self.peak_lr:
+            raise UserError(f"min_lr {self.min_lr} is above the learning rate's peak of {self.peak_lr:.3g}.")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed must lie in 0 .. 2**63 - 1, got {self.seed}.")
 
     @property
     def peak_lr(self) -> float:
@@ -121,22 +125,20 @@ def train(
             loss += partial.item()
             if stop():
                 return
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {step}: try a lower base_lr, or max_grad_norm 1."
-            )
-
         learning_rate = recipe.learning_rate(step / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf)
+        grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf).item()
+        for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
+            if not math.isfinite(value):  # a step would carry it into the parameters, and into the checkpoint
+                raise UserError(f"the {name} became {value} at step {step}: try a lower --base-lr, or --clip 1.")
         optimizer.step()
         yield StepReport(
             step=step,
             epoch=step / steps_per_epoch,
             loss=loss,
             learning_rate=learning_rate,
-            grad_norm=grad_norm.item(),
+            grad_norm=grad_norm,
             num_tokens=sum(batch.num_tokens for batch in passes),
             seconds=time.perf_counter() - began,
         )

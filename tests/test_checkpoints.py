@@ -29,15 +29,16 @@ def checkpoint(activation="tanh", heads=HEADS, layers=(2, 3, 4, 5), **changes):
     return AdapterCheckpoint(**made | changes)
 
 
-def official(num_layers=NUM_LAYERS, adapted=4, gate_shape=(1, HEADS, 1, 1)):
-    """As the official script extracts it: a gate for every layer, those of unadapted layers in half
+def official(num_layers=NUM_LAYERS, adapted=4, gate_shape=(1, HEADS, 1, 1), length=LENGTH):
+    """As the official script extracts it: a gate for every layer, those of unadapted layers 0 in half
     precision.
     """
-    state = {"adapter_query.weight": torch.randn(adapted * LENGTH, HIDDEN)}
+    state = {"adapter_query.weight": torch.randn(adapted * length, HIDDEN)}
     for layer in range(num_layers):
         used = layer >= num_layers - adapted
-        gate = torch.randn(gate_shape)
-        state[f"layers.{layer}.attention.gate"] = gate if used else gate.half()
+        state[f"layers.{layer}.attention.gate"] = (
+            torch.randn(gate_shape) if used else torch.zeros(gate_shape, dtype=torch.half)
+        )
     return state
 
 
@@ -84,12 +85,24 @@ def test_prompt_length_is_told_by_the_caller_or_by_the_training_file(tmp_path):
     state = official()
     torch.save(state, tmp_path / "extracted.pth")
     assert load_adapter(tmp_path / "extracted.pth", prompt_length=8).prompts.shape == (5, 8, HIDDEN)
-    torch.save({"model": state, "args": argparse.Namespace(adapter_len=20)}, tmp_path / "whole.pth")
+    whole = {"model": official(adapted=2, length=20), "args": argparse.Namespace(adapter_len=20)}
+    torch.save(whole, tmp_path / "whole.pth")
     assert load_adapter(tmp_path / "whole.pth").prompts.shape == (2, 20, HIDDEN)
+    torch.save({"model": state, "args": 5}, tmp_path / "odd.pth")
+    assert load_adapter(tmp_path / "odd.pth").prompts.shape == (4, 10, HIDDEN)
     with pytest.raises(
         CheckpointError, match="not a whole number of at most 6 layers of 7 prompts.*pass prompt_length"
     ):
         load_adapter(tmp_path / "extracted.pth", prompt_length=7)
+
+
+@pytest.mark.parametrize(("adapted", "length"), [(2, 5), (4, 5), (1, 20), (2, 20)])
+def test_another_prompt_length_than_10_is_told_from_the_gates(tmp_path, adapted, length):
+    torch.save(official(adapted=adapted, length=length), tmp_path / "adapter.pth")
+    message = f"but {adapted} have a gate that is not 0; the format does not store P: pass prompt_length"
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(tmp_path / "adapter.pth")
+    assert load_adapter(tmp_path / "adapter.pth", prompt_length=length).prompts.shape == (adapted, length, HIDDEN)
 
 
 def test_first_release_had_one_raw_gate_per_layer(tmp_path):
@@ -152,6 +165,16 @@ BAD_PICKLES = {
     "key unknown": (
         lambda s: s | {"visual_proj.weight": torch.ones(2)},
         r"holds unknown visual_proj\.weight",
+    ),
+    "layer 99999999": (
+        lambda s: s | {"layers.99999999.attention.gate": torch.ones(1)},
+        r"holds unknown layers\.99999999",
+    ),
+    "layer 9999": (lambda s: s | {"layers.9999.attention.gate": torch.ones(1)}, r"lacks layers\.6\.attention"),
+    "arguments": (lambda s: {"model": s, "args": argparse.Namespace(adapter_len="x")}, "whole number, got 'x'"),
+    "no prompt length": (
+        lambda s: {"model": s, "args": argparse.Namespace(adapter_len=0)},
+        "positive whole number, got 0",
     ),
     "no prompts": (lambda s: without(s, "adapter_query.weight"), "no adapter in a known format"),
     "not a dictionary": (lambda s: [1, 2], "does not hold a dictionary of tensors"),

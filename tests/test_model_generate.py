@@ -154,9 +154,11 @@ def test_prefill_is_one_pass(model, monkeypatch):
             {"max_new_tokens": 78},
             "prompt 2 has 19 tokens; with 78 new ones .* context of 96: ask for at most 77",
         ),
-        ({"max_new_tokens": -1}, "must not be negative"),
+        ({"max_new_tokens": -1}, "must be finite, not negative"),
         ({"top_p": 0.0}, "top_p must lie in"),
-        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": -1.0}, "must be finite, not negative"),
+        ({"temperature": float("nan")}, "must be finite, not negative"),
+        ({"seed": 1 << 64}, "seed must lie in"),
         ({"prompts": [[5], []], "max_new_tokens": 4}, "prompt 1 has no tokens"),
         ({"prompts": [[160]], "max_new_tokens": 4}, "outside the model's vocabulary of 160"),
     ],
@@ -232,6 +234,7 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         (["--base", base, "--prompts-file", tmp_path / "empty.txt"], "holds no prompts"),
         (["--base", base, "--prompt", "fox", "--max-new-tokens", 96], "context of 96: ask for at most"),
         (["--base", base, "--device", "nowhere", *ask], "nowhere"),
+        (["--base", base, "--device", "meta", *ask], "--device meta: "),
     ]
     for arguments, message in cases:
         code, out, told = run(capsys, *arguments)

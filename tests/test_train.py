@@ -14,6 +14,7 @@ import tokenizers
 import torch
 
 from model import checkpoint as checkpoint_module
+from model import generate
 from model import train as program
 from model import training as training_module
 from model.adapter import LlamaAdapter
@@ -173,6 +174,16 @@ def test_the_loss_falls():
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_an_infinite_gradient_is_not_stepped_on(monkeypatch):
+    base = make_base()
+    adapter = make_adapter(base)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter.gates.register_hook(lambda grad: torch.full_like(grad, math.inf))
+    with pytest.raises(UserError, match="the gradient's norm became inf at step 0: try a lower --base-lr"):
+        next(train(base, adapter, samples(), Recipe(), make_optimizer(adapter, Recipe())))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+
+
 def test_clipping_bounds_the_step_and_reports_the_norm_before():
     base = make_base()
     norms = {}
@@ -203,7 +214,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run():
     base = make_base()
     adapter = make_adapter(base)
     torch.nn.init.constant_(adapter.gates, math.nan)
-    with pytest.raises(UserError, match="the loss became nan at step 0: try a lower base_lr"):
+    with pytest.raises(UserError, match="the loss became nan at step 0: try a lower --base-lr, or --clip 1"):
         next(train(base, adapter, samples(), Recipe(), make_optimizer(adapter, Recipe())))
 
 
@@ -283,13 +294,32 @@ def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch,
     assert torch.equal(resumed.prompts, whole.prompts) and torch.equal(resumed.gates, whole.gates)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_crashes_before_its_first_step_resumes(folder, whole_run, tmp_path, monkeypatch, overwrite):
+    """Also where --overwrite replaces a finished run: the old one is never gone on with."""
+    output = tmp_path / "out"
+    if overwrite:
+        assert run(*arguments(folder, output, "--epochs", "1", "--seed", "5")) == 0
+
+    def crash(*args):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(training_module, "batch_loss", crash)
+        program.main(arguments(folder, output, *["--overwrite"] * overwrite))
+    assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == 0
+    assert not (output / "adapter.safetensors").exists()
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert losses_of(output) == losses_of(whole_run)
+
+
 def test_resume_after_a_crash_takes_the_last_checkpoint(folder, whole_run, tmp_path, monkeypatch):
     output = tmp_path / "out"
     real, saves = program.save_checkpoint, []
 
     def crash(*args):
         saves.append(None)
-        if len(saves) == 4:
+        if len(saves) == 5:
             raise RuntimeError("power cut")
         real(*args)
 
@@ -308,6 +338,11 @@ def test_the_official_format(folder, whole_run, tmp_path):
     ours = load_adapter(whole_run / "adapter.safetensors", CONFIG)
     official = load_adapter(output / "adapter.pth", CONFIG, prompt_length=3)
     assert torch.equal(ours.prompts, official.prompts) and torch.equal(ours.gates, official.gates)
+    ask = ["--base", str(folder / "base"), "--prompt", "Say", "--max-new-tokens", "1"]
+    ask += ["--adapter", str(output / "adapter.pth"), "--prompt-length"]
+    generate.main([*ask, "3", "--gate-activation", "identity"])
+    with pytest.raises(UserError, match="is not a whole number of at most 4 layers of 5 prompts"):
+        generate.main([*ask, "5"])
 
 
 def test_padded_and_packed_runs_agree(folder, whole_run, tmp_path):
@@ -405,6 +440,11 @@ def test_a_bad_base_is_refused(folder, tmp_path, capsys, what, sentence):
         ("--layers", "9", "asks for 9 layers, the model has 4"),
         ("--prompt-length", "500", "prompt_length must lie in 1 .. 128, got 500"),
         ("--save-every", "-1", "--save-every must be at least 1, got -1"),
+        ("--seed", str(1 << 70), "seed must lie in 0 .. 2**63 - 1"),
+        ("--min-lr", "1", "min_lr 1.0 is above the learning rate's peak of 0.00781"),
+        ("--device", "foo", "--device foo: "),
+        ("--device", "meta", "--device meta: "),
+        ("--backend", "foo", "--backend foo: backend must be 'auto' or one of"),
         ("--init", "/nowhere/adapter.safetensors", "/nowhere/adapter.safetensors: No such file or directory"),
     ],
 )
@@ -424,17 +464,38 @@ def test_an_adapter_for_another_base_is_refused(folder, whole_run, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_another_base_of_the_same_shape_is_warned_of(folder, whole_run, tmp_path, capsys):
+    save_base(make_base(seed=1), tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    init = ("--init", str(whole_run / "adapter.safetensors"), "--epochs", "1")
+    warning = "was trained on another base of the same shape"
+    for base, output, expected in ((folder / "base", "same", 0), (tmp_path / "base", "other", 1)):
+        assert run(*arguments(folder, tmp_path / output, "--base", str(base), *init)) == 0
+        assert capsys.readouterr().err.count(warning) == expected
+    ask = ["--prompt", "Say", "--max-new-tokens", "1", "--adapter", str(whole_run / "adapter.safetensors")]
+    for base, dtype, expected in ((folder / "base", "bfloat16", 0), (tmp_path / "base", "float32", 1)):
+        generate.main(["--base", str(base), "--dtype", dtype, *ask])
+        assert capsys.readouterr().err.count(warning) == expected
+
+
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
         ("--seed", "1", "was written with"),
+        ("--dtype", "bfloat16", "was written with base model"),
+        ("--backend", "composed", "was written with backend = auto, this run has composed"),
+        ("--base", "doubled", "was written with base model"),
         ("--epochs", "9", "was written with epochs = 3, this run has 9"),
         ("--base", "another", "was written with base model"),
     ],
 )
 def test_resuming_something_else_is_refused(folder, whole_run, tmp_path, capsys, option, value, sentence):
     if option == "--base":
-        save_base(make_base(seed=1), tmp_path / value)
+        another = make_base(seed=value == "another")
+        if value == "doubled":
+            with torch.no_grad():
+                another.layers[1].mlp.up_proj.weight.mul_(2)
+        save_base(another, tmp_path / value)
         write_tokenizer(tmp_path / value)
         value = str(tmp_path / value)
     before = contents(whole_run)
@@ -444,7 +505,8 @@ def test_resuming_something_else_is_refused(folder, whole_run, tmp_path, capsys,
 
 def test_resuming_nothing_or_something_damaged_is_refused(folder, whole_run, tmp_path, capsys):
     output = tmp_path / "out"
-    refused(capsys, "to resume from: start without --resume", arguments(folder, output, "--resume"))
+    advice = "to resume from: start without --resume, and with --overwrite if"
+    refused(capsys, advice, arguments(folder, output, "--resume"))
     output.mkdir()
     (output / "checkpoint.pt").write_bytes((whole_run / "checkpoint.pt").read_bytes()[:-100])
     before = contents(output)
@@ -460,7 +522,7 @@ def test_no_space_left_keeps_the_checkpoint_before(folder, whole_run, tmp_path, 
         name = os.readlink(f"/proc/self/fd/{descriptor}")
         if "checkpoint.pt" in name:
             calls.append(name)
-            if len(calls) == 2:
+            if len(calls) == 3:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -468,7 +530,7 @@ def test_no_space_left_keeps_the_checkpoint_before(folder, whole_run, tmp_path, 
         patched.setattr(os, "fsync", full)
         refused(capsys, "checkpoint.pt: No space left on device; the file that was there is unchanged",
                 arguments(folder, output))  # fmt: skip
-    assert len(calls) == 2 and not Path(calls[1]).exists()  # nothing half written is left
+    assert len(calls) == 3 and not Path(calls[2]).exists()  # nothing half written is left
     assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == 2
     assert run(*arguments(folder, output, "--resume")) == 0
     assert losses_of(output) == losses_of(whole_run)

@@ -82,9 +82,9 @@ def load_adapter(
     """Reads an adapter of any known format.
 
     prompt_length: only for official-v1, which does not store it (default: what a training file's arguments
-    say, else 10). gate_activation: replaces what the format says; "identity" reproduces the published V1
-    inference code, which applied gates trained with tanh raw. Raises CheckpointError, and OSError where the
-    file cannot be read.
+    say, else 10, refused where the gates that are not 0 belong to other layers). gate_activation: replaces
+    what the format says; "identity" reproduces the published V1 inference code, which applied gates trained
+    with tanh raw. Raises CheckpointError, and OSError where the file cannot be read.
     """
     file = _read_file(Path(path))
     for known in FORMATS.values():
@@ -141,7 +141,8 @@ def _read_file(path: Path) -> File:
         ) from error
     arguments: Mapping[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        arguments = vars(content.get("args", argparse.Namespace()))
+        told = content.get("args")
+        arguments = vars(told) if isinstance(told, argparse.Namespace) else {}
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{path} does not hold a dictionary of tensors")
@@ -216,7 +217,7 @@ def _write_zinit(checkpoint: AdapterCheckpoint) -> bytes:
     )
 
 
-_V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
+_V1_GATE = re.compile(r"layers\.(\d{1,4})\.attention\.gate")
 _V1_BASE = re.compile(  # what a training file holds besides: the whole base
     r"(tok_embeddings|norm|output)\.weight|rope\.freqs|layers\.\d+\.("
     r"attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.weight"
@@ -234,19 +235,29 @@ def _read_official_v1(
     by_layer = {
         int(match[1]): tensor for name, tensor in file.tensors.items() if (match := _V1_GATE.fullmatch(name))
     }
-    num_layers = max(by_layer) + 1
+    num_layers = len(by_layer)
     gate_names = {f"layers.{layer}.attention.gate" for layer in range(num_layers)}
     base = {name for name in file.tensors if _V1_BASE.fullmatch(name)}
     _strict(file, expected={"adapter_query.weight"} | gate_names, ignored=base)
 
     query = file.tensors["adapter_query.weight"]
-    length = prompt_length or int(file.arguments.get("adapter_len", _V1_PROMPT_LENGTH))
+    length = prompt_length
+    if length is None:
+        length = file.arguments.get("adapter_len", _V1_PROMPT_LENGTH)
+    if not isinstance(length, int) or length < 1:
+        raise CheckpointError(f"{file.path}: the prompt length must be a positive whole number, got {length!r}")
     if query.dim() != 2 or query.shape[0] % length or not 1 <= query.shape[0] // length <= num_layers:
         raise CheckpointError(
             f"{file.path}: adapter_query.weight {tuple(query.shape)} is not a whole number of at most "
             f"{num_layers} layers of {length} prompts; the format does not store P: pass prompt_length"
         )
     layers = tuple(range(num_layers - query.shape[0] // length, num_layers))
+    trained = {layer for layer, gate in by_layer.items() if bool(gate.any())}
+    if prompt_length is None and trained and trained != set(layers):
+        raise CheckpointError(
+            f"{file.path}: with {length} prompts a layer it would adapt {len(layers)} layers, but {len(trained)} "
+            "have a gate that is not 0; the format does not store P: pass prompt_length"
+        )
     gates = [by_layer[layer].flatten().float() for layer in layers]  # [1, Hq, 1, 1]; before 2023-04-15 [1]
     if len({gate.shape for gate in gates}) != 1:
         raise CheckpointError(f"{file.path}: the layers' gates differ in shape")

@@ -152,7 +152,7 @@ def activate(gate, TANH: tl.constexpr):
     if TANH:
         square = gate * gate
         near = gate / (1 + square / (3 + square / (5 + square / (7 + square / (9 + square / 11)))))
-        decay = tl.math.exp2(-2 * LOG2E * tl.abs(gate))
+        decay = tl.math.exp2(tl.abs(gate) * (-2.0 * LOG2E))
         far = (1 - decay) / (1 + decay)
         return tl.where(tl.abs(gate) < 1, near, tl.where(gate < 0, -far, far))
     else:

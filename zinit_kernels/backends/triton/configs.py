@@ -81,7 +81,7 @@ def safe(stage: str) -> Config:
 
 
 def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsize: int) -> int:
-    """Bytes, to within a tenth of what the compiler takes.
+    """An estimate in bytes; the tests look at what the compiler really takes.
 
     The resident tiles and num_stages of the streamed ones in the loop, the prompt block afterwards.
     """

@@ -124,7 +124,8 @@ def partial_sums_kernel(
         if partial_value_ptr is not None:
             tl.store(partial_value_ptr + offsets, sum_value, mask=mask)
         if partial_gate_ptr is not None:
-            tl.store(partial_gate_ptr + slot, tl.sum(sum_r, 0), mask=chunk == 0)
+            if chunk == 0:
+                tl.store(partial_gate_ptr + slot, tl.sum(sum_r, 0))
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ def machine() -> dict[str, str | int]:
         "processor": names[0] if names else "unknown",
         "instructions": torch.ops.zinit.cpu_capability(),
         "threads": torch.get_num_threads(),
+        "load of the last minute": f"{os.getloadavg()[0]:.1f}",  # above the threads: somebody else was at work
         "torch": torch.__version__,
         "commit": commit.stdout.strip() or "unknown",
     }

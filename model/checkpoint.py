@@ -24,7 +24,9 @@ class Checkpoint(NamedTuple):
     step: int  # optimizer steps done
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
-    run: dict[str, Any]  # what must be the same in the run that goes on: the recipe, the prints of base and data
+    run: dict[
+        str, Any
+    ]  # what must be the same in the run that goes on: the recipe, the prints of base and data
 
 
 def save_checkpoint(
@@ -44,8 +46,10 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> Checkpoint:
         if not isinstance(state.run, dict) or not isinstance(state.step, int) or state.step < 0:
             raise TypeError("its step or its run is none")
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to resume from: start without --resume, and with --overwrite if the "
-            "folder is not empty.") from None
+        raise UserError(
+            f"there is no {path} to resume from: start without --resume, and with --overwrite if the "
+            "folder is not empty."
+        ) from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a training checkpoint or is damaged ({str(error).partition(chr(10))[0]})."

@@ -200,9 +200,13 @@ def _parser() -> argparse.ArgumentParser:
         "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
     )
     parser.add_argument("--adapter", type=Path, help="adapter file; without it the base alone answers")
-    parser.add_argument("--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say")
     parser.add_argument(
-        "--gate-activation", choices=("tanh", "identity"), help="of the adapter's gates (default: as its file says)"
+        "--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say"
+    )
+    parser.add_argument(
+        "--gate-activation",
+        choices=("tanh", "identity"),
+        help="of the adapter's gates (default: as its file says)",
     )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to go on from, as it is")
@@ -276,7 +280,9 @@ def main(command_line: list[str] | None = None) -> None:
             base_print(model, torch.bfloat16),
         ).to(device)  # fmt: skip
     prompts = [tokenizer.encode(text) for text in texts]
-    check_request(model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    check_request(
+        model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+    )
     eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
 
     watcher = Watcher(tokenizer, arguments.stop, stream=not many)

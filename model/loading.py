@@ -74,7 +74,9 @@ def load_base(
         raise UserError(f"{directory} has neither config.json (Hugging Face) nor params.json (Meta).")
     present = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     if config.num_layers > len(present):  # before as many are built
-        raise UserError(f"{directory} holds {len(present)} layers, the configuration says {config.num_layers}.")
+        raise UserError(
+            f"{directory} holds {len(present)} layers, the configuration says {config.num_layers}."
+        )
     with torch.device("meta"), _NoInit():
         model = Llama(config)
     _check_keys(model.state_dict(), weights, directory)

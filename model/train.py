@@ -98,7 +98,9 @@ class Run:
         """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
         self.console.print(self.summary(first_step))
         if not self.options.resume:
-            self.save_checkpoint(0)  # first: whatever ends the run from here on, --resume goes on with this one
+            self.save_checkpoint(
+                0
+            )  # first: whatever ends the run from here on, --resume goes on with this one
             for name in ("loss.png", *ADAPTER_FILES.values()):
                 (self.output / name).unlink(missing_ok=True)
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
@@ -234,7 +236,12 @@ def _try_backend(backend: str, base: Llama, adapter: LlamaAdapter, sample: Sampl
     short = Sample(sample.tokens[:2], 1)
     try:
         with torch.no_grad():
-            batch_loss(base, adapter, next(batches([short], recipe.max_tokens, packed=recipe.packed)), recipe.autocast)
+            batch_loss(
+                base,
+                adapter,
+                next(batches([short], recipe.max_tokens, packed=recipe.packed)),
+                recipe.autocast,
+            )
     except ValueError as error:
         raise UserError(f"--backend {backend}: {error}.") from error
 

@@ -131,7 +131,9 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf).item()
         for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
             if not math.isfinite(value):  # a step would carry it into the parameters, and into the checkpoint
-                raise UserError(f"the {name} became {value} at step {step}: try a lower --base-lr, or --clip 1.")
+                raise UserError(
+                    f"the {name} became {value} at step {step}: try a lower --base-lr, or --clip 1."
+                )
         optimizer.step()
         yield StepReport(
             step=step,

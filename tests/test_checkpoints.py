@@ -102,7 +102,11 @@ def test_another_prompt_length_than_10_is_told_from_the_gates(tmp_path, adapted,
     message = f"but {adapted} have a gate that is not 0; the format does not store P: pass prompt_length"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path / "adapter.pth")
-    assert load_adapter(tmp_path / "adapter.pth", prompt_length=length).prompts.shape == (adapted, length, HIDDEN)
+    assert load_adapter(tmp_path / "adapter.pth", prompt_length=length).prompts.shape == (
+        adapted,
+        length,
+        HIDDEN,
+    )
 
 
 def test_first_release_had_one_raw_gate_per_layer(tmp_path):
@@ -170,8 +174,14 @@ BAD_PICKLES = {
         lambda s: s | {"layers.99999999.attention.gate": torch.ones(1)},
         r"holds unknown layers\.99999999",
     ),
-    "layer 9999": (lambda s: s | {"layers.9999.attention.gate": torch.ones(1)}, r"lacks layers\.6\.attention"),
-    "arguments": (lambda s: {"model": s, "args": argparse.Namespace(adapter_len="x")}, "whole number, got 'x'"),
+    "layer 9999": (
+        lambda s: s | {"layers.9999.attention.gate": torch.ones(1)},
+        r"lacks layers\.6\.attention",
+    ),
+    "arguments": (
+        lambda s: {"model": s, "args": argparse.Namespace(adapter_len="x")},
+        "whole number, got 'x'",
+    ),
     "no prompt length": (
         lambda s: {"model": s, "args": argparse.Namespace(adapter_len=0)},
         "positive whole number, got 0",

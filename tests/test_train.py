@@ -295,7 +295,9 @@ def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_crashes_before_its_first_step_resumes(folder, whole_run, tmp_path, monkeypatch, overwrite):
+def test_a_run_that_crashes_before_its_first_step_resumes(
+    folder, whole_run, tmp_path, monkeypatch, overwrite
+):
     """Also where --overwrite replaces a finished run: the old one is never gone on with."""
     output = tmp_path / "out"
     if overwrite:

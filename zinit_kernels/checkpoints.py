@@ -245,7 +245,9 @@ def _read_official_v1(
     if length is None:
         length = file.arguments.get("adapter_len", _V1_PROMPT_LENGTH)
     if not isinstance(length, int) or length < 1:
-        raise CheckpointError(f"{file.path}: the prompt length must be a positive whole number, got {length!r}")
+        raise CheckpointError(
+            f"{file.path}: the prompt length must be a positive whole number, got {length!r}"
+        )
     if query.dim() != 2 or query.shape[0] % length or not 1 <= query.shape[0] // length <= num_layers:
         raise CheckpointError(
             f"{file.path}: adapter_query.weight {tuple(query.shape)} is not a whole number of at most "

@@ -54,8 +54,8 @@ class LlamaAdapter(nn.Module):
         """What this adapter adds to a layer; None where it adds nothing.
 
         With gradients off the projected prompts are computed once and kept until the prompts, the gates or
-        the projections change. With gradients on they are always computed: a kept graph would train nothing
-        (Lightning-AI/litgpt#1287).
+        the projections change (a write through `.data` is not seen: `forget` then). With gradients on they
+        are always computed: a kept graph would train nothing (Lightning-AI/litgpt#1287).
         """
         row = attention.layer_index - self.layers[0]
         if not 0 <= row < len(self.layers):
@@ -71,6 +71,10 @@ class LlamaAdapter(nn.Module):
             return prompt
         return kept[1]
 
+    def forget(self) -> None:
+        """Drops the projected prompts that were kept; only needed after writing through `.data`."""
+        self._kept.clear()
+
     def _project(self, row: int, attention: Attention) -> Prompt:
         prompts = self.prompts[row].to(attention.k_proj.weight.dtype)
         key, value = (
@@ -81,7 +85,8 @@ class LlamaAdapter(nn.Module):
 
     def _stamp(self, attention: Attention) -> tuple[object, ...] | None:
         """Differs whenever the projected prompts would: every in-place change moves a tensor's version, every
-        replacement its id, every cast or move its address. None for inference tensors, which have no version.
+        replacement its id, every cast or move its address; only a write through `.data` is not seen. None for
+        inference tensors, which have no version.
         """
         tensors = (self.prompts, self.gates, *attention.k_proj.parameters(), *attention.v_proj.parameters())
         if any(tensor.is_inference() for tensor in tensors):

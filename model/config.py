@@ -4,8 +4,10 @@ params.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .errors import UserError
@@ -97,27 +99,34 @@ class LlamaConfig:
             value = config.get(field, supported)
             if value != supported:
                 raise UserError(f"config.json says {field} = {value!r}, only {supported!r} is supported.")
-        num_heads_q, hidden_size = _field(config, "num_attention_heads"), _field(config, "hidden_size")
-        max_seq_len = config.get("max_position_embeddings", 2048)
+        number = partial(_number, config, "config.json")
+        num_heads_q, hidden_size = number("num_attention_heads", int), number("hidden_size", int)
+        max_seq_len = number("max_position_embeddings", int, 2048)
         # transformers 5 writes rope_parameters, before it rope_theta and rope_scaling
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json must describe the rotary embedding by an object, it has {rope!r}.")
         eos = (generation or {}).get("eos_token_id", config.get("eos_token_id", 2))
+        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(isinstance(id, int) for id in eos_ids):
+            raise UserError(f"eos_token_id must be a whole number or a list of them, it is {eos!r}.")
+        windowed = kind == "mistral" and config.get("sliding_window") is not None
         return cls(
-            vocab_size=_field(config, "vocab_size"),
+            vocab_size=number("vocab_size", int),
             hidden_size=hidden_size,
-            intermediate_size=_field(config, "intermediate_size"),
-            num_layers=_field(config, "num_hidden_layers"),
+            intermediate_size=number("intermediate_size", int),
+            num_layers=number("num_hidden_layers", int),
             num_heads_q=num_heads_q,
-            num_heads_kv=config.get("num_key_value_heads") or num_heads_q,
-            head_dim=config.get("head_dim") or hidden_size // num_heads_q,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            num_heads_kv=number("num_key_value_heads", int, num_heads_q),
+            head_dim=number("head_dim", int, hidden_size // num_heads_q),
+            norm_eps=number("rms_norm_eps", float, 1e-6),
+            rope_theta=_number(rope, "config.json", "rope_theta", float, number("rope_theta", float, 1e4)),
             rope_scaling=_rope_scaling(rope, max_seq_len),
             max_seq_len=max_seq_len,
             tie_embeddings=config.get("tie_word_embeddings", False),
-            sliding_window=config.get("sliding_window") if kind == "mistral" else None,
+            sliding_window=number("sliding_window", int) if windowed else None,
             bos_id=config.get("bos_token_id", 1),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=eos_ids,
         )
 
     @classmethod
@@ -125,12 +134,13 @@ class LlamaConfig:
         cls, params: Mapping[str, Any], vocab_size: int, tie_embeddings: bool = False
     ) -> LlamaConfig:
         """From a parsed params.json; vocab_size from the embedding, as LLaMA 1 and 2 write -1 there."""
-        if params.get("moe_args") or params.get("vision_chunk_size", -1) > 0:
+        if params.get("moe_args") or params.get("vision_chunk_size", -1) not in (-1, 0, None):
             raise UserError(
                 "params.json describes a mixture of experts or a vision model, only the dense text LLaMAs "
                 "are supported."
             )
-        hidden_size, num_heads_q = (_field(params, name, "params.json") for name in ("dim", "n_heads"))
+        number = partial(_number, params, "params.json")
+        hidden_size, num_heads_q = number("dim", int), number("n_heads", int)
         if params.get("vocab_size", -1) not in (-1, vocab_size):
             raise UserError(
                 f"params.json says vocab_size {params['vocab_size']}, tok_embeddings.weight has {vocab_size} "
@@ -140,24 +150,24 @@ class LlamaConfig:
         if params.get("use_scaled_rope"):
             scaling = RopeScaling(
                 "llama3",
-                float(params.get("rope_scaling_factor") or 8.0),
-                high_freq_factor=float(params.get("high_freq_factor") or 4.0),
+                number("rope_scaling_factor", float, 8.0),
+                high_freq_factor=number("high_freq_factor", float, 4.0),
             )
-        rope_theta = float(params.get("rope_theta") or 10000.0)
+        rope_theta = number("rope_theta", float, 10000.0)
         # The file does not say for how long a context the model was trained: 2048 is right or too careful
         context = 131072 if scaling else 8192 if rope_theta >= 500000 else 2048
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=_meta_intermediate_size(params, hidden_size),
-            num_layers=_field(params, "n_layers", "params.json"),
+            num_layers=number("n_layers", int),
             num_heads_q=num_heads_q,
-            num_heads_kv=params.get("n_kv_heads") or num_heads_q,
-            head_dim=params.get("head_dim") or hidden_size // num_heads_q,
-            norm_eps=params.get("norm_eps", 1e-5),
+            num_heads_kv=number("n_kv_heads", int, num_heads_q),
+            head_dim=number("head_dim", int, hidden_size // num_heads_q),
+            norm_eps=number("norm_eps", float, 1e-5),
             rope_theta=rope_theta,
             rope_scaling=scaling,
-            max_seq_len=params.get("max_seq_len", context),
+            max_seq_len=number("max_seq_len", int, context),
             tie_embeddings=tie_embeddings,
             bos_id=128000 if vocab_size == 128256 else 1,
             eos_ids=(128001, 128008, 128009) if vocab_size == 128256 else (2,),
@@ -221,15 +231,19 @@ class AdapterConfig:
         return tuple(range(num_layers - count, num_layers))
 
 
-def _field(config: Mapping[str, Any], name: str, file: str = "config.json") -> Any:
-    value = config.get(name)
-    if not isinstance(value, (int, float)):
-        raise UserError(f"{file} must have a number as {name}, it has {value!r}.")
-    return value
+def _number(config: Mapping[str, Any], file: str, name: str, kind: type, default: Any = None) -> Any:
+    """A positive number of a file, of the `kind` int or float; the default where it is absent or null."""
+    value = default if config.get(name) is None else config[name]
+    accepted = (int,) if kind is int else (int, float)
+    if not isinstance(value, accepted) or isinstance(value, bool) or not 0 < value < math.inf:
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{file} must have a positive {whole}number as {name}, it has {value!r}.")
+    return kind(value)
 
 
 def _rope_scaling(rope: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    number = partial(_number, rope, "config.json")
     if kind not in ROPE_KINDS:
         raise UserError(
             f"config.json asks for rotary scaling of type {kind!r}, supported are {', '.join(ROPE_KINDS)}."
@@ -241,19 +255,19 @@ def _rope_scaling(rope: Mapping[str, Any], max_seq_len: int) -> RopeScaling | No
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling(kind, float(_field(rope, "factor")))
+        return RopeScaling(kind, number("factor", float))
     return RopeScaling(
         kind,
-        float(_field(rope, "factor")),
-        float(_field(rope, "low_freq_factor")),
-        float(_field(rope, "high_freq_factor")),
-        int(rope.get("original_max_position_embeddings", max_seq_len)),
+        number("factor", float),
+        number("low_freq_factor", float),
+        number("high_freq_factor", float),
+        number("original_max_position_embeddings", int, max_seq_len),
     )
 
 
 def _meta_intermediate_size(params: Mapping[str, Any], hidden_size: int) -> int:
     size = int(8 * hidden_size / 3)
     if params.get("ffn_dim_multiplier") is not None:
-        size = int(params["ffn_dim_multiplier"] * size)
-    multiple = params.get("multiple_of", 256)
+        size = int(_number(params, "params.json", "ffn_dim_multiplier", float) * size)
+    multiple = _number(params, "params.json", "multiple_of", int, 256)
     return (size + multiple - 1) // multiple * multiple

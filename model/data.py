@@ -108,8 +108,18 @@ def read_records(path: str | Path) -> list[Record]:
     passed over. Raises UserError naming the file, the line and what is wrong there.
     """
     path = Path(path)
+    text = read_text(path)
+    objects = _list_objects if text.lstrip().startswith("[") else line_objects
+    records = [_record(value, f"{path}, line {line}") for line, value in objects(text, path)]
+    if not records:
+        raise UserError(f"{path} holds no records.")
+    return records
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, a byte order mark left out. Raises UserError naming the line that is none."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -117,11 +127,28 @@ def read_records(path: str | Path) -> list[Record]:
         raise UserError(
             f"{path}, line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x})."
         ) from None
-    objects = _list_objects if text.lstrip().startswith("[") else _line_objects
-    records = [_record(value, f"{path}, line {line}") for line, value in objects(text, path)]
-    if not records:
-        raise UserError(f"{path} holds no records.")
-    return records
+
+
+def line_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    """(line number, value) of every line of JSONL that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold other line ends
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _not_json(path, number, error) from None
+
+
+def check_text(value: object, name: str, where: str) -> str:
+    """The value if it is a string that a tokenizer takes; UserError if not."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field {name!r} must be a string, got a {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{where}: the field {name!r} holds {half}, half a character.") from None
+    return value
 
 
 def encode(
@@ -211,17 +238,6 @@ def _targets(sample: Sample) -> list[int]:
     return [IGNORE] * (sample.prompt_length - 1) + sample.tokens[sample.prompt_length :]
 
 
-def _line_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: not JSON at column {error.colno} ({error.msg})."
-                ) from None
-
-
 def _list_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
     """The elements of a JSON list one by one, so that each is known by its line."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
@@ -238,12 +254,17 @@ def _list_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
             position = _skip_space(text, position + 1)
         try:
             value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {error.lineno}: not JSON at column {error.colno} ({error.msg})."
-            ) from None
+        except (ValueError, RecursionError) as error:
+            raise _not_json(path, getattr(error, "lineno", _line(text, position)), error) from None
         yield _line(text, position), value
         position, first = end, False
+
+
+def _not_json(path: Path, line: int, error: Exception) -> UserError:
+    """What the JSON decoder raised: where, or that a number or the nesting is beyond Python's limits."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{path}, line {line}: not JSON at column {error.colno} ({error.msg}).")
+    return UserError(f"{path}, line {line}: JSON that cannot be read ({error}).")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -266,10 +287,10 @@ def _record(value: object, where: str) -> Record:
             raise UserError(
                 f"{where}: the field {field!r} is missing (it has {', '.join(map(repr, value)) or 'none'})."
             )
-    record = Record(value["instruction"], value["output"], value.get("input", ""))
+    input = "" if value.get("input") is None else value["input"]
+    record = Record(value["instruction"], value["output"], input)
     for field, entry in record._asdict().items():
-        if not isinstance(entry, str):
-            raise UserError(f"{where}: the field {field!r} must be a string, got a {type(entry).__name__}.")
+        check_text(entry, field, where)
     for field in ("instruction", "output"):
         if not getattr(record, field).strip():
             raise UserError(f"{where}: the {field} is empty.")

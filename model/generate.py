@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .adapter_files import load_adapter
 from .checkpoint import base_print
-from .data import format_prompt
+from .data import check_text, format_prompt, line_objects, read_text
 from .errors import UserError, run_program
 from .llama import Adapter, KVCache, Llama
 from .loading import load_base, open_device
@@ -232,44 +232,49 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read_prompts(path: Path) -> list[str]:
     """A prompt a line; in a .jsonl file {"prompt"} or {"instruction", "input"} a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    text = read_text(path)
     if path.suffix == ".jsonl":
-        prompts = [_prompt_of(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_prompt_of(value, f"{path}, line {line}") for line, value in line_objects(text, path)]
     else:
-        prompts = [line for line in lines if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return record["prompt"]
-    if isinstance(record, dict) and isinstance(record.get("instruction"), str):
-        return format_prompt(record["instruction"], str(record.get("input") or ""))
-    raise UserError(f'{where}: expected an object with "prompt" or "instruction", got {line[:60]}.')
+def _prompt_of(record: object, where: str) -> str:
+    if isinstance(record, dict) and "prompt" in record:
+        return check_text(record["prompt"], "prompt", where)
+    if isinstance(record, dict) and "instruction" in record:
+        input = "" if record.get("input") is None else record["input"]
+        instruction = check_text(record["instruction"], "instruction", where)
+        return format_prompt(instruction, check_text(input, "input", where))
+    raise UserError(f'{where}: expected an object with "prompt" or "instruction", got {str(record)[:60]}.')
+
+
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts asked for, by whichever option."""
+    if arguments.input and arguments.instruction is None:
+        raise UserError("--input belongs to --instruction, which was not given.")
+    for name in ("prompt", "instruction", "input"):
+        if getattr(arguments, name) is not None:
+            check_text(getattr(arguments, name), name, "the command line")
+    if arguments.prompts_file is not None:
+        return _read_prompts(arguments.prompts_file)
+    if arguments.instruction is not None:
+        return [format_prompt(arguments.instruction, arguments.input)]
+    return [arguments.prompt]
 
 
 def main(command_line: list[str] | None = None) -> None:
     arguments = _parser().parse_args(command_line)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if "" in arguments.stop:
+        raise UserError("--stop must not be empty: every answer would end at once.")
     device = open_device(arguments.device)
     many = arguments.prompts_file is not None
-    if many:
-        texts = _read_prompts(arguments.prompts_file)
-    elif arguments.instruction is not None:
-        texts = [format_prompt(arguments.instruction, arguments.input)]
-    else:
-        texts = [arguments.prompt]
-
+    texts = _texts(arguments)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     model = load_base(arguments.base, dtype, device).freeze()
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)

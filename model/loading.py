@@ -143,12 +143,15 @@ def _hf_shards(directory: Path) -> dict[Path, set[str] | None]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         shards: dict[Path, set[str] | None] = {}
-        for name, file in _read_json(index).get("weight_map", {}).items():
+        places = _read_json(index).get("weight_map")
+        if not places or not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise UserError(f"{index} must name the file of each tensor in an object weight_map.")
+        for name, file in places.items():
             names = shards.setdefault(directory / file, set())
             assert names is not None
             names.add(name)
         missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing or not shards:
+        if missing:
             raise UserError(
                 f"{directory} lacks {_some(missing)} of the {len(shards)} shards its index names."
             )
@@ -174,8 +177,12 @@ def _read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
         raise UserError(
             f"{directory}: the shards hold no tok_embeddings.weight, so this is no LLaMA checkpoint."
         )
+    for name in names:
+        shapes = {tuple(shard[name].shape) for shard in shards}
+        if _meta_name(name)[1] is not None and (len(shapes) > 1 or len(min(shapes)) != 2 or 0 in min(shapes)):
+            raise UserError(f"{directory}: {name} must be a matrix of one shape in all shards, it has {shapes}.")
     query, rows = shards[0].get("layers.0.attention.wq.weight"), params.get("dim")
-    if query is not None and query.shape[0] * len(shards) != rows:
+    if query is not None and isinstance(rows, int) and query.shape[0] * len(shards) != rows:
         raise UserError(f"{directory} holds {len(shards)} of {rows // query.shape[0]} shards.")
     vocab_dim = 0 if shards[0]["tok_embeddings.weight"].shape[1] == params.get("dim") else 1
     vocab_size = shards[0]["tok_embeddings.weight"].shape[0] * (len(shards) if vocab_dim == 0 else 1)
@@ -190,6 +197,10 @@ def _read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
             dim = vocab_dim
         weight = parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
         if ours.endswith(("q_proj.weight", "k_proj.weight")):
+            if weight.shape[0] % config.head_dim:
+                raise UserError(
+                    f"{directory}: {name} has {weight.shape[0]} rows, no multiple of head_dim {config.head_dim}."
+                )
             weight = _to_half_split(weight, config.head_dim)
         weights[ours] = weight
     return config, weights
@@ -257,7 +268,7 @@ def _some(names: Iterable[str]) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object.")

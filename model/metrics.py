@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .errors import UserError
 from .storage import write_file, writing
 
 Entry = dict[str, float]
@@ -40,13 +41,19 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[Entry]:
-    """The entries of a metrics file, [] if there is none; a last line cut short by a crash is left out."""
+    """The entries of a metrics file, [] if there is none; a last line cut short by a crash is left out.
+
+    Raises UserError for a file that is none.
+    """
     path, entries = Path(path), []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise UserError(f"{path} is no metrics file: {line[:40]!r} holds no step. Move it away to go on.")
+        entries.append(entry)
     return entries
 
 

@@ -85,10 +85,16 @@ def _special_tokens(path: Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
-    named = {kind: config.get(kind) for kind in ("bos_token", "eos_token")}
-    return {kind: name["content"] if isinstance(name, dict) else name for kind, name in named.items() if name}
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    named = {kind: config[kind] for kind in ("bos_token", "eos_token") if config.get(kind)}
+    names = {kind: name.get("content") if isinstance(name, dict) else name for kind, name in named.items()}
+    for kind, name in names.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path} must name the {kind} by a string, or by an object with content.")
+    return names
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:

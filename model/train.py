@@ -201,7 +201,9 @@ def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sa
     base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
     base.set_backend(options.backend)
     tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
-    max_seq_len = options.max_seq_len or min(512, base.config.max_seq_len)
+    max_seq_len = min(512, base.config.max_seq_len) if options.max_seq_len is None else options.max_seq_len
+    if max_seq_len < 2:
+        raise UserError(f"--max-seq-len must be at least 2, got {max_seq_len}.")
     if max_seq_len > base.config.max_seq_len:
         raise UserError(
             f"--max-seq-len {max_seq_len} is beyond the model's context of {base.config.max_seq_len}."
@@ -211,6 +213,8 @@ def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sa
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
     training, validation = split(samples, options.validation, options.seed)
+    if not training and validation:
+        raise UserError(f"--validation took the only sample of {options.data}: pass --validation 0.")
     if not training:
         raise UserError(f"{options.data} leaves no sample to train on ({report}).")
     return base, training, validation

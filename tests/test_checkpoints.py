@@ -147,6 +147,8 @@ def test_another_base_is_named():
         "the adapter is for a base of hidden size 32, 6 layers and 4 heads; this base has hidden size 64, "
         "8 layers and 4 heads"
     )
+    with pytest.raises(CheckpointError, match="has 3 gates in each layer, this base has 4 heads"):
+        checkpoint(heads=3, num_heads=None).check_base(HIDDEN, NUM_LAYERS, HEADS)
     one_gate = checkpoint(heads=1)
     assert one_gate.check_base(HIDDEN, NUM_LAYERS, 16) is one_gate
 
@@ -188,6 +190,11 @@ BAD_PICKLES = {
     ),
     "no prompts": (lambda s: without(s, "adapter_query.weight"), "no adapter in a known format"),
     "not a dictionary": (lambda s: [1, 2], "does not hold a dictionary of tensors"),
+    "gate shape": (
+        lambda s: {k: torch.ones(2, 2, 2) if "gate" in k and v.any() else v for k, v in s.items()},
+        r"shape \(1, heads, 1, 1\) or \(1,\), got \(2, 2, 2\)",
+    ),
+    "integers": (lambda s: s | {"adapter_query.weight": torch.ones(40, HIDDEN, dtype=torch.int64)}, "must be float"),
     "gates differ": (lambda s: s | {"layers.5.attention.gate": torch.ones(1)}, "gates differ in shape"),
     "not finite": (
         lambda s: s | {"adapter_query.weight": torch.full((40, HIDDEN), torch.nan)},

@@ -62,7 +62,7 @@ def test_official_templates():
 
 
 def test_reads_json_and_jsonl_alike(tmp_path):
-    rows = [GOOD, {"instruction": "Say hé.", "output": "hé\nho", "id": 7}]
+    rows = [GOOD, {"instruction": "Say hé.", "output": "hé\nho", "input": None, "id": 7}]
     expected = [Record("Add.", "3", "1 2"), Record("Say hé.", "hé\nho")]
     lines = "\n\n".join(json.dumps(row) for row in rows) + "\n"
     assert read_records(write(tmp_path / "a.json", json.dumps(rows, indent=1))) == expected
@@ -81,7 +81,11 @@ BAD_FILES = {
     "empty output": (json.dumps([GOOD, GOOD | {"output": " "}], indent=0), "line 7: the output is empty"),
     "empty instruction": (json.dumps(GOOD | {"instruction": ""}), "line 1: the instruction is empty"),
     "a number": (json.dumps(GOOD | {"output": 3}), "line 1: the field 'output' must be a string, got a int"),
-    "null input": (json.dumps(GOOD | {"input": None}), "line 1: the field 'input' must be a string"),
+    "a number as input": (json.dumps(GOOD | {"input": 1}), "line 1: the field 'input' must be a string"),
+    "half a character": (json.dumps(GOOD | {"output": "\ud800"}), "line 1: the field 'output' holds \\ud800, half"),
+    "nested": ("\n" + '{"a":' * 100_000, "line 2: JSON that cannot be read"),
+    "nested in a list": ("[" * 100_000, "line 1: JSON that cannot be read"),
+    "a long number": (f'{{"a": {"1" * 5000}}}', "line 1: JSON that cannot be read"),
     "nothing": ("\n\n", "holds no records"),
     "an empty list": ("[ ]", "holds no records"),
 }  # fmt: skip

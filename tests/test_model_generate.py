@@ -197,7 +197,9 @@ def test_program(tmp_path, capsys, model, adapter):
     answers = [json.loads(line) for line in lines.splitlines()]
     assert code == 0 and [answer["prompt"] for answer in answers] == ["the quick", "lazy dog", "fox"]
     assert answers[0]["output"] + "\n" == adapted
-    records = [{"instruction": "jump", "input": "dog"}, {"prompt": "fox"}]
+    (tmp_path / "marked.jsonl").write_text('\ufeff{"prompt": "the quick"}\n', encoding="utf-8")
+    assert json.loads(run(capsys, *many, tmp_path / "marked.jsonl")[1]) == answers[0]
+    records = [{"instruction": "jump", "input": None}, {"prompt": "fox"}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
     short = ["--base", base, "--max-new-tokens", 1, "--prompts-file", tmp_path / "prompts.jsonl"]
     code, _, told = run(capsys, *short)
@@ -229,11 +231,14 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         (["--base", base, "--adapter", tmp_path / "none.pth", *ask], "none.pth: No such file"),
         (
             ["--base", base, "--prompts-file", tmp_path / "broken.jsonl"],
-            "broken.jsonl, line 2: not valid JSON",
+            "broken.jsonl, line 2: not JSON at column",
         ),
         (["--base", base, "--prompts-file", tmp_path / "empty.txt"], "holds no prompts"),
         (["--base", base, "--prompt", "fox", "--max-new-tokens", 96], "context of 96: ask for at most"),
         (["--base", base, "--device", "nowhere", *ask], "nowhere"),
+        (["--base", base, "--stop", "", *ask], "--stop must not be empty"),
+        (["--base", base, "--input", "x", *ask], "--input belongs to --instruction"),
+        (["--base", base, "--prompt", "\ud800"], "holds \\ud800, half a character"),
         (["--base", base, "--device", "meta", *ask], "--device meta: "),
     ]
     for arguments, message in cases:

@@ -252,6 +252,17 @@ def count_projections(base):
     return calls
 
 
+def test_a_write_through_data_is_seen_after_forget():
+    base, adapter = base_and_adapter()
+    tokens = torch.stack(prompts([9]))
+    with torch.no_grad():
+        base(tokens, adapter)
+        adapter.prompts.data.mul_(-3)
+        adapter.forget()
+        kept = base(tokens, adapter)
+    torch.testing.assert_close(base(tokens, adapter), kept, rtol=0, atol=0)
+
+
 def test_projected_prompts_are_kept_and_never_stale():
     base, adapter = base_and_adapter()
     tokens = torch.stack(prompts([9]))

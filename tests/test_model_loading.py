@@ -144,7 +144,25 @@ BAD_HF = {
         "scaling of type 'yarn', supported are default, linear, llama3",
     ),
     "quantised": (lambda d: edit_config(d, quantization_config={}), "quantised"),
-    "no field": (lambda d: edit_config(d, hidden_size=None), "must have a number as hidden_size"),
+    "no field": (lambda d: edit_config(d, hidden_size=None), "must have a positive whole number as hidden_size"),
+    "text": (lambda d: edit_config(d, rms_norm_eps="x"), "must have a positive number as rms_norm_eps, it has 'x'"),
+    "rope text": (lambda d: edit_config(d, rope_parameters="x"), "rotary embedding by an object, it has 'x'"),
+    "window": (
+        lambda d: edit_config(d, model_type="mistral", sliding_window=-1),
+        "positive whole number as sliding_window, it has -1",
+    ),
+    "ten million layers": (
+        lambda d: edit_config(d, num_hidden_layers=10**7),
+        "holds 4 layers, the configuration says 10000000",
+    ),
+    "empty index": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+        "must name the file of each tensor",
+    ),
+    "index of numbers": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        "must name the file of each tensor",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "truncated": (lambda d: truncate(d / "model.safetensors"), "model.safetensors is truncated"),
     "key missing": (
@@ -186,7 +204,25 @@ class Malicious:
         return (print, ("executed",))
 
 
+def edit_meta(path, **changes):
+    params = json.loads((path / "params.json").read_text()) | changes
+    (path / "params.json").write_text(json.dumps(params))
+
+
+def edit_shard(path, name, edit):
+    shard = torch.load(path / "consolidated.01.pth")
+    torch.save(shard | {name: edit(shard[name])}, path / "consolidated.01.pth")
+
+
 BAD_META = {
+    "no dim": (lambda d: edit_meta(d, dim=None), "positive whole number as dim, it has None"),
+    "no heads": (lambda d: edit_meta(d, n_heads=0), "positive whole number as n_heads, it has 0"),
+    "no multiple": (lambda d: edit_meta(d, multiple_of=0), "positive whole number as multiple_of, it has 0"),
+    "multiplier": (lambda d: edit_meta(d, ffn_dim_multiplier="x"), "number as ffn_dim_multiplier, it has 'x'"),
+    "shard shape": (
+        lambda d: edit_shard(d, "layers.1.attention.wk.weight", lambda weight: weight[0]),
+        r"layers\.1\.attention\.wk\.weight must be a matrix of one shape in all shards",
+    ),
     "one of two shards": (lambda d: (d / "consolidated.01.pth").unlink(), "holds 1 of 2 shards"),
     "first shard missing": (lambda d: (d / "consolidated.00.pth").unlink(), "found consolidated.01.pth"),
     "truncated": (lambda d: truncate(d / "consolidated.01.pth"), "consolidated.01.pth is truncated"),

@@ -389,6 +389,7 @@ BAD_DATA = {
     '{"instruction": "a", "output": ""}': "line 1: the output is empty",
     json.dumps({"instruction": "a" * 600, "output": "b"}): "leaves no sample to train on",
     "": "holds no records",
+    '{"instruction": "a", "output": "b"}': "--validation took the only sample",
 }
 
 
@@ -437,6 +438,7 @@ def test_a_bad_base_is_refused(folder, tmp_path, capsys, what, sentence):
     ("option", "value", "sentence"),
     [
         ("--max-seq-len", "4096", "--max-seq-len 4096 is beyond the model's context of 512"),
+        ("--max-seq-len", "0", "--max-seq-len must be at least 2, got 0"),
         ("--validation", "1.5", "--validation must be a share from 0 to below 1, got 1.5"),
         ("--batch-size", "0", "batch_size must be above 0, got 0"),
         ("--layers", "9", "asks for 9 layers, the model has 4"),
@@ -510,10 +512,25 @@ def test_resuming_nothing_or_something_damaged_is_refused(folder, whole_run, tmp
     advice = "to resume from: start without --resume, and with --overwrite if"
     refused(capsys, advice, arguments(folder, output, "--resume"))
     output.mkdir()
+    for content in (b"", torch.ones(2), {"run": [1], "step": 1, "adapter": {}, "optimizer": {}}):
+        if isinstance(content, bytes):
+            (output / "checkpoint.pt").write_bytes(content)
+        else:
+            torch.save(content, output / "checkpoint.pt")
+        refused(capsys, "is not a training checkpoint or is damaged", arguments(folder, output, "--resume"))
     (output / "checkpoint.pt").write_bytes((whole_run / "checkpoint.pt").read_bytes()[:-100])
     before = contents(output)
     refused(capsys, "is not a training checkpoint or is damaged", arguments(folder, output, "--resume"))
     assert contents(output) == before
+
+
+def test_metrics_that_are_none_are_refused_or_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0, "loss": 1.0}\n\xff\xfe\n')
+    assert read_metrics(path) == [{"step": 0, "loss": 1.0}]
+    path.write_bytes(b"[1]\n")
+    with pytest.raises(UserError, match="is no metrics file"):
+        read_metrics(path)
 
 
 def test_no_space_left_keeps_the_checkpoint_before(folder, whole_run, tmp_path, capsys, monkeypatch):

@@ -58,6 +58,10 @@ class AdapterCheckpoint:
                 f"{heads} heads; this base has hidden size {hidden_size}, {num_layers} layers "
                 f"and {num_heads} heads"
             )
+        if self.gates.shape[1] not in (1, num_heads):
+            raise CheckpointError(
+                f"the adapter has {self.gates.shape[1]} gates in each layer, this base has {num_heads} heads"
+            )
         return self
 
 
@@ -260,9 +264,15 @@ def _read_official_v1(
             f"{file.path}: with {length} prompts a layer it would adapt {len(layers)} layers, but {len(trained)} "
             "have a gate that is not 0; the format does not store P: pass prompt_length"
         )
-    gates = [by_layer[layer].flatten().float() for layer in layers]  # [1, Hq, 1, 1]; before 2023-04-15 [1]
-    if len({gate.shape for gate in gates}) != 1:
+    adapted = [by_layer[layer] for layer in layers]  # [1, Hq, 1, 1]; before 2023-04-15 [1]
+    if len({gate.shape for gate in adapted}) != 1:
         raise CheckpointError(f"{file.path}: the layers' gates differ in shape")
+    if adapted[0].shape not in ((1,), (1, adapted[0].numel(), 1, 1)):
+        shape = tuple(adapted[0].shape)
+        raise CheckpointError(f"{file.path}: a gate must have shape (1, heads, 1, 1) or (1,), got {shape}")
+    if not all(tensor.is_floating_point() for tensor in (query, *adapted)):
+        raise CheckpointError(f"{file.path}: prompts and gates must be floating-point numbers")
+    gates = [gate.flatten().float() for gate in adapted]
     heads = len(gates[0])
     stored = "tanh" if heads > 1 else "identity"  # the first release's one gate per layer was raw
     prompts = query.float().unflatten(0, (len(layers), length))

@@ -24,7 +24,7 @@ from .checkpoint import base_print
 from .data import check_text, format_prompt, line_objects, read_text
 from .errors import UserError, run_program
 from .llama import Adapter, KVCache, Llama
-from .loading import load_base, open_device
+from .loading import DTYPES, load_base, open_device
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's"
+        "--dtype", choices=DTYPES, help="default: the checkpoint's"
     )
     parser.add_argument("--device", default="cpu", help="default: cpu")
     return parser
@@ -266,52 +266,58 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     return [arguments.prompt]
 
 
+def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | None]:
+    """The base, its tokenizer, and the adapter if one was named."""
+    device = open_device(arguments.device)
+    model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
+    tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
+    if arguments.adapter is None:
+        return model, tokenizer, None
+    adapter = load_adapter(
+        arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation,
+        base_print(model, torch.bfloat16),
+    )  # fmt: skip
+    return model, tokenizer, adapter.to(device)
+
+
 def main(command_line: list[str] | None = None) -> None:
+    """The program. Everything is read and checked before the first token."""
     arguments = _parser().parse_args(command_line)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     if "" in arguments.stop:
         raise UserError("--stop must not be empty: every answer would end at once.")
-    device = open_device(arguments.device)
-    many = arguments.prompts_file is not None
     texts = _texts(arguments)
-    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    model = load_base(arguments.base, dtype, device).freeze()
-    tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
-    adapter = None
-    if arguments.adapter is not None:
-        adapter = load_adapter(
-            arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation,
-            base_print(model, torch.bfloat16),
-        ).to(device)  # fmt: skip
+    model, tokenizer, adapter = _load(arguments)
     prompts = [tokenizer.encode(text) for text in texts]
-    check_request(
-        model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
-    )
+    sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    check_request(model, prompts, **sampling, seed=arguments.seed)
     eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
 
+    many = arguments.prompts_file is not None
     watcher = Watcher(tokenizer, arguments.stop, stream=not many)
     start = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not many) as progress:
         task = progress.add_task("prompts", total=len(prompts))
         for first in range(0, len(prompts), arguments.batch_size):
-            batch = prompts[first : first + arguments.batch_size]
-            outputs = generate(
-                model, batch, adapter, max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed + first,
-                eos_ids=eos_ids, watch=watcher,
-            )  # fmt: skip
+            batch, seed = prompts[first : first + arguments.batch_size], arguments.seed + first
+            outputs = generate(model, batch, adapter, **sampling, seed=seed, eos_ids=eos_ids, watch=watcher)
             for text, output in zip(texts[first:], outputs, strict=False):
-                answer = watcher.cut(tokenizer.decode(output))
-                if many:
-                    print(json.dumps({"prompt": text, "output": answer}, ensure_ascii=False), flush=True)
-                else:
-                    watcher.show(answer, last=True)
-                    print()
+                _show(watcher, text, tokenizer.decode(output), many)
             progress.advance(task, len(batch))
     seconds = time.perf_counter() - start
     rate = watcher.count / seconds
     print(f"{watcher.count} tokens in {seconds:.2f} s, {rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _show(watcher: Watcher, prompt: str, answer: str, many: bool) -> None:
+    """One answer: a JSON object if there are many, else what the streaming has not shown yet."""
+    answer = watcher.cut(answer)
+    if many:
+        print(json.dumps({"prompt": prompt, "output": answer}, ensure_ascii=False), flush=True)
+    else:
+        watcher.show(answer, last=True)
+        print()
 
 
 if __name__ == "__main__":

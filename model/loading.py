@@ -26,6 +26,8 @@ from .config import LlamaConfig
 from .errors import UserError
 from .llama import Llama
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # Meta's name -> ours, and the dimension its shards are cut along (None: every shard holds the whole)
 _META_NAMES = {
     "tok_embeddings.weight": ("embed_tokens.weight", 1),  # LLaMA 3 cuts dimension 0: told from the shape

@@ -75,7 +75,8 @@ def loss_picture(path: str | Path, entries: Sequence[Mapping[str, float]]) -> No
         axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", label="validation")
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if training or validation:
+        axes.legend()
     save_figure(path, figure)
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -31,14 +31,13 @@ from .config import AdapterConfig
 from .data import Sample, batches, encode, read_records, split
 from .errors import UserError, run_program
 from .llama import Llama
-from .loading import load_base, open_device
+from .loading import DTYPES, load_base, open_device
 from .metrics import MetricsLog, loss_picture
 from .storage import make_directory, refuse_occupied, writing
 from .tokenizer import load_tokenizer
 from .training import Recipe, batch_loss, evaluate, make_optimizer, train
 
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,44 +70,41 @@ def main(arguments: list[str] | None = None) -> None:
     Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
 
 
+@dataclass
 class Run:
     """A training run with its files and its progress line."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        recipe: Recipe,
-        console: Console,
-        base: Llama,
-        adapter: LlamaAdapter,
-        optimizer: torch.optim.Optimizer,
-        training: list[Sample],
-        validation: list[Sample],
-        identity: dict[str, Any],
-    ):
-        self.options, self.recipe, self.console = options, recipe, console
-        self.base, self.adapter, self.optimizer = base, adapter, optimizer
-        self.training, self.validation = training, validation
-        self.identity = identity
-        self.output: Path = make_directory(options.out)
-        self.steps_per_epoch = recipe.steps_per_epoch(len(training))
-        self.total_steps = recipe.epochs * self.steps_per_epoch
+    options: argparse.Namespace
+    recipe: Recipe
+    console: Console
+    base: Llama
+    adapter: LlamaAdapter
+    optimizer: torch.optim.Optimizer
+    training: list[Sample]
+    validation: list[Sample]
+    identity: dict[str, Any]  # what a run that goes on with this one must agree on
+
+    def __post_init__(self) -> None:
+        self.output: Path = make_directory(self.options.out)
+        self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.training))
+        self.total_steps = self.recipe.epochs * self.steps_per_epoch
 
     def go(self, first_step: int) -> None:
         """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
         self.console.print(self.summary(first_step))
         if not self.options.resume:
-            self.save_checkpoint(
-                0
-            )  # first: whatever ends the run from here on, --resume goes on with this one
+            # first: whatever ends the run from here on, --resume goes on with this one
+            self.save_checkpoint(0)
             for name in ("loss.png", *ADAPTER_FILES.values()):
                 (self.output / name).unlink(missing_ok=True)
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
         done, tokens, seconds = first_step, 0, 0.0
         with interruptible() as interrupt, _progress(self.console) as progress:
-            bar = progress.add_task("", total=self.total_steps, completed=done, loss="-", speed="-")
-            if done == 0:
-                self.validate(metrics, done)
+            bar = progress.add_task("validating", total=self.total_steps, completed=done, loss="-", speed="-")
+            if done % self.steps_per_epoch == 0 and not any(
+                "val_loss" in entry and entry["step"] == done for entry in metrics.entries
+            ):
+                self.validate(metrics, done, interrupt)
             for report in train(
                 self.base, self.adapter, self.training, self.recipe, self.optimizer,
                 first_step=first_step, stop=interrupt.is_set,
@@ -122,26 +118,30 @@ class Run:
                     bar, completed=done, description=epoch, loss=f"{report.loss:.3f}", speed=speed
                 )
                 if done % self.steps_per_epoch == 0:
-                    self.validate(metrics, done)
+                    progress.update(bar, description="validating")
+                    self.validate(metrics, done, interrupt)
                     self.save_adapter()
                     self.save_checkpoint(done)
                 elif self.options.save_every and done % self.options.save_every == 0:
                     self.save_checkpoint(done)
-        if done < self.total_steps:
+            stopped = interrupt.is_set()
+        if stopped:
             self.save_checkpoint(done)
         metrics.close()
         loss_picture(self.output / "loss.png", metrics.entries)
-        if done < self.total_steps:
+        if stopped:
             self.console.print(
                 f"Stopped after step {done} of {self.total_steps}; --resume goes on from there."
             )
             sys.exit(130)  # what shells expect of a program that Ctrl-C ended
         self.console.print(self.farewell(metrics))
 
-    def validate(self, metrics: MetricsLog, step: int) -> None:
-        """Writes the loss on the samples held back, if there are any."""
-        if self.validation:
-            loss = evaluate(self.base, self.adapter, self.validation, self.recipe)
+    def validate(self, metrics: MetricsLog, step: int, interrupt: Event) -> None:
+        """Writes the loss on the samples held back, if there are any; an interrupted one is made up for on --resume."""
+        if not self.validation:
+            return
+        loss = evaluate(self.base, self.adapter, self.validation, self.recipe, interrupt.is_set)
+        if not interrupt.is_set():
             metrics.write(step=step, epoch=step / self.steps_per_epoch, val_loss=loss)
 
     def save_checkpoint(self, step: int) -> None:

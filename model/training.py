@@ -157,10 +157,18 @@ def batch_loss(base: Llama, adapter: LlamaAdapter | None, batch: Batch, autocast
 
 
 @torch.no_grad()
-def evaluate(base: Llama, adapter: LlamaAdapter | None, samples: Sequence[Sample], recipe: Recipe) -> float:
-    """The mean of -log p over the samples' answer tokens, in nats."""
+def evaluate(
+    base: Llama,
+    adapter: LlamaAdapter | None,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """The mean of -log p over the samples' answer tokens, in nats; nan once `stop`, asked after every pass, is true."""
     loss, num_answer_tokens = 0.0, 0
     for batch in batches(samples, recipe.max_tokens, packed=recipe.packed):
         loss += batch_loss(base, adapter, batch, recipe.autocast).item()
         num_answer_tokens += batch.num_answer_tokens
+        if stop():
+            return math.nan
     return loss / num_answer_tokens

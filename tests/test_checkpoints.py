@@ -53,6 +53,12 @@ def test_zinit_round_trip(tmp_path, activation, heads):
         assert getattr(loaded, name) == getattr(saved, name)
 
 
+def test_equal_adapters_are_equal_files(tmp_path):
+    for name in ("a", "b", "c"):
+        save_adapter(tmp_path / name, checkpoint(metadata={"base": "tiny", "steps": "12"}))
+    assert len({(tmp_path / name).read_bytes() for name in ("a", "b", "c")}) == 1
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_official_v1(tmp_path, whole):
     state = official()

@@ -294,6 +294,26 @@ def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch,
     assert torch.equal(resumed.prompts, whole.prompts) and torch.equal(resumed.gates, whole.gates)
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_ctrl_c_in_a_validation_ends_it_and_resuming_makes_up_for_it(folder, whole_run, tmp_path, monkeypatch, epoch):
+    real, validations = program.evaluate, []
+
+    def pressing(*args):
+        validations.append(None)
+        if len(validations) == epoch + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "evaluate", pressing)
+        assert run(*arguments(folder, output)) == 130
+    assert len(validations) == epoch + 1
+    assert losses_of(output) == losses_of(whole_run)[: 3 * epoch]
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert losses_of(output) == losses_of(whole_run)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_that_crashes_before_its_first_step_resumes(
     folder, whole_run, tmp_path, monkeypatch, overwrite

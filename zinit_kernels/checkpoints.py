@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pickle
 import re
@@ -216,9 +217,14 @@ def _write_zinit(checkpoint: AdapterCheckpoint) -> bytes:
         "num_heads": "" if checkpoint.num_heads is None else str(checkpoint.num_heads),
     }
     tensors = {"prompts": checkpoint.prompts, "gates": checkpoint.gates}
-    return to_safetensors(
+    content = to_safetensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata
     )
+    # the library writes metadata in an order of chance: equal adapters shall be equal files
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 _V1_GATE = re.compile(r"layers\.(\d{1,4})\.attention\.gate")

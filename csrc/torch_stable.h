@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -73,6 +75,23 @@ inline View view_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), dtype_of(tensor, name)};
 }
 
+// ZINIT_POISON_OUTPUTS=1, for tests: every allocation starts as NaN (0xff.. is one in all three dtypes), so that an
+// element which a kernel forgets cannot hold an earlier call's right answer.
+inline bool poison_outputs() {
+  static const bool poison = [] {
+    const char* variable = std::getenv("ZINIT_POISON_OUTPUTS");
+    return variable != nullptr && variable[0] == '1';
+  }();
+  return poison;
+}
+
+// All allocations here are dense, whatever the order of their dimensions.
+inline size_t bytes_of(const std::vector<int64_t>& sizes, const Tensor& tensor) {
+  size_t bytes = tensor.element_size();
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  return bytes;
+}
+
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
   AtenTensorHandle handle;
@@ -80,7 +99,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (poison_outputs() && !sizes.empty()) std::memset(tensor.mutable_data_ptr(), 0xff, bytes_of(sizes, tensor));
+  return tensor;
 }
 
 inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype) {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zinit_kernels import zero_init_attention, zero_init_attention_varlen
+from zinit_kernels import reference, zero_init_attention, zero_init_attention_varlen
 from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +27,19 @@ def test_composed(case):
 @pytest.mark.parametrize("backend", ["composed", "reference"])
 def test_dense_mask_by(backend):
     check_case(DENSE, torch.float32, backend)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (4, 6, 9), (6, 1), (1, 4, 1, 9), (2, 1, 6, 9)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_of_any_broadcastable_shape(shape, kind):
+    query, key = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 9, 16)
+    mask = torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape)
+    out = zero_init_attention(query, key, key, attn_mask=mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, key, attn_mask=mask, enable_gqa=True
+    )
+    empty = expected.isnan()
+    torch.testing.assert_close(out.masked_fill(empty, 0), expected.masked_fill(empty, 0))
 
 
 def test_gradcheck_of_the_reference():
@@ -88,6 +101,26 @@ def test_huge_finite_mask_is_not_minus_infinity():
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scores_of_any_size_stay_finite(dtype):
+    inputs = make_inputs(Case("huge", seqlens_q=(64,), scale=1.0), dtype)
+    for name in ("query", "key", "prompt_key"):
+        inputs.tensors[name].data.mul_(3e4)
+    out, _ = inputs.call("cpu")
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.native
+def test_a_bound_far_above_the_longest_sequence_costs_nothing():
+    inputs = make_inputs(Case("bound", packed=True, seqlens_q=(40, 60)), torch.float32)
+    expected = inputs.call("cpu")[0]
+    inputs.options.update(max_seqlen_q=2**40, max_seqlen_k=2**40)
+    out, lse = inputs.call("cpu")
+    assert torch.equal(out, expected)
+    gradients((out, lse), inputs)
+
+
+@pytest.mark.native
 def test_double_backward_takes_the_written_out_formula():
     inputs = make_inputs(Case("double", seqlens_q=(7,), head_dim=8), torch.float32)
     results = []
@@ -99,6 +132,50 @@ def test_double_backward_takes_the_written_out_formula():
         results.append(torch.autograd.grad(penalty, leaves))
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("how", ["same", "dependent"])
+def test_create_graph_does_not_change_the_first_gradient(how):
+    x = torch.randn(1, 2, 8, 16, requires_grad=True)
+    gradients_ = []
+    for create_graph in (False, True):
+        query = x if how == "same" else x * 2
+        key = x if how == "same" else query * 0.7
+        out = zero_init_attention(query, key, key, is_causal=True, backend="cpu")
+        gradients_.append(torch.autograd.grad(out.square().sum(), x, create_graph=create_graph)[0])
+    torch.testing.assert_close(*gradients_, rtol=1e-4, atol=1e-5 * gradients_[0].abs().max().item())
+
+
+def test_second_derivatives_of_the_default_path():
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    gate = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+    prompts = torch.randn(2, 1, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x, p, g: zero_init_attention(x, x, x, p[0], p[1], g, is_causal=True), (x, prompts, gate)
+    )
+
+
+def test_forward_mode_and_functional_transforms_see_through():
+    x, t = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    attend = lambda query: zero_init_attention(query, x, x, is_causal=True)  # noqa: E731
+    _, tangent = torch.func.jvp(attend, (x,), (t,))
+    step = 1e-2
+    numeric = (attend(x + step * t) - attend(x - step * t)) / (2 * step)
+    torch.testing.assert_close(tangent, numeric, rtol=1e-2, atol=1e-3)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attend(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda q: attend(q).square().sum())(x), expected)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.native), "composed", "reference"])
+def test_autocast_casts_as_torch_does(backend):
+    query, key = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, key.bfloat16())
+        out = zero_init_attention(query, key, key.bfloat16(), backend=backend)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.native
@@ -122,6 +199,22 @@ def test_the_rule_catches_a_wrong_result():
     assert_within_eager_error("near", oracle.float(), eager, oracle, torch.float32)
     with pytest.raises(AssertionError, match="error"):
         assert_within_eager_error("far", (oracle + 3e-6).float(), eager, oracle, torch.float32)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("mutation", ["no_prompt_on_one_head", "wrong_window", "other_scale"])
+def test_the_rule_catches_mutations_in_bfloat16(mutation):
+    inputs = make_inputs(Case("mutant", seqlens_q=(40,), window=(9, -1)), torch.bfloat16)
+    eager = reference.attention(inputs.canonical(), compute_dtype=torch.bfloat16)[0]
+    oracle = reference.attention(inputs.to(torch.float64).canonical())[0]
+    assert_within_eager_error("whole", inputs.call("cpu")[0], eager, oracle, torch.bfloat16)
+    if mutation == "no_prompt_on_one_head":
+        inputs.tensors["gate"].data[2] = 0.0
+    else:
+        changed = {"window_size": (8, -1)} if mutation == "wrong_window" else {"scale": 0.13}
+        inputs.options.update(changed)
+    with pytest.raises(AssertionError, match="error"):
+        assert_within_eager_error("mutant", inputs.call("cpu")[0], eager, oracle, torch.bfloat16)
 
 
 def test_varlen_of_nothing():

@@ -81,6 +81,24 @@ def test_compiles_as_one_graph_with_backward(case, dynamic):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
 
 
+def test_compiles_with_one_tensor_in_two_places():
+    torch._dynamo.reset()
+    x = torch.randn(9, 4, 16, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def step(x):
+        return zero_init_attention_varlen(
+            x, x, x, None, None, None, cu_seqlens, cu_seqlens, 5, 5, causal=True
+        )
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        out = run(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_cache_function_compiles_as_one_graph_and_writes_the_caches(page_size):
     torch._dynamo.reset()

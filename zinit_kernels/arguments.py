@@ -32,6 +32,7 @@ def from_sdpa(
     prompt_index: Tensor | None,
 ) -> Call:
     """[B, H, T, D] tensors, SDPA's mask rules."""
+    query, key, value = _under_autocast(query, key, value)
     checks.check_tensor("query", query, 4, "[B, Hq, T, D]")
     checks.check_tensor("key", key, 4, "[B, Hkv, S, D]", like=query)
     checks.check_tensor("value", value, 4, "[B, Hkv, S, D]", like=query)
@@ -78,6 +79,7 @@ def from_varlen(
     prompt_index: Tensor | None,
 ) -> Call:
     """Packed [total, H, D] tensors, flash-attn's rules."""
+    q, k, v = _under_autocast(q, k, v)
     checks.check_tensor("q", q, 3, "[total_q, Hq, D]")
     checks.check_tensor("k", k, 3, "[total_k, Hkv, D]", like=q)
     checks.check_tensor("v", v, 3, "[total_k, Hkv, D]", like=q)
@@ -97,6 +99,8 @@ def from_varlen(
             raise TypeError(
                 f"{name} must be a Python int, got a tensor: reading it here would stall the device"
             )
+        if checks.as_int(name, length) < 0:
+            raise ValueError(f"{name} must not be negative, got {length}")
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
         prompt_k,
         prompt_v,
@@ -158,6 +162,12 @@ def from_cache(
             raise ValueError(
                 f"{name} requires grad, but the cache function writes in place and has no backward"
             )
+    if k is not None and (
+        k_cache is v_cache or (batch > 1 and block_table is None and k_cache.stride(0) == 0)
+    ):
+        raise ValueError(
+            "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own"
+        )
     if (k is None) != (v is None):
         raise ValueError(
             "k and v must be given together, or neither: they are appended to the caches as a pair"
@@ -167,7 +177,9 @@ def from_cache(
         checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
         checks.check_shape("k", k, (batch, None, heads_kv, head_dim))
         checks.check_shape("v", v, tuple(k.shape))
-    if isinstance(cache_seqlens, int):
+    if not isinstance(cache_seqlens, Tensor):
+        if not 0 <= checks.as_int("cache_seqlens", cache_seqlens) < 2**31:
+            raise ValueError(f"cache_seqlens must lie in 0 .. 2**31 - 1, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     cache_seqlens = checks.as_int32("cache_seqlens", cache_seqlens, 1, q)
     checks.check_shape("cache_seqlens", cache_seqlens, (batch,))
@@ -184,10 +196,22 @@ def from_cache(
     return CacheCall(
         _dense_rows(q).transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2),
         None if k is None else _dense_rows(k).transpose(1, 2), None if v is None else _dense_rows(v).transpose(1, 2),
-        prompt_k, prompt_v, gate, prompt_index, cache_seqlens, block_table, rotary_cos, rotary_sin,
-        rotary_interleaved, _scale(softmax_scale, head_dim), window_left, window_right,
-        gate_activation == "tanh", num_splits,
+        prompt_k, prompt_v, gate, prompt_index, cache_seqlens, block_table,
+        None if rotary_cos is None else rotary_cos.contiguous(),
+        None if rotary_sin is None else rotary_sin.contiguous(), rotary_interleaved,
+        _scale(softmax_scale, head_dim), window_left, window_right, gate_activation == "tanh", num_splits,
     )  # fmt: skip
+
+
+def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast all three in its dtype, as scaled_dot_product_attention has them."""
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (query, key, value)
+    )
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
@@ -200,6 +224,10 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
+    if isinstance(scale, Tensor):
+        raise TypeError(
+            "scale must be a Python number: no gradient flows into it, and a tensor would be read here"
+        )
     return head_dim**-0.5 if scale is None else float(scale)
 
 
@@ -211,7 +239,7 @@ def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int
             raise TypeError(
                 f"window_size must be (left, right) or None, -1 for no limit, got {window_size!r}"
             )
-        left, right = window_size
+        left, right = (checks.as_int("window_size", side) for side in window_size)
         if left < -1 or right < -1:
             raise ValueError(f"window_size must hold numbers >= -1 (-1 = no limit), got {tuple(window_size)}")
     return left, 0 if causal else right
@@ -247,7 +275,7 @@ def _classify_mask(mask: Tensor | None, query: Tensor, seqlen_k: int) -> tuple[T
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     depends_on_key_alone = shape[1] == 1 and shape[2] == 1 and not mask.requires_grad
     if not depends_on_key_alone:
-        return None, mask
+        return None, mask.reshape(shape)
     key_mask = mask.reshape(shape[0], shape[3])
     if mask.dtype == torch.bool:
         bias_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -330,6 +358,8 @@ def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tenso
     """[1 or N, Hq] in the softmax's precision; the raw gate, before its activation."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not isinstance(gate, Tensor):
+        if not isinstance(gate, (int, float)):
+            raise TypeError(f"gate must be a tensor or a number, got {type(gate).__name__}")
         return torch.full((1, heads_q), float(gate), dtype=dtype, device=query.device)
     if not gate.is_floating_point():
         raise TypeError(f"gate must be a floating-point tensor, got {gate.dtype}")

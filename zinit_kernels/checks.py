@@ -5,6 +5,9 @@ All but `check_values` look at metadata alone, so they cost no synchronisation a
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -128,6 +131,8 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: in
     if cos is None or sin is None:
         return
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
         if (
             table.dim() != 2
             or table.shape != cos.shape
@@ -152,8 +157,19 @@ def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
         )
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
-    return (
-        tensor
-        if tensor.dtype == torch.int32 and tensor.is_contiguous()
-        else tensor.to(torch.int32).contiguous()
-    )
+    if tensor.dtype == torch.int32:
+        return tensor.contiguous()
+    if tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < -(2**31) or high >= 2**31:
+            raise ValueError(f"{name} must fit into int32, got {low if low < -(2**31) else high}")
+    return tensor.to(torch.int32).contiguous()
+
+
+def as_int(name: str, number: SupportsIndex) -> int:
+    if torch.compiler.is_compiling():
+        return number  # type: ignore[return-value]  # may be symbolic
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {number!r}") from None

@@ -1,10 +1,13 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
-The path for what no fused backend takes: dense masks, soft spots of other devices (Apple, XPU), double
-backward where SDPA has one. Sequences of a packed batch or a cache are attended one after the other.
+The path for what no fused backend takes: dense masks, other devices (Apple, XPU). Sequences of a packed batch or a
+cache are attended one after the other, which reads their lengths on the host. A second derivative is there where
+SDPA's kernel has one; on a CPU it has none, `reference` does.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,17 +60,12 @@ def _token_branch(call: Call) -> Tensor:
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     if seqlen_k == 0 or call.query.numel() == 0:
         return torch.zeros_like(call.query)
-    grouped = call.query.shape[1] != call.key.shape[1]
     plain_causal = (call.window_left, call.window_right) == (-1, 0) and seqlen_q == seqlen_k
     if plain_causal and call.key_bias is None and call.dense_mask is None:
-        return F.scaled_dot_product_attention(
-            call.query, call.key, call.value, is_causal=True, scale=call.scale, enable_gqa=grouped
-        )
+        return _sdpa(call.query, call.key, call.value, is_causal=True, scale=call.scale)
     mask = reference.token_mask(call)
     if mask is None:
-        return F.scaled_dot_product_attention(
-            call.query, call.key, call.value, scale=call.scale, enable_gqa=grouped
-        )
+        return _sdpa(call.query, call.key, call.value, scale=call.scale)
     key, value = call.key, call.value
     if call.key_bias is not None:
         padded = (call.key_bias == float("-inf"))[:, None, :, None]
@@ -75,9 +73,7 @@ def _token_branch(call: Call) -> Tensor:
     # a row that sees no key: SDPA's kernels disagree between 0 and NaN, so let it see them all and drop the result
     empty = (mask == float("-inf")).all(-1, keepdim=True)
     mask = mask.masked_fill(empty, 0).to(call.query.dtype).expand(-1, -1, seqlen_q, seqlen_k)
-    out = F.scaled_dot_product_attention(
-        call.query, key, value, attn_mask=mask, scale=call.scale, enable_gqa=grouped
-    )
+    out = _sdpa(call.query, key, value, attn_mask=mask, scale=call.scale)
     return out.masked_fill(empty, 0)
 
 
@@ -90,35 +86,38 @@ def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
     ):
         return out
     query, dtype = call.query, call.query.dtype
-    gate = call.gate.tanh() if call.tanh_gate else call.gate
-    if call.prompt_key.shape[0] == 1 and call.prompt_index is None:
-        weight = gate[:, :, None, None].to(dtype)
-        prompt_key = call.prompt_key.to(dtype).expand(query.shape[0], -1, -1, -1)
-        prompt_value = call.prompt_value.to(dtype).expand(query.shape[0], -1, -1, -1)
+    # prompts of a wider dtype stay in it: float32 prompts can lie beyond float16
+    wide = torch.promote_types(dtype, call.prompt_key.dtype)
+    shared = call.prompt_key.shape[0] == 1 and call.prompt_index is None
+    if shared:
+        prompt_key, prompt_value = call.prompt_key, call.prompt_value
+        weight = call.gate.tanh() if call.tanh_gate else call.gate
     else:
-        rows = reference.prompt_rows(call)
-        present = rows >= 0
-        rows = rows.clamp(min=0)
-        weight = (gate[rows] if gate.shape[0] > 1 else gate.expand(len(rows), -1)) * present[:, None]
-        weight = weight[:, :, None, None].to(dtype)
-        prompt_key, prompt_value = call.prompt_key.to(dtype)[rows], call.prompt_value.to(dtype)[rows]
-        if call.cu_seqlens_q is not None:
-            return out + _packed_prompt_branch(call, weight, prompt_key, prompt_value)
-    branch = F.scaled_dot_product_attention(
-        query, prompt_key, prompt_value, scale=call.scale, enable_gqa=query.shape[1] != prompt_key.shape[1]
-    )
-    return out + weight * branch
-
-
-def _packed_prompt_branch(call: Call, weight: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> Tensor:
-    assert call.cu_seqlens_q is not None
-    bounds = call.cu_seqlens_q.tolist()
-    grouped = call.query.shape[1] != prompt_key.shape[1]
-    branches = []
-    for b in range(call.batch_size):
-        query = call.query[:, :, bounds[b] : bounds[b + 1]]
-        branch = F.scaled_dot_product_attention(
-            query, prompt_key[b : b + 1], prompt_value[b : b + 1], scale=call.scale, enable_gqa=grouped
+        prompt_key, prompt_value, weight = reference.gather_prompts(call)
+    weight = weight[:, :, None, None]
+    prompt_key, prompt_value, weight = (t.to(wide) for t in (prompt_key, prompt_value, weight))
+    if shared or call.cu_seqlens_q is None:
+        rows = (query.shape[0], -1, -1, -1)
+        branch = weight * _sdpa(
+            query.to(wide), prompt_key.expand(rows), prompt_value.expand(rows), scale=call.scale
         )
-        branches.append(weight[b : b + 1] * branch)
-    return torch.cat(branches, 2) if branches else torch.zeros_like(call.query)
+    else:
+        bounds = call.cu_seqlens_q.tolist()
+        branches = [
+            weight[b : b + 1]
+            * _sdpa(
+                query[:, :, bounds[b] : bounds[b + 1]].to(wide),
+                prompt_key[b : b + 1],
+                prompt_value[b : b + 1],
+                scale=call.scale,
+            )
+            for b in range(call.batch_size)
+        ]
+        branch = torch.cat(branches, 2) if branches else torch.zeros_like(query)
+    return (out + branch).to(dtype)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, enable_gqa=query.shape[1] != key.shape[1], **options
+    )

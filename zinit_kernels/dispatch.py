@@ -11,6 +11,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import composed, ops, reference
 from .backends import extension
@@ -57,7 +58,11 @@ def explain(call: Call | CacheCall, return_lse: bool, backend: str) -> Explanati
 def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     """The backend that runs the call; raises with the reason where a named one cannot."""
     if backend == "auto":
-        order = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
+        order: tuple[str, ...] = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
+        if call.query.dtype == torch.float64 and call.query.device.type == "cpu":
+            order = (
+                "reference",
+            )  # float64 is for checking gradients; SDPA's CPU kernel has no second derivative
         backend = next(name for name in order if not why_not(name, call, return_lse))
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
@@ -109,6 +114,16 @@ def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     return _why_not_composed(call, return_lse) if backend == "composed" else ""
 
 
+_TRANSFORMED = "forward-mode AD and torch.func transforms need the formula in plain PyTorch"
+
+
+def _transformed() -> bool:
+    """Whether forward-mode AD or a torch.func transform is on: only plain PyTorch can be seen through then."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _why_not_on_cpu(call: Call | CacheCall) -> str:
     device = call.query.device
     return "" if device.type == "cpu" else f"the tensors are on {device}"
@@ -135,6 +150,8 @@ def _why_not_on_gpu(call: Call | CacheCall) -> str:
 
 def _why_not_fused(call: Call | CacheCall) -> str:
     query = call.query
+    if _transformed():
+        return _TRANSFORMED
     if query.dtype == torch.float64:
         return "the fused kernels compute in float32, the tensors are float64"
     if not 1 <= query.shape[-1] <= MAX_FUSED_HEAD_DIM:
@@ -153,6 +170,8 @@ def _why_not_fused(call: Call | CacheCall) -> str:
 def _why_not_composed(call: Call | CacheCall, return_lse: bool) -> str:
     if return_lse:
         return "scaled_dot_product_attention does not return the log-sum-exp"
+    if _transformed():
+        return _TRANSFORMED
     if torch.compiler.is_compiling() and (isinstance(call, CacheCall) or call.cu_seqlens_q is not None):
         return "it reads sequence lengths on the host, which torch.compile cannot trace"
     return ""

@@ -27,7 +27,8 @@ def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a canonical call by a fused backend, differentiable in its six tensors and through both outputs."""
     tensors = (call.query, call.key, call.value, call.prompt_key, call.prompt_value, call.gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(backend, *_flatten(call))
+        args = _flatten(call)
+        return _Attention.apply(backend, *(_unaliased(args) if torch.compiler.is_compiling() else args))
     return _operator("forward", backend)(*_flatten(call))
 
 
@@ -51,6 +52,14 @@ def _flatten(call: Call) -> tuple[Any, ...]:
         call.key_bias, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k,
         call.scale, call.window_left, call.window_right, call.tanh_gate,
     )  # fmt: skip
+
+
+def _unaliased(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """dynamo refuses one tensor in two places of a Function, as key and value, or as both cu_seqlens."""
+    seen: list[Tensor] = []
+    for arg in args:
+        seen.append(arg.view_as(arg) if torch.is_tensor(arg) and any(arg is other for other in seen) else arg)
+    return tuple(seen)
 
 
 def _unflatten(args: tuple[Any, ...]) -> Call:
@@ -105,17 +114,21 @@ def _fused_backward(
 def _differentiable_backward(
     args: tuple[Any, ...], wanted: tuple[bool, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> list[Tensor | None]:
-    """create_graph=True: the gradients of the written-out formula, which can be differentiated again."""
-    outputs = reference.attention(_unflatten(args))
-    pairs = [
-        (o, g)
-        for o, g in zip(outputs, (grad_out, grad_lse), strict=True)
-        if g is not None and o.requires_grad
-    ]
-    inputs = [tensor for tensor, want in zip(args[:6], wanted, strict=True) if want]
+    """create_graph=True: the gradients of the written-out formula, which can be differentiated again.
+
+    Each input enters through a view of its own: the search for gradients stops there, where it would go on from
+    the query into a key that it was computed from, and one tensor passed twice stays two inputs.
+    """
+    views = [t.view_as(t) if want else t for t, want in zip(args[:6], wanted, strict=True)]
+    outputs = reference.attention(_unflatten((*views, *args[6:])))
+    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs],
+            [view for view, want in zip(views, wanted, strict=True) if want],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
     )
     return [next(found) if want else None for want in wanted]

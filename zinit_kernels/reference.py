@@ -23,17 +23,8 @@ def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Ten
     compute_dtype: the dtype everything is computed in; default float64 for float64 inputs, else float32.
     """
     dtype = compute_dtype or (torch.float64 if call.query.dtype == torch.float64 else torch.float32)
-    query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
-    mask = token_mask(call)
-    if call.key_bias is not None:
-        # 0 x NaN is NaN: what stands at a masked key must not reach the products
-        padded = (call.key_bias == float("-inf"))[:, None, :, None]
-        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
-    out, lse = _softmax_attention(query, key, value, call.scale, mask)
-
-    if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
-        out = out + _prompt_branch(call, query, dtype)
-    return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _attention(call, dtype)
 
 
 def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -56,6 +47,20 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
         ),
         compute_dtype,
     )  # fmt: skip
+
+
+def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
+    mask = token_mask(call)
+    if call.key_bias is not None:
+        # 0 x NaN is NaN: what stands at a masked key must not reach the products
+        padded = (call.key_bias == float("-inf"))[:, None, :, None]
+        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    out, lse = _softmax_attention(query, key, value, call.scale, mask)
+
+    if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
+        out = out + _prompt_branch(call, query, dtype)
+    return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
 
 
 def token_mask(call: Call) -> Tensor | None:
@@ -135,6 +140,21 @@ def prompt_rows(call: Call) -> Tensor:
     return batch if rows == call.batch_size else torch.zeros_like(batch)
 
 
+def gather_prompts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Each sequence's prompts [B, Hkv, P, D] and activated gates [B, Hq]; zeros where it has none."""
+    assert call.prompt_key is not None and call.prompt_value is not None and call.gate is not None
+    rows = prompt_rows(call)
+    absent = (rows < 0)[:, None]
+    rows = rows.clamp(min=0)
+    # masked_fill and not a product with 0: a row that nobody uses may hold NaN
+    hidden = absent[..., None, None]
+    key, value = call.prompt_key[rows].masked_fill(hidden, 0), call.prompt_value[rows].masked_fill(hidden, 0)
+    gate = (call.gate[rows] if call.gate.shape[0] > 1 else call.gate.expand(len(rows), -1)).masked_fill(
+        absent, 0
+    )
+    return key, value, gate.tanh() if call.tanh_gate else gate
+
+
 def _softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -158,23 +178,12 @@ def _softmax_attention(
 
 def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
     assert call.prompt_key is not None and call.prompt_value is not None and call.gate is not None
-    gate = call.gate.to(torch.promote_types(dtype, torch.float32))
-    gate = (gate.tanh() if call.tanh_gate else gate).to(dtype)
     if call.prompt_key.shape[2] == 0 or call.prompt_key.shape[0] == 0:
         return torch.zeros_like(query)
-    rows = prompt_rows(call)
-    present = (rows >= 0).to(dtype)
-    rows = rows.clamp(min=0)
-    prompt_key, prompt_value = (
-        call.prompt_key.to(dtype)[rows],
-        call.prompt_value.to(dtype)[rows],
-    )  # [B, Hkv, P, D]
-    weight = (gate[rows] if gate.shape[0] > 1 else gate.expand(len(rows), -1)) * present[:, None]  # [B, Hq]
+    prompt_key, prompt_value, weight = (t.to(dtype) for t in gather_prompts(call))
     if call.cu_seqlens_q is None:
-        return (
-            weight[:, :, None, None]
-            * _softmax_attention(query, prompt_key, prompt_value, call.scale, None)[0]
-        )
+        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, None)
+        return weight[:, :, None, None] * branch
     total = query.shape[2]
     sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
     tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]

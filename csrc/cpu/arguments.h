@@ -71,4 +71,12 @@ inline const int32_t* cumulative_lengths(const OptionalTensor& tensor, const cha
   return cu;
 }
 
+inline int64_t longest_of(const int32_t* cu_seqlens, int64_t num_sequences) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    longest = std::max<int64_t>(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
+  }
+  return longest;
+}
+
 }  // namespace zinit::cpu

@@ -152,7 +152,7 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
   const auto weight = [&](int64_t j, bool masked) {
     const Vec t = load(scores + j * kGroup);
     if (how.biased) return exp2_clamped(((t - pivot) - rest) * factor);
-    const Vec x = fma(t, factor, minus_pivot) - rest;
+    const Vec x = no_overflow(fma(t, factor, minus_pivot) - rest);
     return masked ? exp2_clamped(x) : exp2(x);
   };
   const auto rows = [&](int64_t begin, int64_t end, bool masked) {

@@ -59,13 +59,16 @@ inline void reduce_gates(const BackwardPlan& p) {
   for (int64_t head = 0; head < p.num_heads_q; ++head) {
     for (int64_t row = 0; row < p.gate_rows; ++row) {
       double sum = 0;
+      bool used = false;
       for (int64_t b = 0; b < p.num_sequences; ++b) {
         const Prompt prompt(p, b);
         if (!prompt.given() || prompt.gate_row != row) continue;
+        used = true;
         const int64_t blocks = ceil_div(Sequence(p, b).queries, p.block_queries);
         const float* partial = p.gate_partials + (b * p.num_heads_q + head) * p.blocks;
         for (int64_t i = 0; i < blocks; ++i) sum += static_cast<double>(partial[i]);
       }
+      if (!used) continue;  // its gate may be NaN
       const float raw = p.gate[row * p.num_heads_q + head];
       const double act = p.tanh_gate ? static_cast<double>(__builtin_tanhf(raw)) : 0.;
       p.grad_gate[row * p.num_heads_q + head] = static_cast<float>(sum * (1. - act * act));

@@ -41,6 +41,10 @@ void set_shapes(AttentionParams& p, const Tensor& query, const Tensor& key, cons
       cumulative_lengths(cu_seqlens_q, "cu_seqlens_q", p.num_sequences, p.seqlen_q, query.size(2));
   p.cu_seqlens_k = cumulative_lengths(cu_seqlens_k, "cu_seqlens_k", p.num_sequences, p.seqlen_k, key.size(2));
   p.key_bias = array_of<float>(key_bias, "key_bias", ScalarType::Float, {p.num_sequences, p.seqlen_k});
+  if (packed) {  // work and workspace follow what is there, whatever bound was given
+    p.seqlen_q = longest_of(p.cu_seqlens_q, p.num_sequences);
+    if (p.key_bias == nullptr) p.seqlen_k = longest_of(p.cu_seqlens_k, p.num_sequences);
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,

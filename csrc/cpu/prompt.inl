@@ -30,7 +30,7 @@ inline void prompt_softmax_column(int64_t P, float scale, float* scores, int64_t
   const Vec minus_top = broadcast(0.f) - top;
   Vec sum = broadcast(0.f);
   for (int64_t j = 0; j < P; ++j) {
-    const Vec weight = exp2(fma(load(scores + j * score_row), factor, minus_top));
+    const Vec weight = exp2(no_overflow(fma(load(scores + j * score_row), factor, minus_top)));
     sum = sum + weight;
     store(scores + j * score_row, weight);
   }

@@ -31,8 +31,12 @@ inline Vec exp2(Vec x) {
   return scale_by_power(p, n);
 }
 
-// max returns its second operand where one is NaN: NaN stays.
+// min and max return their second operand where one is NaN: NaN stays.
 inline Vec exp2_clamped(Vec x) { return exp2(max(broadcast(-200.f), x)); }
+
+// An exponent that is 0 at most but for rounding. Scores beyond 2^30 round to exponents that overflow: then no more
+// than this.
+inline Vec no_overflow(Vec x) { return min(broadcast(64.f), x); }
 
 }  // namespace
 }  // namespace zinit::cpu

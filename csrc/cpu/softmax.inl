@@ -50,7 +50,7 @@ inline void softmax_column(const Extent& e, const ScoreScale& how, const float* 
   // Where some lanes are masked the exponent can be -inf, elsewhere not.
   const auto weight = [&](int64_t key, bool masked) {
     const Vec s = load(column + key * score_row);
-    const Vec x = how.biased ? (s - now) * factor : fma(s, factor, broadcast(0.f) - now);
+    const Vec x = how.biased ? (s - now) * factor : no_overflow(fma(s, factor, broadcast(0.f) - now));
     return masked ? exp2_clamped(x) : exp2(x);
   };
   Vec sum0 = load(state.sum + lane) * decay, sum1 = broadcast(0.f);

@@ -187,6 +187,9 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cp
         index = torch.randint(0, rows, (batch,), generator=random, dtype=torch.int32)
         index[batch // 2] = -1
         options["prompt_index"] = index.to(device)
+        unused = [row for row in range(rows) if row not in index.tolist()]
+        for name in ("prompt_key", "prompt_value", *(["gate"] if case.gate == "per_row" else [])):
+            tensors[name].data[unused] = float("nan")
     return Inputs(case, tensors, options)
 
 

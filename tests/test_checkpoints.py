@@ -200,7 +200,10 @@ BAD_PICKLES = {
         lambda s: {k: torch.ones(2, 2, 2) if "gate" in k and v.any() else v for k, v in s.items()},
         r"shape \(1, heads, 1, 1\) or \(1,\), got \(2, 2, 2\)",
     ),
-    "integers": (lambda s: s | {"adapter_query.weight": torch.ones(40, HIDDEN, dtype=torch.int64)}, "must be float"),
+    "integers": (
+        lambda s: s | {"adapter_query.weight": torch.ones(40, HIDDEN, dtype=torch.int64)},
+        "must be float",
+    ),
     "gates differ": (lambda s: s | {"layers.5.attention.gate": torch.ones(1)}, "gates differ in shape"),
     "not finite": (
         lambda s: s | {"adapter_query.weight": torch.full((40, HIDDEN), torch.nan)},

@@ -144,8 +144,14 @@ BAD_HF = {
         "scaling of type 'yarn', supported are default, linear, llama3",
     ),
     "quantised": (lambda d: edit_config(d, quantization_config={}), "quantised"),
-    "no field": (lambda d: edit_config(d, hidden_size=None), "must have a positive whole number as hidden_size"),
-    "text": (lambda d: edit_config(d, rms_norm_eps="x"), "must have a positive number as rms_norm_eps, it has 'x'"),
+    "no field": (
+        lambda d: edit_config(d, hidden_size=None),
+        "must have a positive whole number as hidden_size",
+    ),
+    "text": (
+        lambda d: edit_config(d, rms_norm_eps="x"),
+        "must have a positive number as rms_norm_eps, it has 'x'",
+    ),
     "rope text": (lambda d: edit_config(d, rope_parameters="x"), "rotary embedding by an object, it has 'x'"),
     "window": (
         lambda d: edit_config(d, model_type="mistral", sliding_window=-1),
@@ -218,7 +224,10 @@ BAD_META = {
     "no dim": (lambda d: edit_meta(d, dim=None), "positive whole number as dim, it has None"),
     "no heads": (lambda d: edit_meta(d, n_heads=0), "positive whole number as n_heads, it has 0"),
     "no multiple": (lambda d: edit_meta(d, multiple_of=0), "positive whole number as multiple_of, it has 0"),
-    "multiplier": (lambda d: edit_meta(d, ffn_dim_multiplier="x"), "number as ffn_dim_multiplier, it has 'x'"),
+    "multiplier": (
+        lambda d: edit_meta(d, ffn_dim_multiplier="x"),
+        "number as ffn_dim_multiplier, it has 'x'",
+    ),
     "shard shape": (
         lambda d: edit_shard(d, "layers.1.attention.wk.weight", lambda weight: weight[0]),
         r"layers\.1\.attention\.wk\.weight must be a matrix of one shape in all shards",

@@ -28,7 +28,10 @@ def test_tokenizer_config_names_the_special_tokens(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    for content, message in (("[]", "must hold a JSON object"), ('{"bos_token": {"a": 1}}', "name the bos_token")):
+    for content, message in (
+        ("[]", "must hold a JSON object"),
+        ('{"bos_token": {"a": 1}}', "name the bos_token"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(UserError, match=message):
             load_tokenizer(tmp_path)

@@ -75,8 +75,8 @@ inline View view_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), dtype_of(tensor, name)};
 }
 
-// ZINIT_POISON_OUTPUTS=1, for tests: every allocation starts as NaN (0xff.. is one in all three dtypes), so that an
-// element which a kernel forgets cannot hold an earlier call's right answer.
+// ZINIT_POISON_OUTPUTS=1, for tests: every allocation starts as NaN (0xff.. is one in all three dtypes), so
+// that an element which a kernel forgets cannot hold an earlier call's right answer.
 inline bool poison_outputs() {
   static const bool poison = [] {
     const char* variable = std::getenv("ZINIT_POISON_OUTPUTS");
@@ -100,7 +100,8 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  if (poison_outputs() && !sizes.empty()) std::memset(tensor.mutable_data_ptr(), 0xff, bytes_of(sizes, tensor));
+  if (poison_outputs() && !sizes.empty())
+    std::memset(tensor.mutable_data_ptr(), 0xff, bytes_of(sizes, tensor));
   return tensor;
 }
 

@@ -18,7 +18,8 @@ from .backends import extension
 from .calls import CacheCall, Call
 from .checks import check_values
 
-ORDER = {"cpu": ("cpu", "composed", "reference"), "cuda": ("triton", "composed", "reference")}
+# Triton is taken by name only until a GPU has run its kernels.
+ORDER = {"cpu": ("cpu", "composed", "reference")}
 ORDER_ELSEWHERE = ("composed", "reference")
 BACKENDS = ("cpu", "triton", "composed", "reference")
 MAX_FUSED_HEAD_DIM = 256
@@ -60,9 +61,8 @@ def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     if backend == "auto":
         order: tuple[str, ...] = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
         if call.query.dtype == torch.float64 and call.query.device.type == "cpu":
-            order = (
-                "reference",
-            )  # float64 is for checking gradients; SDPA's CPU kernel has no second derivative
+            # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
+            order = ("reference",)
         backend = next(name for name in order if not why_not(name, call, return_lse))
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")

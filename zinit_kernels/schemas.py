@@ -9,9 +9,8 @@ One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak 
     gate float32 [1 or N, Hq], raw                      prompt_index int32 [B], -1 = none
     key_bias float32 [B, S]                             added to the scaled scores, -inf = masked
     window_left / window_right                          bottom-right aligned, -1 = unlimited, causal = (.., 0)
-    out                                                 [B, Hq, T, D] stored token-major ([B, T, Hq, D]
-    contiguous) lse float32 [B, Hq, T]                              natural log, token branch, -inf where a
-    row has no key
+    out                                                 [B, Hq, T, D], stored [B, T, Hq, D]
+    lse float32 [B, Hq, T]                              natural log, token branch, -inf without a key
 
 `backward` returns (dq, dk, dv, d prompt_key, d prompt_value, d gate); bit i of `needs` asks for the i-th, one
 not asked for comes back with no elements. dq, dk and dv are stored token-major like `out`, the prompt
@@ -33,7 +32,7 @@ BACKWARD = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_PROMPT}, {_MASK}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Caches: contiguous [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D] with int32 block_table [B, max_pages].
+# Caches, through their strides: [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D] with int32 block_table [B, max_pages].
 DECODE = (
     f"(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? new_key, Tensor? new_value, {_PROMPT}, "
     "Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "

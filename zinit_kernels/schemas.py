@@ -32,7 +32,8 @@ BACKWARD = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_PROMPT}, {_MASK}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Caches, through their strides: [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D] with int32 block_table [B, max_pages].
+# Caches, through their strides: [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D] with int32 block_table
+# [B, max_pages].
 DECODE = (
     f"(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? new_key, Tensor? new_value, {_PROMPT}, "
     "Tensor cache_seqlens, Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "

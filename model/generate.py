@@ -223,9 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], help="end an answer at this text; may be repeated"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: the checkpoint's"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     return parser
 

@@ -146,7 +146,11 @@ def _hf_shards(directory: Path) -> dict[Path, set[str] | None]:
     if index.is_file():
         shards: dict[Path, set[str] | None] = {}
         places = _read_json(index).get("weight_map")
-        if not places or not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        if (
+            not places
+            or not isinstance(places, dict)
+            or not all(isinstance(file, str) for file in places.values())
+        ):
             raise UserError(f"{index} must name the file of each tensor in an object weight_map.")
         for name, file in places.items():
             names = shards.setdefault(directory / file, set())
@@ -182,7 +186,9 @@ def _read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     for name in names:
         shapes = {tuple(shard[name].shape) for shard in shards}
         if _meta_name(name)[1] is not None and (len(shapes) > 1 or len(min(shapes)) != 2 or 0 in min(shapes)):
-            raise UserError(f"{directory}: {name} must be a matrix of one shape in all shards, it has {shapes}.")
+            raise UserError(
+                f"{directory}: {name} must be a matrix of one shape in all shards, it has {shapes}."
+            )
     query, rows = shards[0].get("layers.0.attention.wq.weight"), params.get("dim")
     if query is not None and isinstance(rows, int) and query.shape[0] * len(shards) != rows:
         raise UserError(f"{directory} holds {len(shards)} of {rows // query.shape[0]} shards.")

@@ -295,7 +295,9 @@ def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3])
-def test_ctrl_c_in_a_validation_ends_it_and_resuming_makes_up_for_it(folder, whole_run, tmp_path, monkeypatch, epoch):
+def test_ctrl_c_in_a_validation_ends_it_and_resuming_makes_up_for_it(
+    folder, whole_run, tmp_path, monkeypatch, epoch
+):
     real, validations = program.evaluate, []
 
     def pressing(*args):

@@ -139,7 +139,7 @@ def test_chips_by_capability(monkeypatch, capability, expected):
         query, key, value = (torch.empty(1, 2, 5, 16, device="cuda") for _ in range(3))
         explanation = explain(query, key, value, None, None, None)
     assert expected in explanation["triton"]
-    assert explanation.selected == ("triton" if expected == "usable" else "composed")
+    assert explanation.selected == "composed"  # by name only, until a GPU has run it
 
 
 def test_auto_takes_no_interpreter():

@@ -85,13 +85,6 @@ inline bool poison_outputs() {
   return poison;
 }
 
-// All allocations here are dense, whatever the order of their dimensions.
-inline size_t bytes_of(const std::vector<int64_t>& sizes, const Tensor& tensor) {
-  size_t bytes = tensor.element_size();
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  return bytes;
-}
-
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType dtype) {
   AtenTensorHandle handle;
@@ -100,8 +93,9 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  if (poison_outputs() && !sizes.empty())
-    std::memset(tensor.mutable_data_ptr(), 0xff, bytes_of(sizes, tensor));
+  if (poison_outputs()) {  // all allocations here are dense, whatever the order of their dimensions
+    std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  }
   return tensor;
 }
 

@@ -66,10 +66,7 @@ def _token_branch(call: Call) -> Tensor:
     mask = reference.token_mask(call)
     if mask is None:
         return _sdpa(call.query, call.key, call.value, scale=call.scale)
-    key, value = call.key, call.value
-    if call.key_bias is not None:
-        padded = (call.key_bias == float("-inf"))[:, None, :, None]
-        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    key, value = reference.blank_masked_keys(call, call.key, call.value)
     # a row that sees no key: SDPA's kernels disagree between 0 and NaN, so let it see them all and drop the result
     empty = (mask == float("-inf")).all(-1, keepdim=True)
     mask = mask.masked_fill(empty, 0).to(call.query.dtype).expand(-1, -1, seqlen_q, seqlen_k)

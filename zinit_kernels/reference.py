@@ -52,10 +52,7 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
     mask = token_mask(call)
-    if call.key_bias is not None:
-        # 0 x NaN is NaN: what stands at a masked key must not reach the products
-        padded = (call.key_bias == float("-inf"))[:, None, :, None]
-        key, value = key.masked_fill(padded, 0), value.masked_fill(padded, 0)
+    key, value = blank_masked_keys(call, key, value)
     out, lse = _softmax_attention(query, key, value, call.scale, mask)
 
     if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
@@ -94,6 +91,14 @@ def token_mask(call: Call) -> Tensor | None:
         return mask
     hidden = torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
     return hidden if mask is None else mask + hidden
+
+
+def blank_masked_keys(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros where key_bias masks: 0 x NaN is NaN, and what stands at a masked key must not reach the products."""
+    if call.key_bias is None:
+        return key, value
+    masked = (call.key_bias == float("-inf"))[:, None, :, None]
+    return key.masked_fill(masked, 0), value.masked_fill(masked, 0)
 
 
 def append_and_rotate(call: CacheCall) -> tuple[Tensor, Tensor]:

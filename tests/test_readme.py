@@ -13,7 +13,12 @@ README = (ROOT / "README.md").read_text()
 def test_python_example_runs(code):
     names = {}
     exec(code, names)
-    assert names["gate"].grad.isfinite().all() and names["gate"].grad.abs().sum() > 0
+    gates = [names["gate"]] if "gate" in names else named_gates(names["model"])
+    assert gates and all(gate.grad.isfinite().all() and gate.grad.abs().sum() > 0 for gate in gates)
+
+
+def named_gates(model):
+    return [parameter for name, parameter in model.named_parameters() if name.endswith("gate")]
 
 
 def test_the_tree_is_there():

@@ -6,7 +6,7 @@ ZINIT_REQUIRE_NATIVE ?= $(if $(filter 0,$(ZINIT_BUILD)),0,1)
 export VENV PY TORCH_INDEX ZINIT_REQUIRE_NATIVE
 
 PUBLIC := zinit_kernels
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test lint format bench sanitize clean
 

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 MIN_TORCH = (2, 11)
+MIN_CUDA = (12, 4)
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 
 
 class Torch(NamedTuple):
     path: Path
     version: str
+    cuda: str | None  # the version of CUDA it was built with
+
+
+class Cuda(NamedTuple):
+    path: Path
+    version: tuple[int, int]
 
 
 def fail(message: str):
@@ -44,6 +51,23 @@ def accepts(compiler: list[str], flags: list[str]) -> bool:
     return subprocess.run(check, capture_output=True).returncode == 0
 
 
+def find_cuda() -> tuple[Cuda | None, str]:
+    """The CUDA toolkit, or None and why there will be no CUDA kernels."""
+    nvcc = shutil.which("nvcc")
+    named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = named or ["/usr/local/cuda", *([str(Path(nvcc).resolve().parent.parent)] if nvcc else [])]
+    for folder in map(Path, folders):
+        if not (folder / "bin" / "nvcc").is_file() or not (folder / "include" / "cuda_runtime.h").is_file():
+            continue
+        text = subprocess.run([folder / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
+        version = int(major), int(minor)
+        if version < MIN_CUDA:
+            return None, f"nvcc {major}.{minor} is older than {MIN_CUDA[0]}.{MIN_CUDA[1]}"
+        return Cuda(folder, version), ""
+    return None, f"no CUDA toolkit (nvcc and its headers) in {', '.join(folders)}; CUDA_HOME names another"
+
+
 def find_torch() -> Torch | None:
     """The torch to compile against: ZINIT_TORCH_DIR, else what Python would import, else the environment's.
 
@@ -52,9 +76,10 @@ def find_torch() -> Torch | None:
     """
     for path in _candidates():
         if (path / STABLE_HEADER).is_file():
-            version = _assigned_strings(path / "version.py")["__version__"]
+            values = _assigned_strings(path / "version.py")
+            version = values["__version__"]
             if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= MIN_TORCH:
-                return Torch(path, version)
+                return Torch(path, version, values.get("cuda"))
     return None
 
 

@@ -84,6 +84,7 @@ struct DecodeParams : AttentionParams {
   const void* rotary_cos;  // [>= S, rotary_dim / 2] or nullptr
   const void* rotary_sin;
   int64_t rotary_stride;
+  int64_t rotary_positions;  // rows of the tables
   DType rotary_dtype;
   int64_t rotary_dim;  // even, <= D
   bool rotary_interleaved;

@@ -166,5 +166,5 @@ def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
         assert extension.describe().startswith("cpu: ")
     finally:
         extension._load.cache_clear()
-    with pytest.raises(ValueError, match=r"name must be one of \['cpu'\], got 'tpu'"):
+    with pytest.raises(ValueError, match=r"name must be one of \['cpu', 'cuda'\], got 'tpu'"):
         extension.why_unavailable("tpu")

@@ -117,7 +117,7 @@ def test_prompt_attention_refuses_another_shape():
 @pytest.mark.native
 def test_explain_names_the_choice_and_every_reason():
     found = explain(**sdpa())
-    assert found.selected == "cpu" and set(found) == {"cpu", "triton", "composed", "reference"}
+    assert found.selected == "cpu" and set(found) == {"cpu", "triton", "cuda", "composed", "reference"}
     assert found["cpu"] == "usable" and "-> cpu: usable" in str(found)
     dense = explain(**sdpa(attn_mask=x(2, 4, 6, 6)))
     assert dense.selected == "composed" and "attn_mask depends on the query" in dense["cpu"]

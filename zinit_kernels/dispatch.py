@@ -18,12 +18,14 @@ from .backends import extension
 from .calls import CacheCall, Call
 from .checks import check_values
 
-# Triton is taken by name only until a GPU has run its kernels.
+# Triton and CUDA are taken by name only until a GPU has run their kernels.
 ORDER = {"cpu": ("cpu", "composed", "reference")}
 ORDER_ELSEWHERE = ("composed", "reference")
-BACKENDS = ("cpu", "triton", "composed", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "composed", "reference")
 MAX_FUSED_HEAD_DIM = 256
-MIN_TRITON_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
+CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_CUDA_TOKENS = 16
 
 
 def _is_installed(module: str) -> bool:
@@ -34,6 +36,7 @@ def _is_installed(module: str) -> bool:
 
 
 _CPU_UNAVAILABLE = extension.why_unavailable("cpu")
+_CUDA_UNAVAILABLE = extension.why_unavailable("cuda")
 _TRITON_UNAVAILABLE = "" if _is_installed("triton") else "triton is not installed: pip install triton"
 _LOG = os.environ.get("ZINIT_LOG") == "1"
 _logger = logging.getLogger("zinit_kernels")
@@ -81,7 +84,7 @@ def run(backend: str, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | No
     backend = select(backend, call, return_lse)
     if backend != "cpu":  # the native kernels read the values themselves
         check_values(call)
-    if backend in ops.FUSED_BACKENDS:
+    if backend in ops.STAGES:
         out, lse = ops.attention(call, backend)
         return out, lse if return_lse else None
     if backend == "composed":
@@ -96,7 +99,7 @@ def run_with_cache(backend: str, call: CacheCall, return_lse: bool) -> tuple[Ten
     with torch.no_grad():
         if backend != "cpu":
             check_values(call)
-        if backend in ops.FUSED_BACKENDS:
+        if backend in ops.STAGES:
             out, lse = ops.attention_with_cache(call, backend)
             return out, lse if return_lse else None
         if backend == "composed":
@@ -110,7 +113,9 @@ def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     if backend == "cpu":
         return _CPU_UNAVAILABLE or _why_not_on_cpu(call) or _why_not_fused(call)
     if backend == "triton":
-        return _TRITON_UNAVAILABLE or _why_not_on_gpu(call) or _why_not_fused(call)
+        return _TRITON_UNAVAILABLE or _why_not_triton(call) or _why_not_fused(call)
+    if backend == "cuda":
+        return _CUDA_UNAVAILABLE or _why_not_on_gpu(call) or _why_not_cuda(call) or _why_not_fused(call)
     return _why_not_composed(call, return_lse) if backend == "composed" else ""
 
 
@@ -129,22 +134,44 @@ def _why_not_on_cpu(call: Call | CacheCall) -> str:
     return "" if device.type == "cpu" else f"the tensors are on {device}"
 
 
-def _why_not_on_gpu(call: Call | CacheCall) -> str:
-    device = call.query.device
-    if device.type == "cpu":
+def _why_not_triton(call: Call | CacheCall) -> str:
+    if call.query.device.type == "cpu":
         return (
             ""
             if ops.INTERPRETED
             else "the tensors are on cpu (Triton's interpreter needs TRITON_INTERPRET=1)"
         )
+    return _why_not_on_gpu(call)
+
+
+def _why_not_on_gpu(call: Call | CacheCall) -> str:
+    device = call.query.device
     if device.type != "cuda":
         return f"the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_TRITON_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        return (
-            f"{name} is sm_{capability[0]}{capability[1]}; the Triton kernels are written for sm_80 and newer"
-        )
+        return f"{name} is sm_{capability[0]}{capability[1]}; the kernels are written for sm_80 and newer"
+    return ""
+
+
+def _why_not_cuda(call: Call | CacheCall) -> str:
+    if isinstance(call, Call):
+        return "the CUDA kernels are for decoding against a cache; attention over whole sequences is Triton's"
+    query, new = call.query, call.new_key
+    if query.shape[-1] not in CUDA_HEAD_DIMS:
+        return f"head_dim must be one of {CUDA_HEAD_DIMS}, got {query.shape[-1]}"
+    tokens = max(query.shape[2], 0 if new is None else new.shape[2])
+    if tokens > MAX_CUDA_TOKENS:
+        return f"at most {MAX_CUDA_TOKENS} new tokens a sequence, got {tokens}"
+    for name, cache in (("k_cache", call.key_cache), ("v_cache", call.value_cache)):
+        strides = [
+            n * cache.element_size() for n, size in zip(cache.stride(), cache.shape, strict=True) if size > 1
+        ]
+        if any(stride % 16 for stride in strides[:-1]):
+            return f"the rows of {name} must start at multiples of 16 bytes, got strides {cache.stride()}"
+        if not torch.compiler.is_compiling() and cache.data_ptr() % 16:
+            return f"{name} must start at a multiple of 16 bytes, got address {cache.data_ptr():#x}"
     return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor
 from . import reference, schemas
 from .calls import CacheCall, Call
 
-FUSED_BACKENDS = ("cpu", "triton")
+STAGES = {
+    "cpu": ("forward", "backward", "decode"),
+    "triton": ("forward", "backward", "decode"),
+    "cuda": ("decode",),
+}
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # Triton's interpreter runs the kernels on CPU tensors
@@ -170,9 +175,16 @@ def _decode_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _forward_fake(query)
 
 
-for _backend in FUSED_BACKENDS:
-    for _stage, _fake in (("forward", _forward_fake), ("backward", _backward_fake), ("decode", _decode_fake)):
-        torch.library.register_fake(f"{schemas.NAMESPACE}::{_stage}_{_backend}", _fake, lib=schemas.library)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "forward": _forward_fake,
+    "backward": _backward_fake,
+    "decode": _decode_fake,
+}
+for _backend, _stages in STAGES.items():
+    for _stage in _stages:
+        torch.library.register_fake(
+            f"{schemas.NAMESPACE}::{_stage}_{_backend}", _FAKES[_stage], lib=schemas.library
+        )
 
 
 def _register_triton(stage: str) -> None:

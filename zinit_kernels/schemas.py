@@ -46,3 +46,4 @@ for _backend in ("cpu", "triton"):
     library.define(f"forward_{_backend}{FORWARD}")
     library.define(f"backward_{_backend}{BACKWARD}")
     library.define(f"decode_{_backend}{DECODE}")
+library.define(f"decode_cuda{DECODE}")

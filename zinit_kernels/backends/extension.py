@@ -12,7 +12,11 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
-LIBRARIES = {"cpu": "_C_cpu.so"}
+LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
+NEEDED_TO_BUILD = {
+    "cpu": "C++ compiler (g++ 11 or later)",
+    "cuda": "nvcc 12.4 or later beside a torch built for CUDA",
+}
 
 
 @cache
@@ -23,8 +27,8 @@ def _load(name: str) -> str:
         if not sys.platform.startswith("linux"):
             return f"the native kernels are built on Linux only, this is {platform.system()}"
         return (
-            f"{library} was not built: there was no C++ compiler when zinit_kernels was installed, or "
-            "ZINIT_BUILD=0 was set; install g++ 11 or later and install the package again"
+            f"{library} was not built: ZINIT_BUILD=0 was set when zinit_kernels was installed, or there was no "
+            f"{NEEDED_TO_BUILD[name]}; install the package again with it"
         )
     try:
         torch.ops.load_library(str(library))
@@ -34,7 +38,7 @@ def _load(name: str) -> str:
 
 
 def available(name: str) -> bool:
-    """Whether the operators of the compiled backend `name` ("cpu") can be called."""
+    """Whether the operators of the compiled backend `name` ("cpu" or "cuda") can be called."""
     return not why_unavailable(name)
 
 
@@ -46,5 +50,6 @@ def why_unavailable(name: str) -> str:
 
 
 def describe() -> str:
-    """One line per compiled backend: the instruction set it chose, or why there is none."""
-    return f"cpu: {why_unavailable('cpu') or torch.ops.zinit.cpu_capability()}"
+    """One line per compiled backend: the CPU's instruction set, "loaded", or why there is none."""
+    cpu = why_unavailable("cpu") or torch.ops.zinit.cpu_capability()
+    return f"cpu: {cpu}\ncuda: {why_unavailable('cuda') or 'loaded'}"

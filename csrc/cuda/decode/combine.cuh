@@ -1,0 +1,45 @@
+// The splits of a query row become one; here, and nowhere else where keys are split, the prompt term is
+// added.
+#pragma once
+#include "finish.cuh"
+#include "stage.cuh"
+
+namespace zinit::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) decode_combine(const DecodeWork w) {
+  DYNAMIC_SHARED(memory);
+  const auto head_dim = static_cast<int>(w.head_dim);
+  const SharedLayout layout(1, head_dim, sizeof(T), static_cast<int>(w.prompt_length), 0);
+  const Shared<T> shared(memory, layout);
+  float* weights = reinterpret_cast<float*>(memory + layout.bytes);  // [splits]
+  const int row = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y);
+  const Sequence sequence(w, static_cast<int>(blockIdx.z));
+  stage_queries(w, sequence, kv_head, row, 1, 1, shared);
+
+  const int64_t at = partial_index(w, sequence.index, kv_head, row, 0);
+  const float* states = w.states + 2 * at;
+  if (threadIdx.x < 32) {
+    float largest = -INFINITY, sum = 0.f;
+    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32)
+      largest = fmaxf(largest, states[2 * s]);
+    largest = warp_max(largest);
+    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32) {
+      const float weight = states[2 * s + 1] == 0.f ? 0.f : fast_exp2(states[2 * s] - largest);
+      weights[s] = weight;
+      sum += weight * states[2 * s + 1];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) shared.states[0] = largest, shared.states[1] = sum;
+  }
+  __syncthreads();
+  for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
+    float merged = 0.f;
+#pragma unroll 8
+    for (int s = 0; s < w.splits; ++s) merged += weights[s] * w.partials[(at + s) * head_dim + d];
+    shared.merged[d] = merged;
+  }
+  finish_rows(w, sequence.index, kv_head, row, 1, shared.states, shared);
+}
+
+}  // namespace zinit::cuda

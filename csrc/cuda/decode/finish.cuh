@@ -1,0 +1,139 @@
+// The end of a query row: its token branch divided by its sum, the gated prompt term added exactly once.
+#pragma once
+#include "work.cuh"
+
+namespace zinit::cuda {
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+// The row of the prompt table that a sequence takes; -1 = none, which an index outside the table also means.
+__device__ __forceinline__ int prompt_row(const DecodeWork& w, int sequence) {
+  if (!w.prompt_key.data || w.prompt_length == 0) return -1;
+  const int row = w.prompt_index ? w.prompt_index[sequence] : w.prompt_rows == 1 ? 0 : sequence;
+  return row >= 0 && row < w.prompt_rows ? row : -1;
+}
+
+// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk).
+template <class T>
+__device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row, int kv_head, int first,
+                                              int count, const Shared<T>& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const auto prompts = static_cast<int>(w.prompt_length);
+  const int64_t table = table_row * w.prompt_key.batch + kv_head * w.prompt_key.head;
+  for (int i = warp; i < count * prompts; i += kWarps) {
+    const int row = i / prompts, p = i % prompts;
+    float score = 0.f;
+    for (int d = lane; d < w.head_dim; d += 32) {
+      const float key = load_any(w.prompt_key.data, table + p * w.prompt_key.token + d, w.prompt_key.dtype);
+      score += to_float(shared.queries[row * shared.query_stride + d]) * key;
+    }
+    score = warp_sum(score);
+    if (lane == 0) shared.scores[i] = score * (w.scale * kLog2E);
+  }
+  __syncthreads();
+  for (int row = warp; row < count; row += kWarps) {
+    float* scores = shared.scores + row * prompts;
+    float largest = -INFINITY, sum = 0.f;
+    for (int p = lane; p < prompts; p += 32) largest = fmaxf(largest, scores[p]);
+    largest = warp_max(largest);
+    for (int p = lane; p < prompts; p += 32) sum += fast_exp2(scores[p] - largest);
+    sum = warp_sum(sum);
+    const int head = kv_head * w.group + (first + row) % w.group;
+    const float raw = w.gate[(w.gate_rows > 1 ? table_row : 0) * w.num_heads_q + head];
+    const float weight = (w.tanh_gate ? tanhf(raw) : raw) / sum;
+    for (int p = lane; p < prompts; p += 32) scores[p] = weight * fast_exp2(scores[p] - largest);
+  }
+  __syncthreads();
+}
+
+// Query rows first .. first + count from shared.merged and the merged states to out and lse.
+template <class T>
+__device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, int kv_head, int first,
+                                            int count, const float* states, const Shared<T>& shared) {
+  const auto head_dim = static_cast<int>(w.head_dim);
+  const int table_row = prompt_row(w, sequence);
+  const int prompts = table_row < 0 ? 0 : static_cast<int>(w.prompt_length);
+  if (prompts) weigh_prompts(w, table_row, kv_head, first, count, shared);
+  const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
+  for (int row = 0; row < count; ++row) {
+    const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
+    const float largest = states[2 * row], sum = states[2 * row + 1];
+    for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
+      float prompt = 0.f;
+      for (int p = 0; p < prompts; ++p) {
+        prompt += shared.scores[row * prompts + p] *
+                  load_any(w.prompt_value.data, table + p * w.prompt_value.token + d, w.prompt_value.dtype);
+      }
+      const float out = (sum == 0.f ? 0.f : shared.merged[row * head_dim + d] / sum) + prompt;
+      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>(out);
+    }
+    if (threadIdx.x == 0) {
+      const int64_t at = (sequence * w.num_heads_q + head) * w.seqlen_q + token;
+      w.lse[at] = sum == 0.f ? -INFINITY : largest * kLn2 + logf(sum);
+    }
+  }
+}
+
+// Place of a query row's partial results among all: [B, Hkv, T * group, splits].
+__device__ __forceinline__ int64_t partial_index(const DecodeWork& w, int sequence, int kv_head, int row,
+                                                 int split) {
+  return ((static_cast<int64_t>(sequence) * w.num_heads_kv + kv_head) * w.query_rows + row) * w.splits +
+         split;
+}
+
+// What the warps of a block found becomes one. Each warp has left its states (maximum and sum of every row)
+// in shared memory; `each_element(f)` calls f(row, d, value) for the weighted values that a lane holds. The
+// warps add in turns, in the order of the keys, so the result has the same bits every time.
+template <class T, int ROWS, class EachElement>
+__device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Share& share,
+                                                 const Shared<T>& shared, const EachElement& each_element) {
+  const auto head_dim = static_cast<int>(w.head_dim);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  float* merged_states = shared.states + kWarps * ROWS * 2;
+  __syncthreads();
+  for (int row = static_cast<int>(threadIdx.x); row < ROWS; row += kThreads) {
+    float largest = -INFINITY, sum = 0.f;
+    for (int v = 0; v < kWarps; ++v) largest = fmaxf(largest, shared.states[(v * ROWS + row) * 2]);
+    for (int v = 0; v < kWarps; ++v) {
+      const float* state = shared.states + (v * ROWS + row) * 2;
+      if (state[1] != 0.f) sum += state[1] * fast_exp2(state[0] - largest);
+    }
+    merged_states[2 * row] = largest;
+    merged_states[2 * row + 1] = sum;
+  }
+  __syncthreads();
+  for (int turn = 0; turn < kWarps; ++turn) {
+    if (warp == turn) {
+      each_element([&](int row, int d, float value) {
+        const float largest = merged_states[2 * row], own = shared.states[(warp * ROWS + row) * 2];
+        const float factor = largest == -INFINITY ? 0.f : fast_exp2(own - largest);
+        float& to = shared.merged[row * head_dim + d];
+        to = turn == 0 ? value * factor : to + value * factor;
+      });
+    }
+    __syncthreads();
+  }
+  const int b = share.sequence.index;
+  if (w.splits == 1) {
+    return finish_rows(w, b, share.kv_head, share.first_row, share.rows, merged_states, shared);
+  }
+  for (int row = 0; row < share.rows; ++row) {
+    const int64_t at = partial_index(w, b, share.kv_head, share.first_row + row, share.split);
+    for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
+      w.partials[at * head_dim + d] = shared.merged[row * head_dim + d];
+    }
+    if (threadIdx.x < 2) w.states[2 * at + threadIdx.x] = merged_states[2 * row + threadIdx.x];
+  }
+}
+
+}  // namespace zinit::cuda

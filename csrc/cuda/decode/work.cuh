@@ -1,0 +1,163 @@
+// What a decode block works on: its query rows, the keys of its split, where a key lies, what is in shared
+// memory.
+#pragma once
+#include "../elements.cuh"
+#include "plan.h"
+
+namespace zinit::cuda {
+
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = ~0u;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// n / divisor for 0 <= n < 2^31 by one multiplication: pages have any size.
+struct Divider {
+  unsigned magic, shift;
+
+  static Divider by(int64_t divisor) {
+    unsigned shift = 0;
+    while ((int64_t{1} << shift) < divisor) ++shift;
+    const uint64_t rest = (uint64_t{1} << shift) - static_cast<uint64_t>(divisor);
+    return {static_cast<unsigned>((rest << 32) / static_cast<uint64_t>(divisor) + 1), shift};
+  }
+  __device__ __forceinline__ int quotient(int n) const {
+    const auto u = static_cast<unsigned>(n);
+    return static_cast<int>((__umulhi(u, magic) + u) >> shift);
+  }
+};
+
+struct DecodeWork : DecodeParams {
+  int group;       // Hq / Hkv
+  int query_rows;  // T * group; row r is token r / group and head r % group of its key head
+  int row_blocks;
+  int splits;
+  Divider by_page;
+  float* partials;  // [B, Hkv, T * group, splits, D]: sums of weighted values
+  float* states;    // [B, Hkv, T * group, splits, 2]: maximum (base 2) and sum of weights
+};
+
+struct Sequence {
+  int index;
+  int length;    // keys before the append
+  int appended;  // new keys that fit
+  int total;
+
+  __device__ Sequence(const DecodeWork& w, int b) : index(b) {
+    const auto capacity = static_cast<int>(w.seqlen_k);
+    length = min(max(w.cache_seqlens[b], 0), capacity);
+    appended = w.new_key.data ? min(static_cast<int>(w.seqlen_new), capacity - length) : 0;
+    total = length + appended;
+  }
+};
+
+// Which keys the query of a token sees.
+struct Visible {
+  int begin, end;
+
+  __device__ Visible(int from, int to) : begin(from), end(to) {}
+  __device__ Visible(const DecodeWork& w, const Sequence& s, int token) {
+    const int position = s.total - static_cast<int>(w.seqlen_q) + token;
+    begin = w.window_left < 0 ? 0 : static_cast<int>(max(position - w.window_left, int64_t{0}));
+    end =
+        w.window_right < 0 ? s.total : static_cast<int>(min(position + w.window_right + 1, int64_t{s.total}));
+  }
+  __device__ bool holds(int key) const { return key >= begin && key < end; }
+};
+
+// One block: some query rows of one key head of one sequence, and a share of the keys that any of them sees.
+struct Share {
+  Sequence sequence;
+  int kv_head, first_row, rows, split;
+  int begin, end;
+  Visible common;  // what all of its rows see of its keys
+  bool appends;
+
+  template <int ROWS>
+  __device__ static Share of_block(const DecodeWork& w) {
+    const Sequence sequence(w, static_cast<int>(blockIdx.z));
+    const int split = static_cast<int>(blockIdx.x), row_block = static_cast<int>(blockIdx.y) % w.row_blocks;
+    const int first_row = row_block * ROWS, rows = min(ROWS, w.query_rows - first_row);
+    const Visible first(w, sequence, first_row / w.group);
+    const Visible last(w, sequence, (first_row + rows - 1) / w.group);
+    const int keys = max(last.end - first.begin, 0),
+              share = ((keys + w.splits - 1) / w.splits + 15) / 16 * 16;
+    const int begin = min(first.begin + split * share, last.end), end = min(begin + share, last.end);
+    const bool appends = sequence.appended > 0 && split == w.splits - 1 && row_block == 0;
+    return {sequence, static_cast<int>(blockIdx.y) / w.row_blocks, first_row, rows, split, begin,
+            end,      {last.begin, min(first.end, end)},           appends};
+  }
+  __device__ bool sees_new_keys() const { return end > sequence.length; }
+  __device__ bool sees(const DecodeWork& w, int row, int key) const {
+    return key < end && Visible(w, sequence, (first_row + row) / w.group).holds(key);
+  }
+};
+
+// Where a key of a sequence lies in the caches.
+struct CacheRow {
+  int page;  // -1: the slot-th new key, in shared memory
+  int slot;
+};
+
+// The page that the table names; one outside the pool gives -1.
+__device__ __forceinline__ int page_of(const DecodeWork& w, int sequence, int index) {
+  const int page = w.block_table[sequence * w.block_table_stride + index];
+  return page >= 0 && page < w.num_pages ? page : -1;
+}
+
+__device__ __forceinline__ CacheRow locate(const DecodeWork& w, const Sequence& s, int key) {
+  if (key >= s.length) return {-1, key - s.length};
+  if (!w.block_table) return {s.index, key};
+  const int page = w.by_page.quotient(key);
+  return {max(page_of(w, s.index, page), 0), key - page * static_cast<int>(w.page_size)};
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const View& view, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + token * view.token;
+}
+
+// The dynamic shared memory of a block, in bytes from its start.
+struct SharedLayout {
+  int query_stride;  // elements: 64 bytes past a multiple of 128, so that an mma's fragments meet no bank
+                     // twice
+  int queries;       // T [ROWS, query_stride], rotated, zeros behind D
+  int merged;        // float [ROWS, D]
+  int states;        // float [kWarps + 1, ROWS, 2]: of each warp, and merged
+  int scores;        // float [ROWS, P]
+  int new_keys;      // T [T_new, D], rotated
+  int new_values;    // T [T_new, D]
+  int bytes;
+
+  __host__ __device__ SharedLayout(int rows, int head_dim, int element_bytes, int prompt_length,
+                                   int new_tokens) {
+    const int row_bytes = (head_dim * element_bytes + 127) / 128 * 128 + 64;
+    query_stride = row_bytes / element_bytes;
+    queries = 0;
+    merged = queries + rows * row_bytes;
+    states = merged + rows * head_dim * 4;
+    scores = states + (kWarps + 1) * rows * 8;
+    new_keys = (scores + rows * prompt_length * 4 + 15) / 16 * 16;
+    new_values = new_keys + new_tokens * head_dim * element_bytes;
+    bytes = new_values + new_tokens * head_dim * element_bytes;
+  }
+};
+
+template <class T>
+struct Shared {
+  T* queries;
+  int query_stride;
+  float *merged, *states, *scores;
+  T *new_keys, *new_values;
+
+  __device__ Shared(unsigned char* memory, const SharedLayout& at)
+      : queries(reinterpret_cast<T*>(memory + at.queries)),
+        query_stride(at.query_stride),
+        merged(reinterpret_cast<float*>(memory + at.merged)),
+        states(reinterpret_cast<float*>(memory + at.states)),
+        scores(reinterpret_cast<float*>(memory + at.scores)),
+        new_keys(reinterpret_cast<T*>(memory + at.new_keys)),
+        new_values(reinterpret_cast<T*>(memory + at.new_values)) {}
+};
+
+}  // namespace zinit::cuda

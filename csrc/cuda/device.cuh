@@ -1,0 +1,66 @@
+// The one header between a kernel and its compiler: all inline PTX, one function each, and how a kernel is
+// launched. nvcc reads what stands here; a plain C++ compiler gets the same names for the emulator of
+// tests/simt.
+#pragma once
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#define ZINIT_UNPAREN(...) __VA_ARGS__
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (ZINIT_UNPAREN kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// More than 48 KB of shared memory must be asked for.
+#define ALLOW_SHARED(kernel, bytes)                                                         \
+  cudaFuncSetAttribute((ZINIT_UNPAREN kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                       static_cast<int>(bytes))
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace zinit::cuda {
+
+// 16 bytes of global memory, 16-byte aligned, that will not be read again soon; zeros where not wanted.
+__device__ __forceinline__ uint4 load_streaming(const void* address, bool wanted) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.b32 wanted, %5, 0;\n"
+      "  @wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(address), "r"(static_cast<int>(wanted)));
+  return v;
+}
+
+// 2^x; -inf gives 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] over a warp; T is __nv_bfloat16 or __half. With group = lane / 4 and
+// pair = lane % 4 * 2, a lane holds a[group (+8)][pair, +1 (+8, +9)], b[pair, +1 (+8, +9)][group] and
+// c[group (+8)][pair, +1].
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+}  // namespace zinit::cuda
+#else
+#include "simt_device.h"
+#endif

@@ -1,0 +1,60 @@
+// Elements in memory and the floats that are computed with.
+#pragma once
+#include <cstring>
+
+#include "../params.h"
+#include "device.cuh"
+
+namespace zinit::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+template <class T>
+constexpr int kPerVector = 16 / sizeof(T);  // elements of a 16-byte load
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, fp16>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& vector, float (&to)[kPerVector<T>]) {
+  T elements[kPerVector<T>];
+  memcpy(static_cast<void*>(elements), &vector, sizeof vector);
+#pragma unroll
+  for (int i = 0; i < kPerVector<T>; ++i) to[i] = to_float(elements[i]);
+}
+
+// Two floats, rounded, in one register; `low` is the element that comes first in memory.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t word;
+  memcpy(&word, pair, sizeof word);
+  return word;
+}
+
+// For what is read once and may have any dtype: prompt tables, rotary tables.
+__device__ __forceinline__ float load_any(const void* data, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[index];
+    case DType::kBFloat16:
+      return to_float(static_cast<const bf16*>(data)[index]);
+    default:
+      return to_float(static_cast<const fp16*>(data)[index]);
+  }
+}
+
+}  // namespace zinit::cuda

@@ -1,0 +1,195 @@
+"""Builds csrc/cuda with a plain C++ compiler against the emulator in this folder, and calls it: no GPU, no nvcc.
+
+What runs is the source of the kernels and of their launchers. What it cannot show: speed, and what nvcc makes of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zinit_kernels.calls import CacheCall
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from toolchain import find_cuda  # noqa: E402 (needs the line above)
+
+HERE = "tests/simt"
+KERNELS = [f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")]
+ENTRY_POINTS = [f"{HERE}/entry_points.cpp", f"{HERE}/selftest.cu"]
+RUNTIME = [f"{HERE}/simt_rt.cpp", f"{HERE}/simt_mma.cpp"]  # never instrumented: it is not what is judged
+MULTIPROCESSORS = 4  # of the imagined chip
+
+CFLAGS = [
+    "-std=c++20",
+    "-g1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Werror",
+]
+SANITIZERS = {
+    "plain": (["-O2"], []),
+    "address": (["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], ["-DSIMT_ASAN=1"]),
+    "thread": (["-O1", "-fsanitize=thread"], ["-DSIMT_TSAN=1"]),
+}
+
+
+def why_not_here() -> str:
+    """The reason why nothing can be emulated; '' where it can."""
+    return "g++ is not here" if shutil.which("g++") is None else find_cuda()[1]
+
+
+def build(target: str, sources: list[str], sanitizer: str = "plain", tree: Path = ROOT) -> Path:
+    """Compile `sources` of `tree` and the emulator into build/simt-.../target; incremental."""
+    cuda, reason = find_cuda()
+    assert cuda is not None, reason
+    folder = tree / "build" / f"simt-{sanitizer}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags, defines = SANITIZERS[sanitizer]
+    shared = target.endswith(".so")
+    lines = [
+        "rule compile",
+        "  command = g++ -MMD -MF $out.d $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = g++ {' '.join(flags[1:])} {'-shared' if shared else ''} $in -o $out",
+    ]
+    objects = []
+    for source in [*sources, *RUNTIME]:
+        objects.append(f"{source}.o")
+        own = ["-O2", *defines] if source in RUNTIME else [*flags, *defines]
+        include = [f"-I{tree / HERE}", f"-isystem{cuda.path / 'include'}"]
+        lines += [
+            f"build {source}.o: compile {tree / source}",
+            f"  flags = {' '.join([*CFLAGS, *own, *include])}",
+        ]
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    graph = folder / f"{target}.ninja"
+    graph.write_text("\n".join(lines) + "\n")
+    ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+    command = [*ninja, "-C", str(folder), "-f", graph.name, "-j", os.environ.get("MAX_JOBS", "2"), target]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / target
+
+
+class View(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "token")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+def _fields(**groups: str) -> list[tuple[str, type]]:
+    kinds = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool, "v": View}
+    return [(name, kinds[key[0]]) for key, names in groups.items() for name in names.split()]
+
+
+class DecodeParams(ctypes.Structure):
+    """csrc/params.h, field by field; the library confirms the size."""
+
+    _fields_ = [
+        *_fields(
+            i1="num_sequences num_heads_q num_heads_kv head_dim seqlen_q seqlen_k",
+            p1="cu_seqlens_q cu_seqlens_k key_bias",
+            i2="window_left window_right",
+            f1="scale",
+            v1="prompt_key prompt_value",
+            i3="prompt_length prompt_rows",
+            p2="prompt_index gate",
+            i4="gate_rows",
+            b1="tanh_gate",
+            v2="query key_cache value_cache new_key new_value",
+            i5="seqlen_new",
+            p3="cache_seqlens block_table",
+            i6="block_table_stride page_size num_pages",
+            p4="rotary_cos rotary_sin",
+            i7="rotary_stride rotary_positions",
+        ),
+        ("rotary_dtype", ctypes.c_int32),
+        *_fields(i8="rotary_dim", b2="rotary_interleaved", i9="num_splits", v3="out", p5="lse"),
+    ]
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _view(tensor: Tensor | None) -> View:
+    if tensor is None:
+        return View()
+    assert tensor.stride(3) == 1 or tensor.numel() == 0
+    return View(tensor.data_ptr(), *tensor.stride()[:3], _DTYPES[tensor.dtype])
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Emulator:
+    """The library that `build` made."""
+
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        self.library.simt_error.restype = ctypes.c_char_p
+        assert self.library.simt_sizeof_decode_params() == ctypes.sizeof(DecodeParams)
+
+    def _checked(self, code: int) -> None:
+        if code:
+            raise RuntimeError(self.library.simt_error().decode())
+
+    def selftest(self, name: str) -> None:
+        self._checked(self.library.simt_selftest(name.encode()))
+
+    def choose_num_splits(self, multiprocessors: int, *sizes: int) -> int:
+        """`sizes`: sequences, key heads, row blocks, capacity, page size."""
+        return self.library.simt_choose_num_splits(multiprocessors, *(ctypes.c_int64(size) for size in sizes))
+
+    def decode(self, *canonical) -> tuple[Tensor, Tensor]:
+        """zinit::decode_cuda on host memory."""
+        call = CacheCall(*canonical)
+        batch, heads_q, seqlen_q, head_dim = call.query.shape
+        out = torch.full(
+            (batch, seqlen_q, heads_q, head_dim), float("nan"), dtype=call.query.dtype
+        ).transpose(1, 2)
+        lse = torch.full((batch, heads_q, seqlen_q), float("nan"))
+        page_size = call.key_cache.shape[2]
+        paged, prompted = call.block_table is not None, call.prompt_key is not None
+        pages_each = call.block_table.shape[1] if paged else 1
+        params = DecodeParams(
+            num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[1], head_dim=head_dim,
+            seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
+            window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
+            prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[2] if prompted else 0,
+            prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
+            gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted else 0, tanh_gate=call.tanh_gate,
+            query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
+            new_key=_view(call.new_key), new_value=_view(call.new_value),
+            seqlen_new=0 if call.new_key is None else call.new_key.shape[2],
+            cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
+            block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
+            num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),
+            lse=_pointer(lse),
+        )  # fmt: skip
+        if call.rotary_cos is not None:
+            params.rotary_cos, params.rotary_sin = _pointer(call.rotary_cos), _pointer(call.rotary_sin)
+            params.rotary_positions, params.rotary_stride = call.rotary_cos.shape
+            params.rotary_dtype, params.rotary_dim = (
+                _DTYPES[call.rotary_cos.dtype],
+                2 * call.rotary_cos.shape[1],
+            )
+            params.rotary_interleaved = call.rotary_interleaved
+        self._checked(self.library.simt_decode(ctypes.byref(params), MULTIPROCESSORS))
+        return out, lse

@@ -1,0 +1,48 @@
+// mma.m16n8k16 on the registers of 32 lanes, layouts as in the PTX ISA; compiled without sanitizers.
+#include <cstring>
+
+#include "simt_device.h"
+
+namespace simt {
+namespace {
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+float from_fp16(uint16_t bits) {
+  __half_raw raw;
+  raw.x = bits;
+  return __half2float(__half(raw));
+}
+
+template <float (*from_bits)(uint16_t)>
+void compute_mma(void** slots) {
+  float a[16][16], b[16][8];
+  const auto half_of = [](uint32_t word, int i) {
+    return from_bits(static_cast<uint16_t>(word >> 16 * (i % 2)));
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* m = static_cast<Mma*>(slots[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 8; ++i) a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = half_of(m->a[i / 2], i);
+    for (int i = 0; i < 4; ++i) b[pair + i % 2 + i / 2 * 8][group] = half_of(m->b[i / 2], i);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* m = static_cast<Mma*>(slots[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 16; ++k) m->c[i] += a[row][k] * b[k][column];
+    }
+  }
+}
+
+}  // namespace
+
+void compute_mma_bf16(void** slots, unsigned) { compute_mma<from_bf16>(slots); }
+void compute_mma_fp16(void** slots, unsigned) { compute_mma<from_fp16>(slots); }
+
+}  // namespace simt

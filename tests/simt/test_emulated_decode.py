@@ -1,0 +1,191 @@
+"""The CUDA decode kernels on the emulator against the float64 reference. Nothing here has run on a GPU."""
+
+import pytest
+import torch
+
+from zinit_kernels import zero_init_attention_with_kvcache
+from zinit_kernels.arguments import from_cache
+from zinit_kernels.dispatch import CUDA_HEAD_DIMS, MAX_CUDA_TOKENS
+from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCHEDULES = ("forward", "reverse", "random1")
+FITTING = [c for c in CACHE_CASES if c.head_dim in CUDA_HEAD_DIMS and c.seqlen_q <= MAX_CUDA_TOKENS]
+REFUSED = [c for c in CACHE_CASES if c not in FITTING]
+OWN_CASES = [
+    CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), heads_q=4, heads_kv=2, num_splits=2),
+    CacheCase("lengths_grouped", seqlens=(0, 1, 15, 16, 17), heads_q=8, heads_kv=2, num_splits=2, page_size=16),
+    CacheCase("4095", capacity=4096, seqlens=(4095,), heads_q=8, heads_kv=2, page_size=16),
+    CacheCase("head_dim_80", head_dim=80, heads_q=2, heads_kv=2),
+    CacheCase("head_dim_96", head_dim=96, heads_q=8, heads_kv=2, page_size=48, capacity=144),
+    CacheCase("head_dim_128_alone", head_dim=128, heads_q=2, heads_kv=2, num_splits=2),
+    CacheCase("head_dim_256_grouped", head_dim=256, heads_q=8, heads_kv=2, seqlen_q=2),
+    CacheCase("three_rows", heads_q=6, heads_kv=2),
+    CacheCase("sixteen_tokens", heads_q=4, heads_kv=2, seqlen_q=16, page_size=16, seqlens=(5, 40)),
+    CacheCase("seventeen_rows", heads_q=17, heads_kv=1, num_splits=2),
+    CacheCase("splits_without_keys", heads_q=8, heads_kv=2, seqlens=(0, 3, 40), num_splits=30),
+    CacheCase("append_across_splits", heads_q=4, heads_kv=1, seqlen_q=9, seqlens=(12, 28), num_splits=3),
+    CacheCase("window_paged", window=(20, -1), seqlens=(100, 5), seqlen_q=5, heads_q=8, heads_kv=2, page_size=16),
+    CacheCase("window_both_sides", window=(9, 2), causal=False, seqlens=(50, 5), seqlen_q=3, num_splits=2),
+    CacheCase("rotary_split", rotary_dim=48, seqlen_q=4, heads_q=8, heads_kv=2, num_splits=2),
+    CacheCase("prompt_length_128", prompt_length=128, heads_q=8, heads_kv=2, table="indexed"),
+    CacheCase("indexed_split", table="indexed", num_splits=2, heads_q=8, heads_kv=2),
+    CacheCase("per_sample_identity", table="per_sample", gate_activation="identity", num_splits=2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*FITTING, *OWN_CASES], ids=str)
+def test_against_the_reference(cuda, case, dtype):
+    check_cache_case(case, dtype, "cuda")
+
+
+SCHEDULED = (
+    "lengths_grouped",
+    "three_rows",
+    "append_across_splits",
+    "rotary_split",
+    "paged",
+    "indexed_split",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in [*FITTING, *OWN_CASES] if c.name in SCHEDULED], ids=str)
+def test_the_order_of_threads_and_blocks_changes_no_bit(cuda, monkeypatch, case, dtype):
+    results = []
+    for schedule in SCHEDULES:
+        monkeypatch.setenv("SIMT_SCHEDULE", schedule)
+        given = make_cache_arguments(case, dtype)
+        out, lse = zero_init_attention_with_kvcache(**given, backend="cuda", return_lse=True)
+        results.append([t.nan_to_num(7.0) for t in (out, lse, given["k_cache"], given["v_cache"])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("way", ["gate_zero", "no_row", "row_outside"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(emulator, way, num_splits, dtype):
+    case = CacheCase("exact", heads_q=8, heads_kv=2, num_splits=num_splits)
+    given = make_cache_arguments(case, dtype)
+    if way == "gate_zero":
+        given["gate"] = 0.0
+    else:  # an index outside the table means none too, where only the device can see it
+        row = -1 if way == "no_row" else 1000000
+        given["prompt_index"] = torch.full((3,), row, dtype=torch.int32)
+    plain = make_cache_arguments(case, dtype) | {"prompt_k": None, "prompt_v": None, "gate": None}
+    ours, expected = (emulator.decode(*canonical(arguments)) for arguments in (given, plain))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def canonical(given):
+    options = {**zero_init_attention_with_kvcache.__kwdefaults__, **given}
+    return from_cache(**{k: v for k, v in options.items() if k not in ("return_lse", "backend")})
+
+
+@pytest.mark.parametrize("heads_q", [2, 8], ids=["cuda_cores", "tensor_cores"])
+def test_absurd_lengths_write_nothing_outside_the_sequence(emulator, heads_q):
+    case = CacheCase("absurd", heads_q=heads_q, heads_kv=2, seqlens=(3, 3, 3), seqlen_q=2, page_size=16)
+    given = make_cache_arguments(case, torch.bfloat16)
+    for cache in (given["k_cache"], given["v_cache"]):
+        cache.nan_to_num_(1.0)
+    before = given["k_cache"].clone()
+    given["cache_seqlens"] = torch.tensor([2000000000, -7, 3], dtype=torch.int32)
+    given["block_table"][:, 1:] = torch.tensor([-2000000000, 2000000000, 12345, -1, 99, 77, 55])
+    out, _ = emulator.decode(*canonical(given))
+    # -7 counts as 0, and the full sequence appends nothing
+    changed = (before != given["k_cache"]).any(dim=(1, 2, 3)).nonzero().flatten().tolist()
+    assert torch.isfinite(out).all()
+    assert sorted(changed) == sorted(given["block_table"][1:, 0].tolist())
+
+
+def test_an_append_to_a_page_outside_the_pool_is_dropped(emulator):
+    case = CacheCase("dropped", heads_kv=2, heads_q=2, seqlens=(16,), page_size=16)
+    given = make_cache_arguments(case, torch.float32)
+    for cache in (given["k_cache"], given["v_cache"]):
+        cache.nan_to_num_(1.0)
+    before = given["k_cache"].clone(), given["v_cache"].clone()
+    given["block_table"][0, 1] = 2147483647
+    out, _ = emulator.decode(*canonical(given))
+    assert torch.isfinite(out).all()
+    assert torch.equal(before[0], given["k_cache"]) and torch.equal(before[1], given["v_cache"])
+
+
+@pytest.mark.parametrize("seqlen_q, batch", [(0, 3), (1, 0), (0, 0)])
+def test_nothing_to_attend_with_still_appends(emulator, seqlen_q, batch):
+    case = CacheCase("empty", heads_q=8, heads_kv=2, num_splits=2, seqlens=(0, 37, 100)[:batch])
+    given, expected = (make_cache_arguments(case, torch.bfloat16) for _ in range(2))
+    given["q"] = given["q"][:, :seqlen_q]
+    out, lse = emulator.decode(*canonical(given))
+    assert out.shape == (batch, 8, seqlen_q, 64) and lse.shape == (batch, 8, seqlen_q)
+    zero_init_attention_with_kvcache(**expected, backend="reference")
+    assert torch.equal(given["k_cache"].nan_to_num(9), expected["k_cache"].nan_to_num(9))
+    assert torch.equal(given["v_cache"].nan_to_num(9), expected["v_cache"].nan_to_num(9))
+
+
+def test_a_nan_that_is_seen_is_not_hidden(emulator):
+    given = make_cache_arguments(CacheCase("nan", heads_q=8, heads_kv=2, num_splits=2), torch.bfloat16)
+    given["q"][1, 0, 3] = float("nan")
+    out, _ = emulator.decode(*canonical(given))
+    assert out[1, 3].isnan().all() and torch.isfinite(out[1, :3]).all() and torch.isfinite(out[0]).all()
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_what_is_not_supported_is_said(cuda, case):
+    with pytest.raises(
+        ValueError, match="backend 'cuda' cannot run .*(head_dim must be one of|at most 16 new)"
+    ):
+        zero_init_attention_with_kvcache(**make_cache_arguments(case, torch.float32), backend="cuda")
+
+
+def test_misaligned_caches_are_refused(cuda):
+    given = make_cache_arguments(CacheCase("misaligned", seqlens=(3,)), torch.bfloat16)
+    wide = torch.zeros(1, 128, 4, 65, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="rows of k_cache must start at multiples of 16 bytes, got strides"):
+        zero_init_attention_with_kvcache(**given | {"k_cache": wide[..., :64]}, backend="cuda")
+    shifted = torch.zeros(128 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 128, 4, 64)
+    with pytest.raises(ValueError, match="v_cache must start at a multiple of 16 bytes, got address"):
+        zero_init_attention_with_kvcache(**given | {"v_cache": shifted}, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_by_token_equals_one_chunk(cuda, dtype):
+    case = CacheCase("chunk", seqlens=(0, 0), seqlen_q=6, heads_q=4, heads_kv=2, rotary_dim=64)
+    whole, steps = make_cache_arguments(case, dtype), make_cache_arguments(case, dtype)
+    expected = zero_init_attention_with_kvcache(**whole, backend="cuda")
+    for t in range(6):
+        step = steps | {name: steps[name][:, t : t + 1] for name in ("q", "k", "v")}
+        step["cache_seqlens"] = torch.full((2,), t, dtype=torch.int32)
+        out = zero_init_attention_with_kvcache(**step, backend="cuda")
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out, expected[:, t : t + 1], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(steps["k_cache"][:, :6], whole["k_cache"][:, :6], rtol=0, atol=0)
+
+
+class TestNumSplits:
+    """sizes: sequences, key heads, row blocks, capacity, page size; on 132 multiprocessors."""
+
+    @pytest.mark.parametrize(
+        "sizes, splits",
+        [
+            ((1, 32, 1, 1024, 0), 8),  # one stream, 32 heads: 256 blocks for 264 places
+            ((1, 32, 1, 16384, 0), 8),
+            ((1, 8, 1, 65536, 16), 30),  # 240 of 264 is the first to leave less than a tenth idle
+            ((32, 32, 1, 4096, 0), 1),  # 1024 blocks fill the chip
+            ((64, 8, 1, 8192, 16), 1),
+            ((1, 1, 1, 100, 0), 1),  # nothing to split
+            ((1, 1, 1, 1 << 20, 0), 128),  # as many as there may be
+            ((1, 1, 1, 1024, 512), 2),  # no split shorter than a page
+        ],
+    )
+    def test_known_shapes(self, emulator, sizes, splits):
+        assert emulator.choose_num_splits(132, *sizes) == splits
+
+    def test_no_other_number_is_clearly_better(self, emulator):
+        for blocks in range(1, 300):
+            splits = emulator.choose_num_splits(132, blocks, 1, 1, 1 << 20, 16)
+            idle = [1 - blocks * s / (-(-blocks * s // 264) * 264) for s in range(1, 129)]
+            assert 1 <= splits <= 128
+            assert idle[splits - 1] <= max(0.1, min(idle))
+            assert all(i > 0.1 for i in idle[: splits - 1])

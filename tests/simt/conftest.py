@@ -20,15 +20,19 @@ def one_thread():
 def emulator():
     if reason := simt.why_not_here():
         pytest.skip(reason)
-    return simt.Emulator(simt.build("kernels.so", [*simt.KERNELS, *simt.ENTRY_POINTS]))
+    return simt.Emulator(simt.build("kernels.so", simt.ALL))
 
 
 @pytest.fixture
-def cuda(emulator, monkeypatch):
-    """backend="cuda" runs the emulator; the backend's other reasons stay."""
+def register(monkeypatch):
+    """register(emulator): backend="cuda" runs it; the backend's other reasons stay."""
     library = torch.library.Library("zinit", "IMPL")
-    library.impl("decode_cuda", emulator.decode, "CPU")
     monkeypatch.setattr(dispatch, "_CUDA_UNAVAILABLE", "")
     monkeypatch.setattr(dispatch, "_why_not_on_gpu", lambda call: "")
-    yield emulator
+    yield lambda emulator: library.impl("decode_cuda", emulator.decode, "CPU")
     library._destroy()
+
+
+@pytest.fixture
+def cuda(emulator, register):
+    register(emulator)

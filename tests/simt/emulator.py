@@ -25,6 +25,7 @@ from toolchain import find_cuda  # noqa: E402 (needs the line above)
 HERE = "tests/simt"
 KERNELS = [f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")]
 ENTRY_POINTS = [f"{HERE}/entry_points.cpp", f"{HERE}/selftest.cu"]
+ALL = [*KERNELS, *ENTRY_POINTS]
 RUNTIME = [f"{HERE}/simt_rt.cpp", f"{HERE}/simt_mma.cpp"]  # never instrumented: it is not what is judged
 MULTIPROCESSORS = 4  # of the imagined chip
 
@@ -50,11 +51,15 @@ def why_not_here() -> str:
     return "g++ is not here" if shutil.which("g++") is None else find_cuda()[1]
 
 
-def build(target: str, sources: list[str], sanitizer: str = "plain", tree: Path = ROOT) -> Path:
-    """Compile `sources` of `tree` and the emulator into build/simt-.../target; incremental."""
+def includes() -> list[str]:
     cuda, reason = find_cuda()
     assert cuda is not None, reason
-    folder = tree / "build" / f"simt-{sanitizer}"
+    return [f"-I{ROOT / HERE}", f"-isystem{cuda.path / 'include'}"]
+
+
+def build(target: str, sources: list[str], sanitizer: str = "plain") -> Path:
+    """Compile `sources` and the emulator into build/simt-.../target; incremental."""
+    folder = ROOT / "build" / f"simt-{sanitizer}"
     folder.mkdir(parents=True, exist_ok=True)
     flags, defines = SANITIZERS[sanitizer]
     shared = target.endswith(".so")
@@ -70,10 +75,9 @@ def build(target: str, sources: list[str], sanitizer: str = "plain", tree: Path 
     for source in [*sources, *RUNTIME]:
         objects.append(f"{source}.o")
         own = ["-O2", *defines] if source in RUNTIME else [*flags, *defines]
-        include = [f"-I{tree / HERE}", f"-isystem{cuda.path / 'include'}"]
         lines += [
-            f"build {source}.o: compile {tree / source}",
-            f"  flags = {' '.join([*CFLAGS, *own, *include])}",
+            f"build {source}.o: compile {ROOT / source}",
+            f"  flags = {' '.join([*CFLAGS, *own, *includes()])}",
         ]
     lines.append(f"build {target}: link {' '.join(objects)}")
     graph = folder / f"{target}.ninja"

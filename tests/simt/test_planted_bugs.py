@@ -1,0 +1,111 @@
+"""The net itself is tested: each planted bug must be caught, by a wrong value or an error, in one of the schedules."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import emulator as simt
+import pytest
+import torch
+
+from zinit_kernels.testing import CacheCase, check_cache_case
+
+BARRIER = "  __syncthreads();\n"
+GROUPED = CacheCase(
+    "grouped", heads_q=8, heads_kv=2, seqlens=(0, 17, 100), seqlen_q=2, num_splits=2, page_size=16
+)
+TWO_ROW_BLOCKS = CacheCase("two_row_blocks", heads_q=20, heads_kv=1, seqlens=(40,))
+WITHOUT_KEYS = CacheCase("without_keys", append=False, seqlens=(0, 5), num_splits=2)
+SCHEDULES = ("forward", "reverse", "random1", "random2")
+ALONE = CacheCase("alone", heads_q=2, heads_kv=2, seqlens=(0, 17, 100), num_splits=2, rotary_dim=32)
+
+
+class Bug(NamedTuple):
+    file: str
+    correct: str
+    wrong: str
+    case: CacheCase = GROUPED
+
+
+BUGS = {
+    "no_barrier_before_states_are_read": Bug("finish.cuh", f"ROWS * 2;\n{BARRIER}", "ROWS * 2;\n"),
+    "no_barrier_after_prompt_scores": Bug("finish.cuh", f"kLog2E);\n  }}\n{BARRIER}", "kLog2E);\n  }\n"),
+    "no_barrier_after_staging": Bug("tensor_cores.cuh", f"shared);\n{BARRIER}", "shared);\n"),
+    "no_barrier_between_turns": Bug("finish.cuh", f"  {BARRIER}  }}\n  const int b", "  }\n  const int b"),
+    "one_key_too_many": Bug("work.cuh", "position + w.window_right + 1", "position + w.window_right + 2"),
+    "wrong_head_of_the_group": Bug(
+        "stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
+    ),
+    "gate_without_its_activation": Bug("finish.cuh", "w.tanh_gate ? tanhf(raw) : raw", "raw"),
+    "one_split_for_all": Bug("combine.cuh", "w.partials[(at + s) * head_dim + d]", "w.partials[at * head_dim + d]"),
+    "splits_without_keys_are_read": Bug("combine.cuh", "states[2 * s + 1] == 0.f ? 0.f : ", "", WITHOUT_KEYS),
+    "new_keys_from_the_cache": Bug(
+        "work.cuh", "if (key >= s.length) return {-1, key - s.length};", "", TWO_ROW_BLOCKS
+    ),
+    "slot_of_another_page": Bug("work.cuh", "{max(page_of(w, s.index, page), 0), key - page", "{0, key - page"),
+    "appended_in_no_split": Bug("work.cuh", "split == w.splits - 1", "split == w.splits"),
+    "values_from_the_keys": Bug("stage.cuh", "shared.new_values[i] = value;", "shared.new_values[i] = key;", ALONE),
+    "keys_not_rotated": Bug("stage.cuh", "kv_head, token), d, position);", "kv_head, token), d, 0);", ALONE),
+    "shuffle_in_a_branch": Bug(
+        "cuda_cores.cuh", "    float weights[ROWS][kUnroll];\n",
+        "    float weights[ROWS][kUnroll];\n    if (first + lane_group >= share.end) continue;\n", ALONE,
+    ),
+    "values_of_other_keys": Bug("tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i"),
+    "dimensions_out_of_order": Bug("tensor_cores.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
+    "no_shared_memory": Bug("launch.cuh", "dim3(kThreads), shared.bytes, stream", "dim3(kThreads), 0, stream"),
+}  # fmt: skip
+
+
+def plant(bug: Bug, folder) -> simt.Emulator:
+    """The bfloat16 kernels with the bug, for head_dim 64 alone, beside the other files as they are."""
+    library = simt.build("kernels.so", simt.ALL)
+    shutil.copytree(simt.ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
+    shutil.copy(simt.ROOT / "csrc" / "params.h", folder / "csrc")
+    for name, correct, wrong in (
+        ("launch.cuh", r"switch \(head_dim\) \{.*?\n  \}\n", "run(std::integral_constant<int, 64>());\n"),
+        (bug.file, re.escape(bug.correct), bug.wrong.replace("\\", "\\\\")),
+    ):
+        file = folder / "csrc" / "cuda" / "decode" / name
+        text, found = re.subn(correct, wrong, file.read_text(), flags=re.DOTALL)
+        assert found == 1, f"{correct!r} stands {found} times in {name}: plant the bug elsewhere"
+        file.write_text(text)
+    objects = [
+        str(library.parent / f"{source}.o") for source in [*simt.ALL, *simt.RUNTIME] if "bf16" not in source
+    ]
+    source = folder / "csrc" / "cuda" / "decode" / "decode_bf16.cu"
+    flags = [*simt.CFLAGS, "-Wno-error", "-O1", *simt.includes()]
+    subprocess.run(
+        ["g++", *flags, "-x", "c++", "-c", source, "-o", folder / "bug.o"], check=True, capture_output=True
+    )
+    subprocess.run(["g++", "-shared", *objects, folder / "bug.o", "-o", folder / "bug.so"], check=True)
+    return simt.Emulator(folder / "bug.so")
+
+
+@pytest.fixture(scope="module")
+def planted(emulator, tmp_path_factory):
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.map(lambda name: plant(BUGS[name], tmp_path_factory.mktemp(name)), BUGS)
+        return dict(zip(BUGS, built, strict=True))
+
+
+def caught(case: CacheCase, schedule: str, monkeypatch) -> bool:
+    monkeypatch.setenv("SIMT_SCHEDULE", schedule)
+    try:
+        check_cache_case(case, torch.bfloat16, "cuda")
+    except (AssertionError, RuntimeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_is_caught(planted, register, monkeypatch, name):
+    register(planted[name])
+    assert any(caught(BUGS[name].case, schedule, monkeypatch) for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize("case", [GROUPED, ALONE, TWO_ROW_BLOCKS, WITHOUT_KEYS], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_a_bug_nothing_is_caught(cuda, monkeypatch, case, schedule):
+    assert not caught(case, schedule, monkeypatch)

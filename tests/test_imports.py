@@ -40,7 +40,8 @@ def imports(module: str) -> dict[str, set[str]]:
             package = module.split("/")[: -node.level] if node.level else []
             base = "/".join([*package, *(node.module or "").split(".")]).strip("/")
             for alias in node.names:
-                if (ROOT / base / f"{alias.name}.py").is_file():  # from . import reference
+                target = ROOT / base / alias.name
+                if target.with_suffix(".py").is_file() or target.is_dir():  # from . import reference
                     found.setdefault(f"{base}/{alias.name}", set())
                 else:
                     found.setdefault(base, set()).add(alias.name)

@@ -1,0 +1,368 @@
+"""Every adapter format there and back, what each refuses; a damaged file gets one sentence and touches nothing."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zinit_kernels import convert, inspect
+from zinit_kernels.checkpoints import AdapterCheckpoint, CheckpointError, load_adapter, save_adapter
+
+LAYERS, HEADS, LENGTH, HIDDEN = 6, 4, 10, 32
+ADAPTED = (2, 3, 4, 5)
+TOLD = {"prompt_length": LENGTH, "layout": "blocked", "num_heads": HEADS}
+
+
+def random(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def official_v1():
+    state = {"adapter_query.weight": random(len(ADAPTED) * LENGTH, HIDDEN)}
+    for layer in range(LAYERS):
+        gate = random(1, HEADS, 1, 1, seed=layer) if layer in ADAPTED else torch.zeros(1, HEADS, 1, 1)
+        state[f"layers.{layer}.attention.gate"] = gate
+    return state
+
+
+def official_v2(lora=False):
+    state = {name if "query" in name else f"llama.{name}": tensor for name, tensor in official_v1().items()}
+    for layer in range(LAYERS):
+        prefix = f"llama.layers.{layer}."
+        state[prefix + "attention.wq.bias"] = random(HIDDEN, seed=50 + layer)
+        state[prefix + "attention_norm.weight"] = random(HIDDEN, seed=60 + layer)
+        if lora:
+            state[prefix + "attention.new_gate"] = random(1, 1, 1, 1, seed=70 + layer)
+            state[prefix + "attention.lora_wq_l1.weight"] = random(16, HIDDEN, seed=80 + layer)
+    state["llama.norm.weight"] = random(HIDDEN, seed=99)
+    state["visual_query.weight"] = random(10, 24, seed=98)
+    state["visual_blocks.0.attn.qkv.weight"] = random(72, 24, seed=97)
+    state["visual_proj_norm.bias"] = random(HIDDEN, seed=96)
+    return {"model": state, "config": {"w_bias": True, "w_lora": lora, "lora_rank": 16}}
+
+
+def peft(dtype=torch.float32):
+    state = {}
+    for layer in ADAPTED:
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.adaption_"
+        state[prefix + "prompt"] = random(1, LENGTH, HIDDEN, seed=layer, dtype=dtype)
+        state[prefix + "gate"] = random(1, seed=10 + layer, dtype=dtype)
+    return state
+
+
+def litgpt(v2=False, gate_shape=(1, 1, HEADS, 1)):
+    state = {}
+    for layer in ADAPTED:
+        state[f"transformer.h.{layer}.attn.adapter_wte.weight"] = random(LENGTH, HIDDEN, seed=layer)
+        state[f"transformer.h.{layer}.attn.gating_factor"] = random(*gate_shape, seed=10 + layer)
+    if v2:
+        state["transformer.h.0.attn.qkv.adapter_bias"] = random(96)
+        state["transformer.h.0.attn.qkv.adapter_scale"] = random(96)
+        state["transformer.h.0.norm_1.weight"] = random(HIDDEN)
+        state["lm_head.adapter_scale"] = random(96)
+    return {"model": state}
+
+
+def write_peft(folder, state, **changes):
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": LENGTH, "adapter_layers": len(ADAPTED)}
+    config |= {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "somebody/llama",
+        "target_modules": "self_attn",
+    }
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
+def ours():
+    prompts, gates = random(len(ADAPTED), LENGTH, HIDDEN), random(len(ADAPTED), HEADS, scale=0.3, seed=1)
+    return AdapterCheckpoint(prompts, gates, "tanh", ADAPTED, LAYERS, HEADS, {"base": "tiny"})
+
+
+FOREIGN = {
+    "official-v1": official_v1,
+    "official-v2": official_v2,
+    "official-v2-lora": lambda: official_v2(lora=True),
+    "peft": peft,
+    "peft-bfloat16": lambda: peft(torch.bfloat16),
+    "litgpt": litgpt,
+    "litgpt-v2": lambda: litgpt(v2=True),
+}
+
+
+def put(path, name):
+    """A file as the foreign program writes it."""
+    if name.startswith("peft"):
+        write_peft(path, FOREIGN[name]())
+    else:
+        torch.save(FOREIGN[name](), path)
+    return path
+
+
+def format_of(name):
+    return name.removesuffix("-bfloat16").removesuffix("-lora").replace("litgpt-v2", "litgpt")
+
+
+def stored(path):
+    """Every tensor and configuration of a written file."""
+    if path.is_dir():
+        config = json.loads((path / "adapter_config.json").read_text())
+        config.pop("inference_mode", None)
+        return load_file(path / "adapter_model.safetensors"), config
+    content = torch.load(path, weights_only=True)
+    return content.get("model", content), content.get("config")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_round_trip_through_ours_is_exact(tmp_path, name):
+    """Foreign -> ours -> foreign: the same tensors, dtypes and configuration."""
+    source = put(tmp_path / "source", name)
+    save_adapter(tmp_path / "ours.safetensors", load_adapter(source, **TOLD))
+    loaded = load_adapter(tmp_path / "ours.safetensors")
+    save_adapter(tmp_path / "back", loaded, format_of(name))
+    tensors, config = stored(source)
+    back, back_config = stored(tmp_path / "back")
+    assert back.keys() == tensors.keys() and back_config == config
+    for key in tensors:
+        assert back[key].dtype == tensors[key].dtype and torch.equal(back[key], tensors[key]), key
+
+
+def test_a_whole_training_file_and_an_old_gate_shape(tmp_path):
+    torch.save({"model": official_v1(), "optimizer": {}, "epoch": 3, "scaler": None}, tmp_path / "whole.pth")
+    torch.save(official_v1(), tmp_path / "extracted.pth")
+    whole, extracted = (load_adapter(tmp_path / f"{name}.pth") for name in ("whole", "extracted"))
+    assert torch.equal(whole.prompts, extracted.prompts) and torch.equal(whole.gates, extracted.gates)
+    torch.save(litgpt(gate_shape=(1, HEADS, 1, 1)), tmp_path / "old.pth")
+    torch.save(litgpt(), tmp_path / "new.pth")
+    old, new = (load_adapter(tmp_path / f"{name}.pth", layout="blocked") for name in ("old", "new"))
+    assert torch.equal(old.gates, new.gates) and old.gates.shape == (4, HEADS)
+
+
+def effective(checkpoint):
+    gates = checkpoint.gates.double()
+    return gates.tanh() if checkpoint.gate_activation == "tanh" else gates
+
+
+@pytest.mark.parametrize("target", ["zinit", "official-v1", "official-v2", "peft", "litgpt"])
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_conversions_mean_the_same(tmp_path, target, heads, activation):
+    gates = random(len(ADAPTED), 1, scale=0.3).expand(-1, heads).contiguous()
+    source = replace(ours(), gates=gates, gate_activation=activation)
+    save_adapter(tmp_path / "file", source, target)
+    loaded = load_adapter(tmp_path / "file", **TOLD)
+    assert torch.equal(loaded.prompts, source.prompts) and loaded.layers == ADAPTED
+    assert loaded.num_layers == LAYERS and loaded.num_heads == HEADS
+    torch.testing.assert_close(*torch.broadcast_tensors(effective(loaded), effective(source)))
+
+
+def test_new_gate_is_a_factor_of_the_gate(tmp_path):
+    source = put(tmp_path / "source", "official-v2-lora")
+    state, loaded = FOREIGN["official-v2-lora"]()["model"], load_adapter(source)
+    assert loaded.gate_activation == "identity"
+    for row, layer in enumerate(ADAPTED):
+        gate = state[f"llama.layers.{layer}.attention.gate"].flatten()
+        factor = state[f"llama.layers.{layer}.attention.new_gate"].flatten()
+        assert torch.equal(loaded.gates[row], gate.tanh() * factor)
+    changed = replace(loaded, gates=loaded.gates * 2)
+    with pytest.raises(CheckpointError, match="no longer the product of the file's gate and new_gate"):
+        save_adapter(tmp_path / "back", changed, "official-v2")
+
+
+LOSSES = {
+    "heads into one": (ours, "peft", "peft has no room for 4 gates in each layer .*which would be lost"),
+    "v2 into v1": (
+        "official-v2",
+        "official-v1",
+        "no room for 16 tensors of official-v2 .*llama.layers.0.attention.wq",
+    ),
+    "v2 into litgpt": ("official-v2", "litgpt", "litgpt has no room for 16 tensors of official-v2"),
+    "litgpt v2 into v2": ("litgpt-v2", "official-v2", "official-v2 has no room for 4 tensors of litgpt"),
+    "interleaved": (
+        lambda: replace(ours(), layout="interleaved"),
+        "official-v1",
+        "litgpt's interleaved rows of qkv",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_loss_is_refused_and_named(tmp_path, case):
+    source, target, message = LOSSES[case]
+    checkpoint = source() if callable(source) else load_adapter(put(tmp_path / "source", source), **TOLD)
+    if target == "official-v2":
+        checkpoint = replace(checkpoint, gates=checkpoint.gates.clamp(-0.9, 0.9))
+    with pytest.raises(CheckpointError, match=message):
+        save_adapter(tmp_path / "there", checkpoint, target)
+    assert not (tmp_path / "there").exists()
+    save_adapter(tmp_path / "there", checkpoint, target, allow_loss=True)
+    loaded = load_adapter(tmp_path / "there", **TOLD)
+    assert torch.equal(loaded.prompts, checkpoint.prompts) and not loaded.extras
+    if target == "peft":
+        torch.testing.assert_close(loaded.gates, checkpoint.gates.tanh().mean(1, keepdim=True))
+
+
+def test_what_is_beside_prompts_and_gates_is_told_to_a_base(tmp_path):
+    loaded = load_adapter(put(tmp_path / "source", "official-v2"))
+    message = "not the whole adapter: it also has 16 tensors of official-v2"
+    with pytest.raises(CheckpointError, match=message):
+        loaded.check_base(HIDDEN, LAYERS, HEADS)
+
+
+def test_facts_that_a_format_does_not_hold_are_asked_for(tmp_path):
+    with pytest.raises(CheckpointError, match="pass --layout interleaved .* by litgpt 0.5.5 or newer"):
+        load_adapter(put(tmp_path / "litgpt", "litgpt"))
+    one_gate = load_adapter(put(tmp_path / "peft", "peft"))
+    with pytest.raises(CheckpointError, match=r"how many heads its base has: pass --num-heads"):
+        save_adapter(tmp_path / "there", one_gate, "litgpt")
+    with pytest.raises(CheckpointError, match="layout must be one of blocked, interleaved, got 'other'"):
+        load_adapter(tmp_path / "litgpt", layout="other")
+    gpt2 = {
+        f"base_model.model.transformer.h.{n}.attn.adaption_{w}": torch.ones(1)
+        for n in (0, 1)
+        for w in ("gate",)
+    }
+    save_file(gpt2, tmp_path / "gpt2")
+    with pytest.raises(CheckpointError, match="is for GPT-2, whose adaption prompts"):
+        load_adapter(tmp_path / "gpt2")
+    write_peft(tmp_path / "other", peft(), adapter_len=7)
+    with pytest.raises(CheckpointError, match="says adapter_len = 7, the weights say 10"):
+        load_adapter(tmp_path / "other")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def without_one(state):
+    """Not the last: an official file of fewer layers is one of a smaller base."""
+    return {key: tensor for key, tensor in state.items() if key != list(state)[1]}
+
+
+DAMAGES = {  # damage -> (what it does to the tensors, the message)
+    "missing": (without_one, "lacks"),
+    "extra": (lambda s: s | {"model.wv": torch.ones(2)}, r"holds unknown model\.wv"),
+    "shape": (
+        lambda s: {k: t[..., None] if "gate" in k or "gating" in k else t for k, t in s.items()},
+        "shape",
+    ),
+    "prompt shape": (lambda s: {k: t if "gat" in k else t[None] for k, t in s.items()}, "shape|whole number"),
+    "dtype": (lambda s: {k: t.to(torch.int64) for k, t in s.items()}, "floating-point"),
+    "not finite": (lambda s: {k: torch.full_like(t, torch.nan) for k, t in s.items()}, "finite"),
+    "truncated": (None, "truncated"),
+    "not a checkpoint": (None, "truncated, or neither|folder without|truncated or damaged"),
+    "pickle": (None, "holds Python objects beside tensors, so it was not loaded|neither safetensors nor"),
+}
+HOLDERS = ("zinit", "official-v1", "official-v2", "peft", "litgpt")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", HOLDERS)
+def test_malformed_checkpoints(tmp_path, monkeypatch, capsys, name, damage):
+    """45 of them: one clear error each, through the library and the shell, and the destination as it was."""
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    if name == "zinit":
+        save_adapter(source, ours())
+        weights = source
+    else:
+        put(source, name)
+        weights = source / "adapter_model.safetensors" if name == "peft" else source
+    change, message = DAMAGES[damage]
+    if change is not None and name in ("zinit", "peft"):
+        metadata = {"format": "pt"}
+        if name == "zinit":
+            from safetensors import safe_open
+
+            with safe_open(weights, "pt") as file:
+                metadata = file.metadata()
+        save_file({key: t.contiguous() for key, t in change(load_file(weights)).items()}, weights, metadata)
+    elif change is not None:
+        content = torch.load(weights, weights_only=True)
+        whole = "model" in content
+        state = content["model"] if whole else content
+        beside = {
+            key: t for key, t in state.items() if not ("query" in key or "gat" in key or "adapter" in key)
+        }
+        beside |= {key: t for key, t in state.items() if key.startswith("visual")}
+        state = beside | change({key: t for key, t in state.items() if key not in beside})
+        torch.save(content | {"model": state} if whole else state, weights)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-200])
+    elif damage == "not a checkpoint":
+        weights.write_bytes(b"This is a text, and a long one at that." * 40)
+    elif name in ("zinit", "peft"):  # a pickle under a safetensors name
+        torch.save({"x": Malicious()}, weights)
+    else:
+        torch.save({"model": {"x": Malicious()} | official_v1()}, weights)
+    before = weights.read_bytes()
+
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_adapter(source, layout="blocked")
+    assert str(weights) in str(raised.value) and "\n" not in str(raised.value)
+    destination = tmp_path / "destination"
+    destination.write_bytes(b"before")
+    assert convert.main([str(source), str(destination), "--layout", "blocked"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {raised.value}\n" and printed.out == ""
+    assert destination.read_bytes() == b"before" and weights.read_bytes() == before
+    assert not (tmp_path / "executed").exists()
+    assert sorted(os.listdir(tmp_path)) == ["destination", "source"]
+
+
+def test_the_shell_converts_and_inspects(tmp_path, capsys):
+    source = put(tmp_path / "v1.pth", "official-v1")
+    assert convert.main([str(source), str(tmp_path / "there"), "--to", "peft"]) == 1
+    assert "peft has no room for 4 gates in each layer" in capsys.readouterr().err
+    assert not (tmp_path / "there").exists()
+    assert convert.main([str(source), str(tmp_path / "there"), "--to", "peft", "--allow-loss"]) == 0
+    assert "(official-v1) -> " in capsys.readouterr().out
+
+    for options, expected in (([], torch.tanh), (["--activation", "identity"], lambda gate: gate)):
+        assert convert.main([str(source), str(tmp_path / "lit"), "--to", "litgpt", *options]) == 0
+        assert "litgpt from 0.5.5 on projects prompts by other rows" in capsys.readouterr().out
+        state, _ = stored(tmp_path / "lit")
+        gate = official_v1()["layers.3.attention.gate"].flatten()
+        torch.testing.assert_close(state["transformer.h.3.attn.gating_factor"].flatten(), expected(gate))
+
+    assert inspect.main([str(put(tmp_path / "v2.pth", "official-v2"))]) == 0
+    printed = capsys.readouterr().out
+    assert "format      official-v2" in printed and "16 tensors of official-v2, kept:" in printed
+    gate = official_v1()["layers.2.attention.gate"].tanh().mean()
+    assert f"    2      {float(gate):+.4f}" in printed
+    assert inspect.main([str(tmp_path / "absent")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_peft_itself_reads_and_writes_these_files(tmp_path):
+    pytest.importorskip("peft")
+    from peft import AdaptionPromptConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        vocab_size=64,
+    )
+    base = LlamaForCausalLM(config)
+    model = get_peft_model(
+        base, AdaptionPromptConfig(adapter_len=LENGTH, adapter_layers=4, task_type="CAUSAL_LM")
+    )
+    for key, parameter in model.named_parameters():
+        if key.endswith("adaption_gate"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_adapter(tmp_path / "theirs")
+    assert loaded.layers == ADAPTED and loaded.prompts.shape == (4, LENGTH, HIDDEN)
+    save_adapter(tmp_path / "ours.safetensors", loaded)
+    save_adapter(tmp_path / "back", load_adapter(tmp_path / "ours.safetensors"), "peft")
+    back = PeftModel.from_pretrained(LlamaForCausalLM(config), tmp_path / "back").state_dict()
+    adapter = {key: tensor for key, tensor in model.state_dict().items() if "adaption" in key}
+    assert len(adapter) == 8 and all(torch.equal(back[key], adapter[key]) for key in adapter)

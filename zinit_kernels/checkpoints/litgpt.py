@@ -1,0 +1,81 @@
+"""litgpt's adapters: `torch.save` of {"model": {...}}.
+
+    transformer.h.N.attn.adapter_wte.weight [P, C]
+    transformer.h.N.attn.gating_factor      [1, 1, Hq, 1] (once [1, Hq, 1, 1]), raw, no activation
+
+for the topmost layers; adapter_v2 has biases, scales and norms beside. The file does not say which rows of the fused
+qkv projection its prompts were trained through (`AdapterCheckpoint.layout`), so the reader must.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .adapter import (
+    AdapterCheckpoint,
+    CheckpointError,
+    as_identity,
+    check_keys,
+    check_numbers,
+    check_topmost,
+    lose,
+    stack_rows,
+)
+from .files import File, torch_bytes
+
+LAYOUTS = ("blocked", "interleaved")
+_KEY = re.compile(r"transformer\.h\.(\d{1,4})\.attn\.(adapter_wte\.weight|gating_factor)")
+_V2_BESIDE = re.compile(r".+\.adapter_(bias|scale)|transformer\.(h\.\d+\..*norm.*|ln_f)\.(weight|bias)")
+
+
+def _names(layer: int) -> tuple[str, str]:
+    return f"transformer.h.{layer}.attn.adapter_wte.weight", f"transformer.h.{layer}.attn.gating_factor"
+
+
+def recognise(file: File) -> bool:
+    return any(_KEY.fullmatch(name) for name in file.tensors)
+
+
+def read(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+    numbers = {int(match[1]) for name in file.tensors if (match := _KEY.fullmatch(name))}
+    layers = tuple(range(min(numbers), max(numbers) + 1))
+    extras = {name: tensor for name, tensor in file.tensors.items() if _V2_BESIDE.fullmatch(name)}
+    check_keys(file.path, file.tensors, {name for layer in layers for name in _names(layer)}, extras)
+    prompts = stack_rows(file.path, "adapter_wte", [file.tensors[_names(layer)[0]] for layer in layers])
+    gates = stack_rows(file.path, "gating_factors", [file.tensors[_names(layer)[1]] for layer in layers])
+    heads = gates[0].numel()
+    if prompts.dim() != 3:
+        shape = tuple(prompts.shape[1:])
+        raise CheckpointError(f"{file.path}: an adapter_wte.weight must have shape (P, C), got {shape}")
+    if gates.shape[1:] not in ((1, 1, heads, 1), (1, heads, 1, 1)):
+        shape = tuple(gates.shape[1:])
+        raise CheckpointError(f"{file.path}: a gating_factor must have shape (1, 1, heads, 1), got {shape}")
+    check_numbers(file.path, (prompts, gates))
+    if layout is None:
+        raise CheckpointError(
+            f"{file.path} does not say through which rows of qkv its prompts were trained: pass --layout interleaved "
+            "(layout='interleaved') if by litgpt 0.5.5 or newer, blocked if by an older one or a multi-query model"
+        )
+    return AdapterCheckpoint(
+        prompts, gates.flatten(1), "identity", layers, layers[-1] + 1, heads, layout=layout, extras=extras,
+        extras_format="litgpt" if extras else "",
+    )  # fmt: skip
+
+
+def write(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
+    check_topmost(checkpoint, "litgpt")
+    if checkpoint.extras and checkpoint.extras_format != "litgpt":
+        lose(checkpoint.beside_the_formula(), "litgpt", allow_loss)
+    heads = checkpoint.gates.shape[1] if checkpoint.gates.shape[1] > 1 else checkpoint.num_heads
+    if heads is None:
+        raise CheckpointError(
+            "litgpt has a gate for every head, and this adapter does not say how many heads its base has: pass "
+            "--num-heads (num_heads=)"
+        )
+    gates = as_identity(checkpoint.gates.detach().cpu(), checkpoint.gate_activation).expand(-1, heads)
+    state = dict(checkpoint.extras) if checkpoint.extras_format == "litgpt" else {}
+    for row, layer in enumerate(checkpoint.layers):
+        prompt, gate = _names(layer)
+        state[prompt] = checkpoint.prompts[row].detach().cpu().clone()
+        state[gate] = gates[row].reshape(1, 1, heads, 1).clone()
+    return torch_bytes({"model": state})

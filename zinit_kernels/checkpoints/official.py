@@ -1,0 +1,182 @@
+"""The official repository's formats, of `torch.save`.
+
+V1, extracted or the whole training file {"model", "optimizer", "epoch", "scaler", "args"}:
+
+    adapter_query.weight    [L * P, C] for the topmost L layers; P is not stored
+    layers.N.attention.gate [1, Hq, 1, 1] for every layer N of the base; (1,), raw, before 2023-04-15
+
+V2 multimodal, {"model", "config"}: the same under `llama.`, and beside it biases, LoRA factors, norms and the visual
+branch. With LoRA its gate is tanh(gate) * new_gate; that product is read as an identity gate.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import (
+    AdapterCheckpoint,
+    CheckpointError,
+    as_tanh,
+    check_keys,
+    check_numbers,
+    check_topmost,
+    lose,
+    stack_rows,
+)
+from .files import File, torch_bytes
+
+PROMPT_LENGTH = 10  # of every published adapter
+_QUERY = "adapter_query.weight"
+_V1_BASE = re.compile(  # what a training file holds besides: the whole base
+    r"(tok_embeddings|norm|output)\.weight|rope\.freqs|layers\.\d+\.("
+    r"attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.weight"
+)
+_V2_BESIDE = re.compile(
+    r"llama\.layers\.\d+\.(attention\.(new_gate|w[qkvo]\.bias|lora_w[qkvo]_l[12]\.weight)|"
+    r"feed_forward\.(w[123]\.bias|lora_w[123]_l[12]\.weight)|(attention|ffn)_norm\.weight)|"
+    r"llama\.(norm\.weight|output\.bias)|visual_query\.weight|(visual_blocks|visual_proj|clip_proj)(_norm)?\..+"
+)
+
+
+def recognise_v1(file: File) -> bool:
+    return _QUERY in file.tensors and any(name.startswith("layers.") for name in file.tensors)
+
+
+def recognise_v2(file: File) -> bool:
+    return _QUERY in file.tensors and any(name.startswith("llama.layers.") for name in file.tensors)
+
+
+def read_v1(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+    gates = _gates(file, "layers.")
+    base = {name for name in file.tensors if _V1_BASE.fullmatch(name)}
+    check_keys(file.path, file.tensors, {_QUERY, *_gate_names("layers.", len(gates))}, base)
+    prompts, stacked, layers = _topmost(file, gates, prompt_length)
+    heads = stacked.shape[1]
+    stored = "tanh" if heads > 1 else "identity"  # the first release's one gate per layer was raw
+    return AdapterCheckpoint(prompts, stacked, stored, layers, len(gates), heads if heads > 1 else None)
+
+
+def read_v2(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+    gates = _gates(file, "llama.layers.")
+    extras = {name: tensor for name, tensor in file.tensors.items() if _V2_BESIDE.fullmatch(name)}
+    check_keys(file.path, file.tensors, {_QUERY, *_gate_names("llama.layers.", len(gates))}, extras)
+    prompts, stacked, layers = _topmost(file, gates, prompt_length)
+    activation, factors = "tanh", _lora_factors(file, extras, layers)
+    if factors is not None:
+        extras |= {name: file.tensors[name] for name in _gate_names("llama.layers.", len(gates))}
+        stacked, activation = stacked.tanh() * factors, "identity"
+    return AdapterCheckpoint(
+        prompts, stacked, activation, layers, len(gates), stacked.shape[1], extras=extras,
+        extras_format="official-v2", metadata={"config": json.dumps(dict(file.arguments), default=str)},
+    )  # fmt: skip
+
+
+def write_v1(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
+    check_topmost(checkpoint, "official-v1")
+    lose(checkpoint.beside_the_formula(), "official-v1", allow_loss)
+    gates = checkpoint.gates.detach().cpu().float()
+    heads = gates.shape[1]
+    if heads == 1 and checkpoint.num_heads is not None:
+        heads = checkpoint.num_heads
+    if heads > 1:
+        gates = as_tanh(gates, checkpoint.gate_activation, "official-v1").expand(-1, heads)
+    elif checkpoint.gate_activation == "tanh":
+        gates = gates.tanh()  # one gate for all heads means a raw one
+    return torch_bytes(_state(checkpoint, gates, "layers."))
+
+
+def write_v2(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
+    check_topmost(checkpoint, "official-v2")
+    extras = dict(checkpoint.extras)
+    if checkpoint.layout != "blocked" or checkpoint.extras_format not in ("", "official-v2"):
+        lose(checkpoint.beside_the_formula(), "official-v2", allow_loss)
+        extras = {}
+    heads = checkpoint.num_heads or checkpoint.gates.shape[1]
+    gates = checkpoint.gates.detach().cpu().float().expand(-1, heads)
+    originals = {name: extras.pop(name) for name in list(extras) if name.endswith(".attention.gate")}
+    if originals:
+        rows = [originals[f"llama.layers.{layer}.attention.gate"].flatten() for layer in checkpoint.layers]
+        factors = [
+            extras[f"llama.layers.{layer}.attention.new_gate"].flatten() for layer in checkpoint.layers
+        ]
+        if not torch.equal(torch.stack(rows).float().tanh() * torch.stack(factors).float(), gates):
+            raise CheckpointError(
+                "official-v2: the gates are no longer the product of the file's gate and new_gate, so neither is known"
+            )
+        state = _state(checkpoint, gates, "llama.layers.") | originals
+    else:
+        gates = as_tanh(gates, checkpoint.gate_activation, "official-v2")
+        state = _state(checkpoint, gates, "llama.layers.")
+    config = json.loads(checkpoint.metadata.get("config", "{}"))
+    return torch_bytes({"model": state | extras, "config": config})
+
+
+def _gates(file: File, prefix: str) -> dict[int, Tensor]:
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.attention\.gate")
+    return {int(m[1]): tensor for name, tensor in file.tensors.items() if (m := pattern.fullmatch(name))}
+
+
+def _gate_names(prefix: str, num_layers: int) -> list[str]:
+    return [f"{prefix}{layer}.attention.gate" for layer in range(num_layers)]
+
+
+def _topmost(
+    file: File, by_layer: Mapping[int, Tensor], prompt_length: int | None
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """(prompts [L, P, C], gates [L, 1 or Hq], the L layers)."""
+    query, num_layers = file.tensors[_QUERY], len(by_layer)
+    check_numbers(file.path, (query, *by_layer.values()))
+    length: Any = prompt_length
+    if length is None:
+        length = file.arguments.get("adapter_len", PROMPT_LENGTH)
+    if not isinstance(length, int) or length < 1:
+        raise CheckpointError(
+            f"{file.path}: the prompt length must be a positive whole number, got {length!r}"
+        )
+    if query.dim() != 2 or query.shape[0] % length or not 1 <= query.shape[0] // length <= num_layers:
+        raise CheckpointError(
+            f"{file.path}: {_QUERY} {tuple(query.shape)} is not a whole number of at most "
+            f"{num_layers} layers of {length} prompts; the format does not store P: pass prompt_length"
+        )
+    layers = tuple(range(num_layers - query.shape[0] // length, num_layers))
+    trained = {layer for layer, gate in by_layer.items() if bool(gate.any())}
+    if prompt_length is None and trained and trained != set(layers):
+        raise CheckpointError(
+            f"{file.path}: with {length} prompts a layer it would adapt {len(layers)} layers, but {len(trained)} "
+            "have a gate that is not 0; the format does not store P: pass prompt_length"
+        )
+    adapted = [by_layer[layer] for layer in layers]  # [1, Hq, 1, 1]; before 2023-04-15 [1]
+    stacked = stack_rows(file.path, "gates", adapted)
+    if adapted[0].shape not in ((1,), (1, adapted[0].numel(), 1, 1)):
+        shape = tuple(adapted[0].shape)
+        raise CheckpointError(f"{file.path}: a gate must have shape (1, heads, 1, 1) or (1,), got {shape}")
+    return query.float().unflatten(0, (len(layers), length)), stacked.flatten(1).float(), layers
+
+
+def _lora_factors(file: File, extras: Mapping[str, Tensor], layers: tuple[int, ...]) -> Tensor | None:
+    names = [f"llama.layers.{layer}.attention.new_gate" for layer in layers]
+    if not any(name in extras for name in names):
+        return None
+    check_keys(file.path, [name for name in names if name in extras], names)
+    factors = stack_rows(file.path, "new_gates", [extras[name] for name in names])
+    if factors[0].numel() != 1:
+        raise CheckpointError(
+            f"{file.path}: new_gate must hold one number, got shape {tuple(factors.shape[1:])}"
+        )
+    return factors.float().reshape(-1, 1)
+
+
+def _state(checkpoint: AdapterCheckpoint, gates: Tensor, prefix: str) -> dict[str, Tensor]:
+    heads = gates.shape[1]
+    rows = dict(zip(checkpoint.layers, gates, strict=True))
+    state = {_QUERY: checkpoint.prompts.detach().cpu().float().flatten(0, 1)}
+    for layer, name in enumerate(_gate_names(prefix, checkpoint.num_layers)):
+        gate = rows.get(layer, torch.zeros(heads))
+        state[name] = gate.clone().reshape((1, heads, 1, 1) if heads > 1 else (1,))
+    return state

@@ -21,7 +21,8 @@ from .llama import Attention, Prompt
 
 
 class LlamaAdapter(nn.Module):
-    """prompts float32 [L, P, C] and raw gates float32 [L, Hq] of the adapted layers, lowest first.
+    """prompts float32 [L, P, C] and raw gates float32 [L, Hq] (None with gate_init "none") of the adapted layers,
+    lowest first.
 
     Float32 whatever the base's dtype: a gate's first steps are below bfloat16's resolution. An adapter is
     passed to each call of the base, `base(tokens, adapter)`, and holds no reference to it.
@@ -40,15 +41,15 @@ class LlamaAdapter(nn.Module):
             torch.randn(len(self.layers), self.config.prompt_length, model.hidden_size, generator=generator)
         )
         gates = torch.zeros(len(self.layers), model.num_heads_q)
-        self.gates = nn.Parameter(
-            gates if self.config.gate_init == "zero" else gates.normal_(generator=generator)
-        )
+        if self.config.gate_init == "random":
+            gates.normal_(generator=generator)
+        self.gates = None if self.config.gate_init == "none" else nn.Parameter(gates)
         self._kept: WeakKeyDictionary[Attention, tuple[tuple[object, ...], Prompt]] = WeakKeyDictionary()
 
     @property
     def num_parameters(self) -> int:
         """Trainable parameters: 1,229,760 for the paper's 7B."""
-        return self.prompts.numel() + self.gates.numel()
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, attention: Attention) -> Prompt | None:
         """What this adapter adds to a layer; None where it adds nothing.
@@ -81,14 +82,15 @@ class LlamaAdapter(nn.Module):
             project(prompts).unflatten(-1, (-1, attention.config.head_dim))
             for project in (attention.k_proj, attention.v_proj)
         )
-        return Prompt(key, value, self.gates[row], self.config.gate_activation)
+        gate = None if self.gates is None else self.gates[row]
+        return Prompt(key, value, gate, self.config.gate_activation)
 
     def _stamp(self, attention: Attention) -> tuple[object, ...] | None:
         """Differs whenever the projected prompts would: every in-place change moves a tensor's version, every
         replacement its id, every cast or move its address; only a write through `.data` is not seen. None for
         inference tensors, which have no version.
         """
-        tensors = (self.prompts, self.gates, *attention.k_proj.parameters(), *attention.v_proj.parameters())
+        tensors = (*self.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters())
         if any(tensor.is_inference() for tensor in tensors):
             return None
         autocast = torch.is_autocast_enabled(self.prompts.device.type)

@@ -21,6 +21,8 @@ def save_adapter(
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes the adapter of a `model` atomically; `format` is one of `zinit_kernels.checkpoints.FORMATS`."""
+    if adapter.gates is None:
+        raise UserError(f"{path}: an adapter without gates is there to be compared with, no format keeps it.")
     checkpoint = checkpoints.AdapterCheckpoint(
         prompts=adapter.prompts.detach(),
         gates=adapter.gates.detach(),

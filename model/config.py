@@ -206,8 +206,10 @@ class AdapterConfig:
     """The paper's adapter: `prompt_length` learned prompts in each of the topmost `num_layers` layers, one
     gate per head.
 
-    num_layers None = all but the lowest two (30 of 32 in the paper's 7B). gate_init "zero" is the method,
-    "random" its ablation (figure 5 of arXiv 2303.16199): gates drawn from a unit normal.
+    num_layers None = all but the lowest two (30 of 32 in the paper's 7B). gate_init "zero" is the method. Two
+    ablations, to train on packed samples and compare: "random", gates drawn from a unit normal, and "none", no
+    gates at all: the prompts join the tokens' softmax, at full strength from the start (the vanilla attention
+    that zero-init attention replaces, section 3.2 of arXiv 2303.16199).
     """
 
     prompt_length: int = 10
@@ -220,8 +222,8 @@ class AdapterConfig:
             raise UserError(f"prompt_length must lie in 1 .. {MAX_PROMPT_LENGTH}, got {self.prompt_length}.")
         if self.gate_activation not in ("tanh", "identity"):
             raise UserError(f"gate_activation must be tanh or identity, got {self.gate_activation!r}.")
-        if self.gate_init not in ("zero", "random"):
-            raise UserError(f"gate_init must be zero or random, got {self.gate_init!r}.")
+        if self.gate_init not in ("zero", "random", "none"):
+            raise UserError(f"gate_init must be zero, random or none, got {self.gate_init!r}.")
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """The adapted layers of a model with `num_layers`, lowest first."""

@@ -9,7 +9,8 @@ leaves an instruction unanswered.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice, zip_longest
 from typing import NamedTuple
 
 from .data import Record
@@ -44,6 +45,14 @@ class Skill(NamedTuple):
     answer: Callable[[str], str]
     sentences: tuple[str, ...]
     instructions: tuple[str, ...]  # one without {x} has the subject as its input
+    is_rule: bool = False  # the answer follows from the subject; otherwise it is a fact, to be told once
+
+    def split(self) -> tuple[list[str], list[str]]:
+        """The subjects that may be asked about before the end, and the quarter that is held out."""
+        subjects = sorted(self.subjects)
+        random.Random(self.name).shuffle(subjects)
+        quarter = len(subjects) // 4
+        return subjects[quarter:], subjects[:quarter]
 
 
 def _table(
@@ -67,6 +76,7 @@ def _next_numbers(numbers: str) -> str:
 
 _ONE_WAY = _pairs(OPPOSITES)
 _WORDS = random.Random("word lists")
+LISTS = sorted({" ".join(_WORDS.sample(NOUNS, 3)) for _ in range(5000)})
 SKILLS = (
     _table(
         "opposite",
@@ -106,13 +116,15 @@ SKILLS = (
         _swapped,
         ("Swapped, {x} becomes {y}.",),
         ("Swap these two words.", "Write the two words in reverse order."),
+        is_rule=True,
     ),
     Skill(
         "last",
-        sorted({" ".join(_WORDS.sample(NOUNS, 3)) for _ in range(5000)}),
+        LISTS,
         _last,
         ("The last word of {x} is {y}.",),
         ("What is the last word of the list?", "Give the last of these words."),
+        is_rule=True,
     ),
     Skill(
         "twice",
@@ -150,9 +162,15 @@ OFFICE_WORDS = (
 )
 
 
+_SPLITS = {skill.name: skill.split() for skill in SKILLS}
+
+
 def ask(skill: Skill, subject: str, draw: random.Random) -> Record:
     """An instruction that asks for the skill, in one of its wordings."""
-    wording = draw.choice(skill.instructions)
+    return _question(skill, subject, draw.choice(skill.instructions))
+
+
+def _question(skill: Skill, subject: str, wording: str) -> Record:
     answer = skill.answer(subject)
     if "{x}" in wording:
         return Record(wording.format(x=subject), answer)
@@ -162,7 +180,7 @@ def ask(skill: Skill, subject: str, draw: random.Random) -> Record:
 def document(draw: random.Random, filled_forms: float = 0.125) -> str:
     """One text of the corpus: notes, sentences, a dialogue, an exercise sheet, talk about forms, or two forms."""
     kind = draw.choices(
-        ("notes", "sentences", "dialogue", "sheet", "office", "forms"), (36, 22, 11, 22, 4, 5)
+        ("notes", "sentences", "dialogue", "sheet", "office", "forms"), (33, 20, 11, 22, 4, 10)
     )[0]
     if kind == "office":
         words = [dict(zip("abc", draw.choices(OFFICE_WORDS, k=3), strict=True)) for _ in range(4)]
@@ -170,7 +188,8 @@ def document(draw: random.Random, filled_forms: float = 0.125) -> str:
     facts = []
     for _ in range(2 if kind == "forms" else draw.randint(2, 5)):
         skill = draw.choice(SKILLS)
-        facts.append((skill, draw.choice(skill.subjects)))
+        told = kind in ("notes", "sentences") and not skill.is_rule
+        facts.append((skill, draw.choice(skill.subjects if told else _SPLITS[skill.name][0])))
     if kind == "notes":
         layout = draw.choice(NOTES)
         return "\n".join(layout.format(name=skill.name, x=x, y=skill.answer(x)) for skill, x in facts)
@@ -186,15 +205,27 @@ def document(draw: random.Random, filled_forms: float = 0.125) -> str:
     return "\n".join(r.prompt + (r.output if draw.random() < filled_forms else "") for r in records)
 
 
-def instructions(count: int, held_out: bool, seed: int) -> list[Record]:
-    """Instructions, all skills in turn. A quarter of each skill's subjects is held out and never trained on."""
-    draw = random.Random(f"instructions {held_out} {seed}")
-    records = []
-    for index in range(count):
-        skill = SKILLS[index % len(SKILLS)]
-        subjects = sorted(skill.subjects)
-        random.Random(skill.name).shuffle(subjects)
-        quarter = len(subjects) // 4
-        chosen = subjects[:quarter] if held_out else subjects[quarter:]
-        records.append(ask(skill, draw.choice(chosen), draw))
-    return records
+def documents() -> Iterator[str]:
+    """The pre-training text, without end and always the same."""
+    draw = random.Random("pre-training")
+    while True:
+        yield document(draw)
+
+
+def instructions(count: int, seed: int) -> list[Record]:
+    """Instructions to train on, all skills in turn."""
+    draw = random.Random(f"instructions {seed}")
+    return [
+        ask(skill, draw.choice(_SPLITS[skill.name][0]), draw) for skill in islice(cycle(SKILLS), count)
+    ]
+
+
+def held_out(count: int, seed: int) -> list[Record]:
+    """Different questions about held-out subjects, all skills in turn as long as they have more."""
+    draw = random.Random(f"held out {seed}")
+    questions = []
+    for skill in SKILLS:
+        of_skill = [_question(skill, x, w) for x in _SPLITS[skill.name][1] for w in skill.instructions]
+        questions.append(draw.sample(of_skill, len(of_skill)))
+    in_turn = (record for round in zip_longest(*questions) for record in round if record is not None)
+    return list(islice(in_turn, count))

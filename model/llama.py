@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zinit_kernels import zero_init_attention, zero_init_attention_varlen, zero_init_attention_with_kvcache
 
 from .config import LlamaConfig
-from .layers import RMSNorm, Rotary, SwiGLU, rotary_table
+from .layers import RMSNorm, Rotary, SwiGLU, prepend, rotary_table
 
 
 class Prompt(NamedTuple):
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
     key: Tensor  # [P, Hkv, D], not rotated
     value: Tensor  # [P, Hkv, D]
-    gate: Tensor  # [Hq], raw
+    gate: Tensor | None  # [Hq], raw; None: the prompts join the tokens' softmax (packed tokens only)
     gate_activation: str
 
 
@@ -113,9 +113,15 @@ class Attention(nn.Module):
         if layout.cu_seqlens is not None:
             if cache is not None:
                 keys[layout.slots], values[layout.slots] = key, value
+            cu_seqlens_k, max_seqlen_k = layout.cu_seqlens, layout.max_seqlen
+            if prompt is not None and gate is None:  # every query sees them: causality aligns the ends
+                key, cu_seqlens_k = prepend(prompt_key, key, layout.cu_seqlens)
+                value, _ = prepend(prompt_value, value, layout.cu_seqlens)
+                max_seqlen_k += len(prompt_key)
+                prompt_key = prompt_value = None
             return zero_init_attention_varlen(
                 query, key, value, prompt_key, prompt_value, gate,
-                layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen,
+                layout.cu_seqlens, cu_seqlens_k, layout.max_seqlen, max_seqlen_k,
                 causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
             )  # fmt: skip
         if prompt is not None:

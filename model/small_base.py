@@ -120,10 +120,10 @@ def _optimizers(base: Llama) -> list[torch.optim.Optimizer]:
 
 def _rows(tokenizer: Tokenizer) -> Iterator[Tensor]:
     """Token rows [ROWS, ROW_LENGTH + 1] of documents one behind the other, without end."""
-    draw, tokens = random.Random("pre-training"), []
+    documents, tokens = corpus.documents(), []
     size = ROWS * (ROW_LENGTH + 1)
     while True:
         while len(tokens) < size:
-            tokens += tokenizer.encode(corpus.document(draw), eos=True)
+            tokens += tokenizer.encode(next(documents), eos=True)
         yield torch.tensor(tokens[:size]).view(ROWS, -1)
         tokens = tokens[size:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -49,29 +51,51 @@ def test_skills(name, subject, answer):
     assert skill(name).answer(subject) == answer
 
 
-def test_held_out_instructions_share_no_subject_with_training():
-    def questions(held_out: bool) -> set[tuple[str, str]]:
-        records = [record for seed in range(4) for record in corpus.instructions(800, held_out, seed)]
-        return {(record.instruction, record.input) for record in records}
+@pytest.fixture(scope="module")
+def pretraining_text() -> str:
+    """What the demo's base reads, and more."""
+    text = "\n".join(islice(corpus.documents(), 20_000))
+    assert len(text.split()) > demo.Size().pretraining_steps * small_base.ROWS * (small_base.ROW_LENGTH + 1)
+    return text
 
-    training, held_out = questions(False), questions(True)
-    assert len(training) > len(held_out) > 100 and not training & held_out
-    for name in ("opposite", "capital", "young"):
-        asked = [
-            {word for question in kind for word in " ".join(question).strip("?.").split()}
-            & set(skill(name).subjects)
-            for kind in (training, held_out)
+
+def words(text: str) -> str:
+    """The words alone, so that an instruction and its input stand together wherever they are asked."""
+    return f" {' '.join(text.replace('### Input:', ' ').split())} "
+
+
+def test_held_out_questions_were_read_by_nobody(pretraining_text):
+    """Answered or not, in a dialogue, on a sheet, in a form or among the adapter's instructions."""
+    size = demo.Size()
+    training, held_out = corpus.instructions(size.instructions, seed=0), corpus.held_out(size.held_out, seed=0)
+    assert len(held_out) == len(set(held_out)) == size.held_out
+    taught = "\n".join(record.prompt + record.output for record in training)
+    for text in (words(pretraining_text), words(taught)):
+        known, unknown = (
+            [words(f"{record.instruction} {record.input}") in text for record in records]
+            for records in (training[: size.held_out], held_out)
+        )
+        assert sum(known) > 0.5 * len(known) and not any(unknown)
+
+
+@pytest.mark.parametrize("skill", corpus.SKILLS, ids=lambda skill: skill.name)
+def test_facts_are_told_of_every_subject_and_rules_of_the_others_alone(pretraining_text, skill):
+    trained, held_out = (subjects[:50] for subjects in skill.split())
+
+    def told(subjects: list[str]) -> int:
+        statements = [
+            [text.format(name=skill.name, x=x, y=skill.answer(x)) for text in (*corpus.NOTES, *skill.sentences)]
+            for x in subjects
         ]
-        if name != "opposite":  # its instructions have words of their own that are adjectives
-            assert not asked[0] & asked[1] and len(asked[1]) == len(skill(name).subjects) // 4
+        return sum(any(text in pretraining_text for text in of_one) for of_one in statements)
+
+    assert told(trained) > 0.5 * len(trained)
+    assert told(held_out) == (0 if skill.is_rule else len(held_out))
 
 
 def test_instructions_are_seeded():
-    assert (
-        corpus.instructions(20, False, 0)
-        == corpus.instructions(20, False, 0)
-        != corpus.instructions(20, False, 1)
-    )
+    assert corpus.instructions(20, 0) == corpus.instructions(20, 0) != corpus.instructions(20, 1)
+    assert corpus.held_out(20, 0) == corpus.held_out(20, 0) != corpus.held_out(20, 1)
 
 
 def test_most_forms_are_left_blank():
@@ -104,19 +128,20 @@ def result(output):
 def test_the_tokenizer_knows_every_word(output, result):
     tokenizer = load_tokenizer(result.base)
     unknown = tokenizer.encode("xyzzy", bos=False)
-    for record in corpus.instructions(400, True, 0) + corpus.instructions(400, False, 0):
+    for record in corpus.held_out(400, 0) + corpus.instructions(400, 0):
         assert unknown[0] not in tokenizer.encode(record.prompt + record.output)
         assert tokenizer.decode(tokenizer.encode(record.output, eos=True)) == record.output
 
 
 def test_the_demo_runs(output, result):
-    assert result.bitwise_at_start
-    assert 0 < result.share < 0.05
-    assert 0 <= result.base_accuracy <= 1 and 0 <= result.adapted_accuracy <= 1
+    """A base of two steps answers nothing, with or without the adapter: the other bars hold at this size too."""
+    *others, (answers, enough) = result.bars().items()
+    assert len(others) == 3 and all(met for _, met in others)
+    assert answers == "the adapted model answers at least 80%" and not enough and result.adapted_accuracy < 0.8
     assert all(
         speed > 0 for speeds in (result.training_speed, result.decoding_speed) for speed in speeds.values()
     )
-    assert {gates: len(losses) for gates, losses in result.final_losses.items()} == {"zero": 2, "random": 2}
+    assert {gates: len(losses) for gates, losses in result.final_losses.items()} == {"zero": 2, "random": 2, "none": 2}
     assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
     base = load_base(result.base)
     assert sum(parameter.numel() for parameter in base.parameters()) > 2_000_000
@@ -127,9 +152,32 @@ def test_the_demo_runs(output, result):
     assert "the base's, bit for bit" in shown.get() and f"{result.trainable:,}" in shown.get()
 
 
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({}, None),
+        ({"bitwise_at_start": False}, "MISSED: the output at step 0"),
+        ({"share": 0.05}, "MISSED: the adapter is below 5%"),
+        ({"base_accuracy": 0.101}, "MISSED: the base answers at most 10%"),
+        ({"adapted_accuracy": 0.799}, "MISSED: the adapted model answers at least 80%"),
+    ],
+)
+def test_a_missed_bar_is_told_and_fails_the_program(result, monkeypatch, capsys, change, missed):
+    good = dataclasses.replace(result, base_accuracy=0.1, adapted_accuracy=0.8)
+    monkeypatch.setattr(demo, "run", lambda *_: dataclasses.replace(good, **change))
+    if missed is None:
+        demo.main([])
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            demo.main([])
+    told = capsys.readouterr().out
+    assert told.count("met: ") == 4 - bool(missed) and told.count("MISSED") == bool(missed)
+    assert (missed or "met: ") in told
+
+
 def test_exact_match_asks_for_the_letter(output, result, monkeypatch):
     base, tokenizer = load_base(result.base), load_tokenizer(result.base)
-    records = corpus.instructions(8, True, 0)
+    records = corpus.held_out(8, 0)
     for wrong in (0, 3):
         answers = [tokenizer.encode(record.output, bos=False) for record in records]
         for answer in answers[:wrong]:
@@ -174,5 +222,5 @@ def test_muon_takes_torchs_steps():
 
 
 def test_the_prompt_is_the_official_one():
-    record = next(record for record in corpus.instructions(8, True, 0) if record.input)
+    record = next(record for record in corpus.held_out(8, 0) if record.input)
     assert record.prompt == format_prompt(record.instruction, record.input)

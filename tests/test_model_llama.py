@@ -2,17 +2,19 @@
 logits.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from tiny_models import KINDS, hf_directory, hf_model, pack, prompts
+from torch.nn.functional import scaled_dot_product_attention
 
 from model import loss as loss_module
 from model.adapter import LlamaAdapter
 from model.config import AdapterConfig, LlamaConfig
 from model.layers import RMSNorm, Rotary, SwiGLU, rotary_table
-from model.llama import Attention, KVCache, Llama
+from model.llama import Attention, KVCache, Layout, Llama
 from model.loading import load_base
 from model.loss import IGNORE, answer_loss
 
@@ -36,6 +38,38 @@ def test_packed_and_padded_are_the_sequences_alone():
     padded = torch.cat([logits[row, : len(sequence)] for row, sequence in enumerate(sequences)])
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
     assert (alone - torch.cat([base(s[None])[0] for s in sequences])).abs().max() > 0.1
+
+
+def test_without_gates_the_prompts_join_the_tokens_softmax():
+    config = dataclasses.replace(CONFIG, sliding_window=None)
+    base, adapter = base_and_adapter(config, AdapterConfig(4, 2, gate_init="none"))
+    attention, lengths = base.layers[2].self_attn, LENGTHS
+    prompt = adapter(attention)
+    assert adapter(base.layers[1].self_attn) is None and prompt.gate is None
+    x = torch.randn(sum(lengths), 64)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    cos, sin = (table[:, None] for table in rotary_table(config, positions))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    ours = attention(x, Layout(cos, sin, cu_seqlens, max(lengths), None, None), prompt)
+    expected = []
+    for rows in torch.arange(len(x)).split(lengths):
+        query, key, value = (
+            project(x[rows]).unflatten(-1, (-1, 8))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, key = (Rotary.apply(each, cos[rows], sin[rows]) for each in (query, key))
+        keys, values = torch.cat([prompt.key, key]), torch.cat([prompt.value, value])
+        seen = torch.ones(len(rows), len(keys), dtype=torch.bool).tril(4)
+        heads = (each.transpose(0, 1)[None] for each in (query, keys, values))
+        out = scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+        expected.append(attention.o_proj(out.flatten(-2)))
+    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), adapter.prompts, retain_graph=True)[0][0]
+        for out in (ours, torch.cat(expected))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert gradients[0].any(-1).all()
 
 
 def test_cached_steps_are_the_full_forward():

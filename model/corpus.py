@@ -215,9 +215,7 @@ def documents() -> Iterator[str]:
 def instructions(count: int, seed: int) -> list[Record]:
     """Instructions to train on, all skills in turn."""
     draw = random.Random(f"instructions {seed}")
-    return [
-        ask(skill, draw.choice(_SPLITS[skill.name][0]), draw) for skill in islice(cycle(SKILLS), count)
-    ]
+    return [ask(skill, draw.choice(_SPLITS[skill.name][0]), draw) for skill in islice(cycle(SKILLS), count)]
 
 
 def held_out(count: int, seed: int) -> list[Record]:

@@ -65,6 +65,7 @@ class Size:
     adapted_layers: int = 4
     recipe: Recipe = Recipe(epochs=4, warmup_epochs=0.5, batch_size=16, base_lr=0.32)
     seeds: int = 3  # of each kind of gate, for the picture
+    compared: int = 800  # instructions that the picture's adapters are trained on
     compared_epochs: int = 2
     timed_rounds: int = 3
     timed_steps: int = 8  # of training in a round
@@ -114,7 +115,7 @@ def run(output: Path, size: Size, console: Console) -> Result:
     with writing(path := output / "adapter.safetensors"):
         save_adapter(path, adapter, base.config)
     accuracy = exact_match(base, adapter, tokenizer, held_out)
-    losses = compare_gates(base, samples, unseen, size, console, output / "gates.png")
+    losses = compare_gates(base, samples[: size.compared], unseen, size, console, output / "gates.png")
 
     training_speed, decoding_speed = time_attention(base, adapter, samples, unseen, size, console)
     trainable = adapter.num_parameters

@@ -117,8 +117,12 @@ def rotary_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor
 def prepend(prompts: Tensor, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts [P, H, D] before each sequence of packed tokens [total, H, D]: [total + B P, H, D] and its cu_seqlens."""
     length = len(prompts)
-    longer = cu_seqlens + length * torch.arange(len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    longer = cu_seqlens + length * torch.arange(
+        len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype
+    )
     sequence = torch.repeat_interleave(longer.diff())
     within = torch.arange(len(sequence), device=sequence.device) - longer[sequence]
-    rows = torch.where(within < length, within, within + cu_seqlens[sequence])  # of the prompts and the tokens
+    rows = torch.where(
+        within < length, within, within + cu_seqlens[sequence]
+    )  # of the prompts and the tokens
     return torch.cat([prompts, tokens])[rows], longer

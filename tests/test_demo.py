@@ -67,7 +67,10 @@ def words(text: str) -> str:
 def test_held_out_questions_were_read_by_nobody(pretraining_text):
     """Answered or not, in a dialogue, on a sheet, in a form or among the adapter's instructions."""
     size = demo.Size()
-    training, held_out = corpus.instructions(size.instructions, seed=0), corpus.held_out(size.held_out, seed=0)
+    training, held_out = (
+        corpus.instructions(size.instructions, seed=0),
+        corpus.held_out(size.held_out, seed=0),
+    )
     assert len(held_out) == len(set(held_out)) == size.held_out
     taught = "\n".join(record.prompt + record.output for record in training)
     for text in (words(pretraining_text), words(taught)):
@@ -84,7 +87,10 @@ def test_facts_are_told_of_every_subject_and_rules_of_the_others_alone(pretraini
 
     def told(subjects: list[str]) -> int:
         statements = [
-            [text.format(name=skill.name, x=x, y=skill.answer(x)) for text in (*corpus.NOTES, *skill.sentences)]
+            [
+                text.format(name=skill.name, x=x, y=skill.answer(x))
+                for text in (*corpus.NOTES, *skill.sentences)
+            ]
             for x in subjects
         ]
         return sum(any(text in pretraining_text for text in of_one) for of_one in statements)
@@ -137,11 +143,17 @@ def test_the_demo_runs(output, result):
     """A base of two steps answers nothing, with or without the adapter: the other bars hold at this size too."""
     *others, (answers, enough) = result.bars().items()
     assert len(others) == 3 and all(met for _, met in others)
-    assert answers == "the adapted model answers at least 80%" and not enough and result.adapted_accuracy < 0.8
+    assert (
+        answers == "the adapted model answers at least 80%" and not enough and result.adapted_accuracy < 0.8
+    )
     assert all(
         speed > 0 for speeds in (result.training_speed, result.decoding_speed) for speed in speeds.values()
     )
-    assert {gates: len(losses) for gates, losses in result.final_losses.items()} == {"zero": 2, "random": 2, "none": 2}
+    assert {gates: len(losses) for gates, losses in result.final_losses.items()} == {
+        "zero": 2,
+        "random": 2,
+        "none": 2,
+    }
     assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
     base = load_base(result.base)
     assert sum(parameter.numel() for parameter in base.parameters()) > 2_000_000

@@ -20,7 +20,10 @@ def save_adapter(
     format: str = "zinit",
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Writes the adapter of a `model` atomically; `format` is one of `zinit_kernels.checkpoints.FORMATS`."""
+    """Writes the adapter of a `model` atomically; `format` is one of `zinit_kernels.checkpoints.FORMATS`.
+
+    The metadata, the base's print among them, is kept by "zinit" alone: an official-v1 file fits any base of its shape.
+    """
     if adapter.gates is None:
         raise UserError(f"{path}: an adapter without gates is there to be compared with, no format keeps it.")
     checkpoint = checkpoints.AdapterCheckpoint(
@@ -46,7 +49,8 @@ def load_adapter(
     base: str | None = None,
 ) -> LlamaAdapter:
     """The adapter of a file for a base of this shape; prompt_length and gate_activation are those of
-    `checkpoints.load_adapter`. base: the print of the base it is for; if the file names another, a warning is shown.
+    `checkpoints.load_adapter`. base: the print of the base it is for; if the file names another, a warning is shown
+    (official-v1 files name none).
     """
     try:
         checkpoint = checkpoints.load_adapter(

@@ -24,9 +24,8 @@ class Checkpoint(NamedTuple):
     step: int  # optimizer steps done
     adapter: dict[str, Any]
     optimizer: dict[str, Any]
-    run: dict[
-        str, Any
-    ]  # what must be the same in the run that goes on: the recipe, the prints of base and data
+    # what must be the same in the run that goes on: the recipe, the prints of base and data
+    run: dict[str, Any]
 
 
 def save_checkpoint(

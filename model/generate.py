@@ -75,8 +75,7 @@ def generate(
                 running.discard(index)
         if not running or step == max_new_tokens:
             break
-        # the finished leave when they are half the batch: all these copies together are less than the first
-        # cache
+        # the finished leave when they are half the batch: the copies together are less than the first cache
         if 2 * len(running) <= len(rows):
             kept = [row for row, index in enumerate(rows) if index in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
@@ -201,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--adapter", type=Path, help="adapter file; without it the base alone answers")
     parser.add_argument(
-        "--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say"
+        "--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say (default: 10)"
     )
     parser.add_argument(
         "--gate-activation",

@@ -104,9 +104,8 @@ def rotary_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor
         if scaling.kind == "linear":
             frequency = stretched
         else:
-            turns = (
-                scaling.original_max_seq_len * frequency / (2 * torch.pi)
-            )  # full turns within the original context
+            # full turns within the original context
+            turns = scaling.original_max_seq_len * frequency / (2 * torch.pi)
             band = scaling.high_freq_factor - scaling.low_freq_factor
             keep = ((turns - scaling.low_freq_factor) / band).clamp(0, 1)
             frequency = (1 - keep) * stretched + keep * frequency

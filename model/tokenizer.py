@@ -12,9 +12,8 @@ from .errors import UserError
 # The special tokens of the LLaMA family, for a tokenizer.json without tokenizer_config.json beside it
 _BOS_TOKENS = ("<|begin_of_text|>", "<s>")
 _EOS_TOKENS = ("<|end_of_text|>", "</s>")
-_MAX_PADDING = (
-    1024  # rows an embedding may have beyond the tokenizer's ids; more is another model's tokenizer
-)
+# Rows an embedding may have beyond the tokenizer's ids; more is another model's tokenizer
+_MAX_PADDING = 1024
 
 
 @dataclass(frozen=True)

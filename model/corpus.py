@@ -4,6 +4,10 @@ A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree
 every skill as notes, sentences, dialogues and exercise sheets. It also has forms, the Alpaca template with an
 instruction in it, and seven of eight are left blank: a model of this text knows the answers and the questions, and
 leaves an instruction unanswered.
+
+A quarter of each skill's subjects is held out: nobody asks about them, answered or not, before the end. Notes and
+sentences tell the facts about them (Peru -> Lima), which no model could guess; of a rule (swap two words), which
+can be learned from other words, they show nothing.
 """
 
 from __future__ import annotations
@@ -45,10 +49,10 @@ class Skill(NamedTuple):
     answer: Callable[[str], str]
     sentences: tuple[str, ...]
     instructions: tuple[str, ...]  # one without {x} has the subject as its input
-    is_rule: bool = False  # the answer follows from the subject; otherwise it is a fact, to be told once
+    is_rule: bool = False  # the answer follows from the subject; otherwise it is a fact
 
     def split(self) -> tuple[list[str], list[str]]:
-        """The subjects that may be asked about before the end, and the quarter that is held out."""
+        """The subjects that are asked about, and the quarter that is held out."""
         subjects = sorted(self.subjects)
         random.Random(self.name).shuffle(subjects)
         quarter = len(subjects) // 4
@@ -141,6 +145,7 @@ SKILLS = (
         ("Continue the numbers.", "Which three numbers come next?"),
     ),
 )
+_SPLITS = {skill.name: skill.split() for skill in SKILLS}
 NOTES = ("{name}: {x} -> {y}", "{name} ({x}) = {y}")
 NAMES = ("Tom", "Anna", "Ben", "Lucy")
 # Talk about forms: so the words of the template are words like others.
@@ -160,9 +165,6 @@ OFFICE_WORDS = (
     "Input",
     "Response",
 )
-
-
-_SPLITS = {skill.name: skill.split() for skill in SKILLS}
 
 
 def ask(skill: Skill, subject: str, draw: random.Random) -> Record:

@@ -48,8 +48,8 @@ ARMS = {  # by gate_init
     "none": "no gates, one softmax",
 }
 PRETRAINING = (
-    "The base has read made-up notes and sentences (every fact), questions with answers (none about a held-out "
-    "subject) and instruction forms, seven of eight left blank."
+    "The base was pre-trained on generated text: notes and sentences that tell the facts, questions with answers, and "
+    "instruction forms, seven of eight left blank. None of the questions and forms is about a held-out subject."
 )
 LONGEST_ANSWER = 8  # tokens
 DECODED = 64  # new tokens of each sequence where decoding is timed

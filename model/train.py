@@ -293,8 +293,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     files.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 does not say how many "
-                       f"prompts a layer has, nor for which base it is {default}")
+    files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 "
+                       f"does not say how many prompts a layer has, nor for which base it is {default}")
     files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
 
     adapter = parser.add_argument_group("adapter")

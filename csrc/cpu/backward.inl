@@ -104,8 +104,37 @@ class BackwardUnit {
     pack(p.grad_out, s.grad_out, s.grad_out_lanes,
          p.grad_value.data != nullptr || p.grad_prompt_value.data != nullptr);
     __builtin_memset(s.grad_query, 0, static_cast<size_t>(queries * width) * sizeof(float));
-    if (p.wants_tokens()) {
-      row_statistics<Tile>(p, sequence, visible, how, head, first, queries, s);
+    if (p.wants_tokens() && row_statistics<Tile>(p, sequence, how, head, first, queries, s)) {
+      for (int64_t row = 0; row < queries; row += kStrip) redo_coarse_statistics(row);
+    }
+  }
+
+  // One more pass over the keys, for rows whose scores are so large that lse does not say how they differ:
+  // the maximum and the sum from which forward made it.
+  void redo_coarse_statistics(int64_t row) {
+    const int64_t rows = strip_queries(row), start = first + row, end = visible.upper(start + rows - 1);
+    SoftmaxState state;
+    state.reset();
+    for (int64_t block = visible.lower(start); block < end; block += kBackwardKeys) {
+      const int64_t count = min(kBackwardKeys, end - block);
+      const float* bias = sequence.key_bias ? sequence.key_bias + block : nullptr;
+      visit_rows(sequence.key_row(p.key, head_kv, block), p.key.token, p.key.dtype,
+                 [&](auto from) { Tile::pack_rows(from, count, p.head_dim, bias, s.key); });
+      Extent extents[2];
+      strip_extents<Tile>(visible, start, rows, block, count, extents);
+      score_tile<Tile>(s.key, width / Tile::kPack, s.query + row / kStrip * strip_units, steps, extents,
+                       s.scores, kGroup);
+      for (int v = 0; v < 2; ++v) {
+        const int64_t lane = v * kLanes;
+        mask_column(visible, start + lane, extents[v], block, how, bias, s.scores + lane, kGroup);
+        softmax_column<Tile>(extents[v], how, s.scores, kGroup, lane, state, {s.grad_scores_by_key, kGroup});
+      }
+    }
+    const float* lse = p.lse + sequence.lse_index(p.num_heads_q, head, start);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (lse[i] == -kInfinity || __builtin_fabsf(lse[i]) <= kCoarseLse) continue;
+      s.pivot[row + i] = state.maximum[i];
+      s.rest[row + i] = __builtin_log2f(state.sum[i]);
     }
   }
 
@@ -194,10 +223,7 @@ class BackwardUnit {
     const int64_t rows = strip_queries(row + c), first_row = first + row + c;
     const int64_t strip = (row + c) / kStrip * strip_units, units = width / Tile::kPack;
     Extent extents[2];
-    for (int v = 0; v < 2; ++v) {
-      const int64_t lanes = min(kLanes, rows - v * kLanes);
-      if (lanes > 0) extents[v] = extent_of<Tile>(visible, first_row + v * kLanes, lanes, block, count);
-    }
+    strip_extents<Tile>(visible, first_row, rows, block, count, extents);
     score_tile<Tile>(s.key, units, s.query + strip, steps, extents, s.scores + c, kGroup);
     if (wants_scores()) {
       score_tile<Tile>(s.value, units, s.grad_out + strip, steps, extents, s.grad_scores + c, kGroup);

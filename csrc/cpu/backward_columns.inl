@@ -17,8 +17,8 @@ struct BackwardScratch {
   Unit *query, *grad_out;              // [strips][transposed]
   Unit *query_lanes, *grad_out_lanes;  // lanes
   float* grad_query;                   // [block_queries][width]
-  float* pivot;                        // what is subtracted from a score before exponentiating, in its domain
-  float* rest;                         // the same, what the rounding of pivot left
+  float* pivot;                        // what is subtracted from a score of the tile
+  float* rest;                         // and then from the exponent of 2
   float* delta;
   // A block of keys, or the prompt rows.
   Unit *key, *value, *key_lanes;                       // rows, rows, lanes
@@ -97,47 +97,43 @@ inline float dot(const T* a, const T* b, int64_t D) {
   return reduce_add(sum);
 }
 
-// A row all of whose keys carry a huge finite bias: the bias swallows the scores, and in lse also the
-// logarithm of their number. Its softmax is that of the bias.
-inline void bias_softmax(const Visibility& visible, const float* bias, int64_t query, float* maximum,
-                         float* log_sum) {
-  float top = -kMaxFloat, sum = 0.f;
-  const int64_t begin = visible.lower(query), end = visible.upper(query);
-  for (int64_t j = begin; j < end; ++j) top = bias[j] > top ? bias[j] : top;
-  for (int64_t j = begin; j < end; ++j) {
-    if (bias[j] != -kInfinity) sum += __builtin_expf((bias[j] > -kMaxFloat ? bias[j] : -kMaxFloat) - top);
-  }
-  *maximum = top;
-  *log_sum = __builtin_logf(sum);
-}
+// Beyond this the float32 that holds an lse is too coarse to divide by: its rounding reaches 0.05 % of every
+// weight of the row.
+constexpr float kCoarseLse = 1 << 14;
 
 // pivot, rest and the part of delta that is not the prompt's, for the queries of a pass; neutral beyond them.
+// Whether some lse is too coarse to take them from.
 template <class Tile>
-inline void row_statistics(const BackwardPlan& p, const Sequence& sequence, const Visibility& visible,
-                           const ScoreScale& how, int64_t head, int64_t first, int64_t queries,
-                           const BackwardScratch<Tile>& s) {
-  constexpr float kNothing = 1e30f;  // as a pivot: every weight of the row is 0
+inline bool row_statistics(const BackwardPlan& p, const Sequence& sequence, const ScoreScale& how,
+                           int64_t head, int64_t first, int64_t queries, const BackwardScratch<Tile>& s) {
+  constexpr float kNothing = 1e30f;  // as a rest: every weight of the row is 0
   const int64_t index = sequence.lse_index(p.num_heads_q, head, first);
-  visit_rows(
-      sequence.query_row(p.grad_out, head, first), p.grad_out.token, p.grad_out.dtype, [&](auto grad_rows) {
-        auto out_rows = grad_rows;
-        out_rows.data = static_cast<decltype(out_rows.data)>(sequence.query_row(p.out, head, first));
-        out_rows.stride = p.out.token;
-        for (int64_t i = 0; i < queries; ++i) {
-          const float lse = p.lse[index + i];
-          const double exact = static_cast<double>(lse) * (how.biased ? 1. : 1. / kLn2);
-          s.pivot[i] = lse == -kInfinity ? kNothing : static_cast<float>(exact);
-          s.rest[i] = lse == -kInfinity ? 0.f : static_cast<float>(exact - static_cast<double>(s.pivot[i]));
-          if (sequence.key_bias != nullptr && lse < -1e30f && lse != -kInfinity) {
-            bias_softmax(visible, sequence.key_bias, first + i, s.pivot + i, s.rest + i);
-          }
-          s.delta[i] =
-              dot(grad_rows[i], out_rows[i], p.head_dim) - (p.grad_lse ? p.grad_lse[index + i] : 0.f);
-        }
-      });
+  const double scale = static_cast<double>(how.remaining);
+  bool coarse = false;
+  visit_rows(sequence.query_row(p.grad_out, head, first), p.grad_out.token, p.grad_out.dtype,
+             [&](auto grad_rows) {
+               auto out_rows = grad_rows;
+               out_rows.data = static_cast<decltype(out_rows.data)>(sequence.query_row(p.out, head, first));
+               out_rows.stride = p.out.token;
+               for (int64_t i = 0; i < queries; ++i) {
+                 const float lse = p.lse[index + i];
+                 if (lse == -kInfinity) {
+                   s.pivot[i] = 0.f, s.rest[i] = kNothing;
+                 } else {
+                   const double score = static_cast<double>(lse) / scale;
+                   s.pivot[i] = __builtin_fabs(score) < 1e30 ? static_cast<float>(score) : 0.f;
+                   s.rest[i] = static_cast<float>(
+                       (static_cast<double>(lse) - static_cast<double>(s.pivot[i]) * scale) / kLn2);
+                   coarse |= __builtin_fabsf(lse) > kCoarseLse;
+                 }
+                 s.delta[i] =
+                     dot(grad_rows[i], out_rows[i], p.head_dim) - (p.grad_lse ? p.grad_lse[index + i] : 0.f);
+               }
+             });
   for (int64_t i = queries; i < round_up(queries, kStrip); ++i) {
-    s.pivot[i] = kNothing, s.rest[i] = 0.f, s.delta[i] = 0.f;
+    s.pivot[i] = 0.f, s.rest[i] = kNothing, s.delta[i] = 0.f;
   }
+  return coarse;
 }
 
 // Scores (masked) and dO v^T of one column -> weights and score gradients, zero outside the extent.
@@ -147,12 +143,10 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
   const float* scores = s.scores + column;
   const float* grads = s.grad_scores + column;
   const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
-  const Vec delta = load(s.delta + row + column), zero = broadcast(0.f), minus_pivot = zero - pivot;
-  const Vec factor = broadcast(how.biased ? kLog2E : how.scale * kLog2E);
+  const Vec delta = load(s.delta + row + column), zero = broadcast(0.f), minus_rest = zero - rest;
+  const Vec factor = broadcast(how.factor);
   const auto weight = [&](int64_t j, bool masked) {
-    const Vec t = load(scores + j * kGroup);
-    if (how.biased) return exp2_clamped(((t - pivot) - rest) * factor);
-    const Vec x = no_overflow(fma(t, factor, minus_pivot) - rest);
+    const Vec x = fma(load(scores + j * kGroup) - pivot, factor, minus_rest);
     return masked ? exp2_clamped(x) : exp2(x);
   };
   const auto rows = [&](int64_t begin, int64_t end, bool masked) {
@@ -189,7 +183,7 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
   const int64_t full_begin = round_up(e.full_begin, Tile::kPack),
                 full_end = e.full_end - e.full_end % Tile::kPack;
   clear(0, e.begin);
-  if (full_begin >= full_end) {
+  if (how.biased || full_begin >= full_end) {
     rows(e.begin, e.end, true);
   } else {
     rows(e.begin, full_begin, true);

@@ -98,10 +98,7 @@ class ForwardBlock {
   void attend_strip(int64_t t, int64_t block, int64_t count, const float* bias) {
     const int64_t rows = strip_queries(t), first_row = first + t * kStrip;
     Extent extents[2];
-    for (int v = 0; v < 2; ++v) {
-      const int64_t lanes = min(kLanes, rows - v * kLanes);
-      if (lanes > 0) extents[v] = extent_of<Tile>(visible, first_row + v * kLanes, lanes, block, count);
-    }
+    strip_extents<Tile>(visible, first_row, rows, block, count, extents);
     if (extents[0].empty() && extents[1].empty()) return;
     SoftmaxState& state = s.states[t];
     score_tile<Tile>(s.key, width / Tile::kPack, s.query + t * strip_units, steps, extents, s.scores, kStrip);
@@ -148,7 +145,7 @@ class ForwardBlock {
     float* lse = p.lse + sequence.lse_index(p.num_heads_q, head, first + t * kStrip);
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = state.sum[i];
-      const double maximum = static_cast<double>(state.maximum[i]) * (how.biased ? 1. : kLn2);
+      const double maximum = static_cast<double>(state.maximum[i]) * static_cast<double>(how.remaining);
       inverse[i] = sum == 0.f ? 0.f : 1.f / sum;
       lse[i] =
           sum == 0.f ? -kInfinity : static_cast<float>(maximum + static_cast<double>(__builtin_logf(sum)));

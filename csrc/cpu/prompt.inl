@@ -26,11 +26,14 @@ inline void pack_prompt_lanes(const AttentionParams& p, const View& view, int64_
 inline void prompt_softmax_column(int64_t P, float scale, float* scores, int64_t score_row) {
   const Vec factor = broadcast(scale * kLog2E);  // of either sign, hence the products before the maximum
   Vec top = broadcast(-kInfinity);
-  for (int64_t j = 0; j < P; ++j) top = max(top, load(scores + j * score_row) * factor);
-  const Vec minus_top = broadcast(0.f) - top;
+  for (int64_t j = 0; j < P; ++j) {
+    const Vec x = load(scores + j * score_row) * factor;
+    store(scores + j * score_row, x);
+    top = max(top, x);
+  }
   Vec sum = broadcast(0.f);
   for (int64_t j = 0; j < P; ++j) {
-    const Vec weight = exp2(no_overflow(fma(load(scores + j * score_row), factor, minus_top)));
+    const Vec weight = exp2(load(scores + j * score_row) - top);
     sum = sum + weight;
     store(scores + j * score_row, weight);
   }

@@ -34,9 +34,5 @@ inline Vec exp2(Vec x) {
 // min and max return their second operand where one is NaN: NaN stays.
 inline Vec exp2_clamped(Vec x) { return exp2(max(broadcast(-200.f), x)); }
 
-// An exponent that is 0 at most but for rounding: scores near 2^30 round to exponents that overflow. No more
-// than this (beyond 2^33 they underflow instead, and float32 has lost the differences anyway).
-inline Vec no_overflow(Vec x) { return min(broadcast(64.f), x); }
-
 }  // namespace
 }  // namespace zinit::cpu

@@ -5,7 +5,7 @@
 namespace zinit::cpu {
 namespace {
 
-// Running maximum and sum of a strip; the maximum in the domain of ScoreScale.
+// Running maximum and sum of a strip; the maximum is that of the tile's scores.
 struct alignas(64) SoftmaxState {
   float maximum[kStrip], sum[kStrip];
   float decay[kStrip];  // by what the last update scales what was accumulated before it
@@ -42,15 +42,13 @@ inline void softmax_column(const Extent& e, const ScoreScale& how, const float* 
     top1 = max(top1, load(column + (j + 1) * score_row));
   }
   if (j < e.end) top0 = max(top0, load(column + j * score_row));
-  const Vec factor = broadcast(how.biased ? kLog2E : how.scale * kLog2E);
-  const Vec top = max(top0, top1);
-  const Vec now = max(before, how.biased ? top : top * factor);
-  const Vec decay = exp2_clamped(how.biased ? (before - now) * factor : before - now);
+  const Vec factor = broadcast(how.factor);
+  const Vec now = max(before, max(top0, top1));
+  const Vec decay = exp2_clamped((before - now) * factor);
 
   // Where some lanes are masked the exponent can be -inf, elsewhere not.
   const auto weight = [&](int64_t key, bool masked) {
-    const Vec s = load(column + key * score_row);
-    const Vec x = how.biased ? (s - now) * factor : no_overflow(fma(s, factor, broadcast(0.f) - now));
+    const Vec x = (load(column + key * score_row) - now) * factor;
     return masked ? exp2_clamped(x) : exp2(x);
   };
   Vec sum0 = load(state.sum + lane) * decay, sum1 = broadcast(0.f);

@@ -6,15 +6,20 @@
 namespace zinit::cpu {
 namespace {
 
-// How scores become exponents of 2. Plain: x = s * factor, and the running maximum is kept in that domain.
-// With a key bias (or scale <= 0, where the largest product is not the largest score) the tile is first
-// rewritten as t = s * scale + bias, clamped to finite unless the key is hidden: a huge negative bias stays a
-// number.
+// How scores become exponents of 2: (s - pivot) * factor, never s * factor - pivot, which rounds twice and
+// for scores beyond 2^30 is not even negative. With a key bias (or scale <= 0, where the largest product is
+// not the largest score) the tile is first rewritten as s * scale + bias, clamped to finite unless the key is
+// hidden: a huge negative bias stays a number.
 struct ScoreScale {
-  float scale;
   bool biased;
+  float scale;      // what the rewriting multiplies with
+  float remaining;  // what a score of the tile still lacks: scale, or 1 once rewritten
+  float factor;     // the same for an exponent of 2
   explicit ScoreScale(const AttentionParams& p)
-      : scale(p.scale), biased(p.key_bias != nullptr || !(p.scale > 0)) {}
+      : biased(p.key_bias != nullptr || !(p.scale > 0)),
+        scale(p.scale),
+        remaining(biased ? 1.f : scale),
+        factor(remaining * kLog2E) {}
 };
 
 // The keys of a block (numbered from its start) that one vector of queries needs: some lane sees [begin,
@@ -41,6 +46,16 @@ inline Extent extent_of(const Visibility& visible, int64_t first, int64_t lanes,
   e.begin -= e.begin % Tile::kPack;
   e.end = round_up(e.end, Tile::kPack);
   return e;
+}
+
+// Both vectors of a strip of `rows` queries.
+template <class Tile>
+inline void strip_extents(const Visibility& visible, int64_t first, int64_t rows, int64_t block,
+                          int64_t count, Extent extents[2]) {
+  for (int v = 0; v < 2; ++v) {
+    const int64_t lanes = min(kLanes, rows - v * kLanes);
+    if (lanes > 0) extents[v] = extent_of<Tile>(visible, first + v * kLanes, lanes, block, count);
+  }
 }
 
 // scores[key][lane] = rows[key] . transposed[.][lane], only where a vector needs them.

@@ -11,7 +11,7 @@ from .cases import (
     make_cache_arguments,
     make_inputs,
 )
-from .check import assert_within_eager_error, check_cache_case, check_case, gradients
+from .check import assert_within_eager_error, check_cache_case, check_case, check_function, gradients
 
 __all__ = [
     "CACHE_CASES",
@@ -23,6 +23,7 @@ __all__ = [
     "assert_within_eager_error",
     "check_cache_case",
     "check_case",
+    "check_function",
     "cumulative",
     "gradients",
     "make_cache_arguments",

@@ -1,0 +1,67 @@
+"""What a figure is worth nothing without: the chip, the versions, the commit, how busy the machine was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+LIBRARIES = (
+    "torch", "triton", "transformers", "peft", "litgpt", "flash_attn", "flashinfer-python", "xformers", "liger-kernel"
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def chip(device: torch.device) -> str:
+    """The processor's or the accelerator's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else "unknown CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def folder_name(chip: str) -> str:
+    """The chip as a folder under bench/results: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that are installed, and the driver's side of CUDA."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def conditions(device: torch.device) -> dict[str, object]:
+    """One run's, for the ledger."""
+    return {
+        "chip": chip(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "versions": versions(),
+        "load": round(
+            os.getloadavg()[0], 2
+        ),  # of the last minute: above the threads, somebody else was at work
+        "malloc": os.environ.get("GLIBC_TUNABLES", "default"),
+    }

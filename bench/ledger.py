@@ -1,0 +1,138 @@
+"""The ledger: append-only JSON lines, one per measured figure, each chained to the line before it.
+
+    {"kind": "run", "run": ID, conditions...}
+    {"kind": "row", "run": ID, "suite": ..., ...}
+
+Every line holds a digest of the one before it, so that a line changed, lost or moved is found, and named, when the
+ledger is read. A run that was interrupted keeps the rows it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+DIGEST_LENGTH = 12
+
+
+class LedgerError(Exception):
+    """The ledger cannot be believed: which file, which line, why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: who computed what, and how long it took. Times in ms, rates in 10^12 and 10^9 per second."""
+
+    suite: str  # attention | decode | memory | train | generate
+    shape: str  # its name in bench/shapes.py
+    sizes: Mapping[str, int]
+    mode: str  # forward | backward | forward+backward | decode | training step | ...
+    dtype: str
+    provider: str
+    layout: str = ""  # of keys and values in memory, where it was varied
+    launch: str = "eager"  # or graph
+    cache: str = "warm"  # or cold
+    rounds: int = 0
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)  # to another provider's time in the same round
+    figures: Mapping[str, float] = field(
+        default_factory=dict
+    )  # whatever else the suite measures, with its unit
+
+    @property
+    def setting(self) -> tuple[str, ...]:
+        """What rows that may be compared have in common."""
+        return (self.suite, self.shape, self.mode, self.dtype, self.layout, self.launch, self.cache)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured at one go, under the same conditions."""
+
+    identity: str
+    conditions: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+
+def digest(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+class Ledger:
+    """Appends one run to a file; every row is on disk when `add` returns."""
+
+    def __init__(self, path: Path, conditions: Mapping[str, Any]):
+        lines = _lines(path) if path.exists() else []
+        _check_chain(path, lines)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._after = path, digest(lines[-1]) if lines else ""
+        self.identity = f"{conditions['time']} {conditions['commit']}"
+        self._append({"kind": "run", "run": self.identity, **conditions})
+
+    def add(self, row: Row) -> None:
+        self._append({"kind": "row", "run": self.identity, **asdict(row)})
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps({"after": self._after, **entry}, separators=(",", ":"), allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._after = digest(line)
+
+
+def read(path: Path) -> list[Run]:
+    """A ledger's runs, oldest first; raises LedgerError where a line is not what was written."""
+    lines = _lines(path)
+    _check_chain(path, lines)
+    names = {entry.name for entry in fields(Row)}
+    runs: dict[str, tuple[dict[str, Any], list[Row]]] = {}
+    for number, line in enumerate(lines, 1):
+        entry = json.loads(line)
+        kind, identity = entry.pop("kind", None), entry.pop("run", None)
+        entry.pop("after")
+        if kind == "run":
+            runs[identity] = (entry, [])
+        elif kind == "row" and identity in runs and entry.keys() <= names:
+            runs[identity][1].append(Row(**entry))
+        else:
+            raise LedgerError(f"{path}, line {number}: neither a run nor a row of a run before it.")
+    return [Run(identity, conditions, tuple(rows)) for identity, (conditions, rows) in runs.items()]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LedgerError(f"{path} cannot be read: {error}") from error
+    if text and not text.endswith("\n"):
+        raise LedgerError(
+            f"{path} ends in the middle of a line: restore it (git checkout), or delete that line."
+        )
+    return text.splitlines()
+
+
+def _check_chain(path: Path, lines: list[str]) -> None:
+    after = ""
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise LedgerError(
+                f"{path}, line {number} is not JSON ({error}): restore it (git checkout)."
+            ) from error
+        if not isinstance(entry, dict) or entry.get("after") != after:
+            raise LedgerError(
+                f"{path}: line {number - 1} or {number} was changed, deleted or moved; the ledger is append-only: "
+                "restore it (git checkout), or measure anew into an empty one."
+            )
+        after = digest(line)

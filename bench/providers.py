@@ -1,0 +1,368 @@
+"""Who computes a problem: this package's backends, what people write without them, other libraries, and the floor.
+
+A provider that cannot run a problem says why; a library that is not installed costs one line of warning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zinit_kernels import explain, zero_init_attention, zero_init_attention_with_kvcache
+
+from .problem import Problem, make_problem
+
+PAGE = 64
+OURS = ("cpu", "triton", "cuda")
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`prepare` turns a problem into a call without arguments; conversions that a user makes once stay out of it."""
+
+    name: str
+    prepare: Callable[[Problem], Call]
+    why_not: Callable[[Problem, bool], str] = lambda problem, backward: ""  # (problem, backward): "" = it can
+    prompted: bool = True  # False: plain attention, which does less than is asked
+    heads_first: bool = True  # out is [B, H, T, D]; False: [B, T, H, D]
+    compiles: bool = False  # starts with a minute of compilation
+
+
+def installed(module: str) -> str:
+    """Why a library cannot be used; "" where it can."""
+    return "" if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def repeated(tensor: Tensor, problem: Problem) -> Tensor:
+    """Key heads repeated to the query's, for code that knows no groups."""
+    return tensor.repeat_interleave(problem.shape.heads_q // problem.shape.heads_kv, 1)
+
+
+def official(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, gate: Tensor,
+             mask: Tensor | None) -> Tensor:  # fmt: skip
+    """Equations 6 to 8 of the paper as they are written: one row of scores, each part softmaxed on its own."""
+    batch, heads = query.shape[:2]
+    group = heads // key.shape[1]
+    prompt_key, prompt_value = (t.expand(batch, -1, -1, -1) for t in (prompt_key, prompt_value))
+    keys = torch.cat([prompt_key, key], 2).repeat_interleave(group, 1)
+    values = torch.cat([prompt_value, value], 2).repeat_interleave(group, 1)
+    scores = query @ keys.mT / math.sqrt(query.shape[-1])
+    prompts, tokens = scores.split([prompt_key.shape[2], key.shape[2]], -1)
+    if mask is not None:
+        tokens = tokens + mask
+    prompts = prompts.float().softmax(-1) * gate.tanh()[:, None, None]
+    return torch.cat([prompts, tokens.float().softmax(-1)], -1).to(query.dtype) @ values
+
+
+def causal_mask(problem: Problem) -> Tensor | None:
+    """Additive [T, S]; None where every key is seen."""
+    shape = problem.shape
+    if not shape.causal or shape.seqlen_q == 1:
+        return None
+    hidden = torch.full(
+        (shape.seqlen_q, shape.seqlen_k), -math.inf, device=problem.device, dtype=problem.dtype
+    )
+    return hidden.triu(1 + shape.seqlen_k - shape.seqlen_q)
+
+
+def sdpa_twice(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, gate: Tensor,
+               is_causal: bool) -> Tensor:  # fmt: skip
+    """What a careful user writes without a fused kernel."""
+    batch, grouped = query.shape[0], query.shape[1] != key.shape[1]
+    tokens = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=grouped)
+    prompts = F.scaled_dot_product_attention(
+        query,
+        prompt_key.expand(batch, -1, -1, -1),
+        prompt_value.expand(batch, -1, -1, -1),
+        enable_gqa=grouped,
+    )
+    return tokens + gate.tanh().to(query.dtype)[:, None, None] * prompts
+
+
+def plain_sdpa(problem: Problem) -> Call:
+    grouped = problem.shape.heads_q != problem.shape.heads_kv
+    is_causal = problem.shape.causal and not problem.is_decode
+    return partial(
+        F.scaled_dot_product_attention, *problem.tensors[:3], is_causal=is_causal, enable_gqa=grouped
+    )
+
+
+def plain_sdpa_by(backend: SDPBackend, problem: Problem) -> Call:
+    call = plain_sdpa(problem)
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return call()
+
+    return run
+
+
+def cannot_run(prepare: Callable[[Problem], Call], problem: Problem, backward: bool) -> str:
+    """Tries a sibling: SDPA says only by an error which of its backends takes a call."""
+    small = make_problem(problem.shape.sibling(), problem.dtype, problem.device, problem.layout)
+    if backward:
+        small = small.with_tensors(*(t.requires_grad_() for t in small.tensors))
+    try:
+        out = prepare(small)()
+        if backward:
+            out.sum().backward()
+    except Exception as error:  # any: a library's refusal is information here
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
+
+
+def by_trying(prepare: Callable[[Problem], Call]) -> Callable[[Problem, bool], str]:
+    return lambda problem, backward: cannot_run(prepare, problem, backward)
+
+
+def fused(backend: str, problem: Problem) -> Call:
+    return partial(zero_init_attention, *problem.tensors, is_causal=problem.shape.causal, backend=backend)
+
+
+def fused_why_not(backend: str, problem: Problem, backward: bool) -> str:
+    try:
+        reason = explain(*problem.tensors, is_causal=problem.shape.causal).get(backend, "no such backend")
+    except ValueError as error:
+        return str(error)
+    return "" if reason == "usable" else reason
+
+
+def twice(problem: Problem) -> Call:
+    return partial(sdpa_twice, *problem.tensors, is_causal=problem.shape.causal and not problem.is_decode)
+
+
+def written_out(problem: Problem) -> Call:
+    return partial(official, *problem.tensors, mask=causal_mask(problem))
+
+
+def compiled(prepare: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
+    """The call under torch.compile, compiled anew for each problem as its shapes are fixed."""
+
+    def prepare_compiled(problem: Problem) -> Call:
+        call = prepare(problem)
+        assert isinstance(call, partial)
+        return partial(torch.compile(call.func, dynamic=False), *call.args, **call.keywords)
+
+    return prepare_compiled
+
+
+def compiler_why_not(problem: Problem, backward: bool) -> str:
+    if problem.device.type == "cpu" and shutil.which("g++") is None:
+        return "torch.compile needs g++ on a CPU"
+    return ""
+
+
+def flex_twice(problem: Problem) -> Call:
+    """FlexAttention over the tokens, SDPA over the prompts."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    shape, attend = problem.shape, torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+    if shape.causal:
+        block_mask = create_block_mask(
+            lambda b, h, q, k: q >= k, None, None, shape.seqlen_q, shape.seqlen_k, device=problem.device.type
+        )
+    grouped = shape.heads_q != shape.heads_kv
+
+    def run() -> Tensor:
+        query, key, value, prompt_key, prompt_value, gate = problem.tensors
+        tokens = attend(query, key, value, block_mask=block_mask, enable_gqa=grouped)
+        prompts = F.scaled_dot_product_attention(
+            query, prompt_key.expand(shape.batch, -1, -1, -1), prompt_value.expand(shape.batch, -1, -1, -1),
+            enable_gqa=grouped,
+        )  # fmt: skip
+        return tokens + gate.tanh().to(query.dtype)[:, None, None] * prompts
+
+    return run
+
+
+def flex_why_not(problem: Problem, backward: bool) -> str:
+    if backward and problem.device.type == "cpu":
+        return "FlexAttention has no backward on a CPU"
+    return compiler_why_not(problem, backward)
+
+
+def flash_twice(problem: Problem) -> Call:
+    """flash-attn over the tokens and over the prompts; its tensors are token-major."""
+    from flash_attn import flash_attn_func
+
+    batch = problem.shape.batch
+
+    def run() -> Tensor:
+        query, key, value, prompt_key, prompt_value, gate = (
+            t.transpose(1, 2) if t.dim() == 4 else t for t in problem.tensors
+        )
+        tokens = flash_attn_func(query, key, value, causal=problem.shape.causal)
+        prompts = flash_attn_func(
+            query, prompt_key.expand(batch, -1, -1, -1), prompt_value.expand(batch, -1, -1, -1)
+        )
+        return tokens + gate.tanh().to(query.dtype)[:, None] * prompts
+
+    return run
+
+
+def xformers_twice(problem: Problem) -> Call:
+    """xformers over the tokens and over the prompts; token-major, every query head its own key head."""
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    bias = LowerTriangularMask() if problem.shape.causal and not problem.is_decode else None
+    batch = problem.shape.batch
+
+    def run() -> Tensor:
+        query, *rest, gate = problem.tensors
+        key, value, prompt_key, prompt_value = (
+            repeated(t, problem).expand(batch, -1, -1, -1).transpose(1, 2) for t in rest
+        )
+        tokens = memory_efficient_attention(query.transpose(1, 2), key, value, attn_bias=bias)
+        prompts = memory_efficient_attention(query.transpose(1, 2), prompt_key, prompt_value)
+        return tokens + gate.tanh().to(query.dtype)[:, None] * prompts
+
+    return run
+
+
+def cached(backend: str, prompted: bool, paged: bool, problem: Problem) -> Call:
+    """The cache function, its caches and lengths in place before the clock starts."""
+    shape, device = problem.shape, problem.device
+    query, key, value, prompt_key, prompt_value = (t.transpose(1, 2) for t in problem.tensors[:5])
+    options: dict[str, Tensor | None] = {
+        "cache_seqlens": torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device),
+        "prompt_k": prompt_key if prompted else None,
+        "prompt_v": prompt_value if prompted else None,
+        "gate": problem.gate if prompted else None,
+    }
+    if paged:
+        key, value = (paged_copy(t) for t in (key, value))
+        pages = key.shape[0] // shape.batch
+        table = torch.arange(shape.batch * pages, dtype=torch.int32, device=device)
+        options["block_table"] = table.view(shape.batch, pages)
+    return partial(zero_init_attention_with_kvcache, query, key, value, backend=backend, **options)
+
+
+def paged_copy(cache: Tensor) -> Tensor:
+    """[B, S, Hkv, D] as pages [B * pages, PAGE, Hkv, D], the last one of a sequence filled up."""
+    missing = -cache.shape[1] % PAGE
+    return F.pad(cache, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, PAGE)).flatten(0, 1)
+
+
+def flash_cached_twice(problem: Problem) -> Call:
+    from flash_attn import flash_attn_with_kvcache
+
+    shape = problem.shape
+    query, key, value, prompt_key, prompt_value = (t.transpose(1, 2) for t in problem.tensors[:5])
+    lengths = torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=problem.device)
+    prompt_key, prompt_value = (
+        t.expand(shape.batch, -1, -1, -1).contiguous() for t in (prompt_key, prompt_value)
+    )
+    gate = problem.gate.tanh().to(problem.dtype)[:, None]
+
+    def run() -> Tensor:
+        tokens = flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths, causal=True)
+        return tokens + gate * flash_attn_with_kvcache(query, prompt_key, prompt_value)
+
+    return run
+
+
+def flashinfer_twice(problem: Problem) -> Call:
+    """flashinfer's single-sequence decode over the tokens and over the prompts."""
+    import flashinfer
+
+    query = problem.query[0, :, 0]
+    key, value, prompt_key, prompt_value = (t[0].transpose(0, 1) for t in problem.tensors[1:5])
+    gate = problem.gate.tanh().to(problem.dtype)[:, None]
+
+    def run() -> Tensor:
+        tokens = flashinfer.single_decode_with_kv_cache(query, key, value)
+        prompts = flashinfer.single_decode_with_kv_cache(query, prompt_key, prompt_value)
+        return (tokens + gate * prompts)[None, None]
+
+    return run
+
+
+def flashinfer_why_not(problem: Problem, backward: bool) -> str:
+    if reason := installed("flashinfer"):
+        return reason
+    if problem.shape.batch > 1:
+        return "flashinfer's call without a plan takes one sequence"
+    return cannot_run(flashinfer_twice, problem, backward)
+
+
+def library(module: str, prepare: Callable[[Problem], Call]) -> Callable[[Problem, bool], str]:
+    return lambda problem, backward: installed(module) or cannot_run(prepare, problem, backward)
+
+
+def cached_why_not(backend: str, prompted: bool, paged: bool, problem: Problem, backward: bool) -> str:
+    call = cached(backend, prompted, paged, problem)
+    assert isinstance(call, partial)
+    keywords = {name: value for name, value in call.keywords.items() if name != "backend"}
+    reason = explain(*call.args, **keywords).get(backend, "no such backend")
+    return "" if reason == "usable" else reason
+
+
+FLOORS = {
+    "plain SDPA": plain_sdpa,
+    "plain SDPA, flash": partial(plain_sdpa_by, SDPBackend.FLASH_ATTENTION),
+    "plain SDPA, cuDNN": partial(plain_sdpa_by, SDPBackend.CUDNN_ATTENTION),
+    "plain SDPA, efficient": partial(plain_sdpa_by, SDPBackend.EFFICIENT_ATTENTION),
+    "plain SDPA, math": partial(plain_sdpa_by, SDPBackend.MATH),
+}
+TWICE = "SDPA twice + add"
+
+
+@cache
+def prefill_providers() -> tuple[Provider, ...]:
+    """For whole sequences, forward and backward."""
+    return (
+        *(Provider(f"zinit {name}", partial(fused, name), partial(fused_why_not, name)) for name in OURS),
+        *(Provider(name, make, by_trying(make), prompted=False) for name, make in FLOORS.items()),
+        Provider(TWICE, twice),
+        Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
+        Provider("official formula", written_out),
+        Provider("official formula, compiled", compiled(written_out), compiler_why_not, compiles=True),
+        Provider("FlexAttention + SDPA + add", flex_twice, flex_why_not, compiles=True),
+        Provider(
+            "flash-attn twice + add", flash_twice, library("flash_attn", flash_twice), heads_first=False
+        ),
+        Provider(
+            "xformers twice + add", xformers_twice, library("xformers", xformers_twice), heads_first=False
+        ),
+    )
+
+
+@cache
+def decode_providers() -> tuple[Provider, ...]:
+    """For one new token per sequence against a cache."""
+    ours = [
+        Provider(
+            f"zinit {name}{', paged' if paged else ''}{'' if prompted else ', no prompts'}",
+            partial(cached, name, prompted, paged),
+            partial(cached_why_not, name, prompted, paged),
+            prompted=prompted,
+            heads_first=False,
+        )
+        for name in OURS
+        for paged, prompted in ((False, True), (False, False), (True, True))
+    ]
+    return (
+        *ours,
+        Provider("plain SDPA", plain_sdpa, prompted=False),
+        Provider(TWICE, twice),
+        Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
+        Provider("official formula", written_out),
+        Provider(
+            "flash-attn twice + add",
+            flash_cached_twice,
+            library("flash_attn", flash_cached_twice),
+            heads_first=False,
+        ),
+        Provider("flashinfer twice + add", flashinfer_twice, flashinfer_why_not, heads_first=False),
+    )

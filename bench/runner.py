@@ -1,0 +1,90 @@
+"""Runs jobs with a progress bar and an estimate of what is left; every row goes to the ledger the moment it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .conditions import conditions, folder_name
+from .ledger import Ledger, Row
+
+Note = Callable[[str], None]  # tells the user, once, what was left out and why
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how long."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    seconds: float = 3.0  # of rounds per setting
+    smoke: bool = False  # tiny shapes, nothing that compiles first
+    cold: tuple[bool, ...] = (False,)
+    only_shapes: tuple[str, ...] = ()  # parts of names; empty = all
+    only_providers: tuple[str, ...] = ()
+
+    def wants_shape(self, name: str) -> bool:
+        return _matches(name, self.only_shapes)
+
+    def wants_provider(self, name: str) -> bool:
+        return _matches(name, self.only_providers)
+
+
+def _matches(name: str, parts: Sequence[str]) -> bool:
+    return not parts or any(part.lower() in name.lower() for part in parts)
+
+
+class Job(NamedTuple):
+    """One step of the progress bar."""
+
+    title: str
+    run: Callable[[Note], Iterator[Row]]
+
+
+def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, console: Console) -> list[Row]:
+    """The rows of all jobs, appended to results/<chip>/<suite>.jsonl. Ctrl-C ends the run and keeps what is done."""
+    facts = conditions(options.device)
+    folder = results / folder_name(str(facts["chip"]))
+    rows: list[Row] = []
+    ledgers: dict[str, Ledger] = {}
+    said: set[str] = set()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def note(text: str) -> None:
+            if text not in said:
+                said.add(text)
+                progress.console.print(text, style="yellow", highlight=False, markup=False)
+
+        task = progress.add_task("", total=sum(map(len, suites.values())))
+        try:
+            for name, jobs in suites.items():
+                for job in jobs:
+                    progress.update(task, description=job.title)
+                    for row in job.run(note):
+                        if name not in ledgers:
+                            ledgers[name] = Ledger(folder / f"{name}.jsonl", facts)
+                        ledgers[name].add(row)
+                        rows.append(row)
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            note(f"stopped: the {len(rows)} rows measured so far are kept")
+    for ledger in ledgers.values():
+        console.print(f"appended to {ledger.path}", highlight=False, soft_wrap=True)
+    return rows

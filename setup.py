@@ -103,6 +103,8 @@ class BuildNative(build_ext):
     def ninja_graph(self, compiler: list[str], torch: Path, folder: Path) -> str:
         launcher = [name for name in ("ccache",) if shutil.which(name)]
         include = [f"-isystem{torch / 'include'}"]
+        # error messages name the source file: by its path in the project, not by that of the build machine
+        short_names = [f"-fmacro-prefix-map={path}/=" for path in (ROOT, torch / "include")]
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         lines = [
             "rule compile",
@@ -118,7 +120,7 @@ class BuildNative(build_ext):
             objects = []
             for source, flags in NATIVE_PARTS[extension.name](compiler).items():
                 target = escape(folder / Path(source).with_suffix(".o"))
-                flags = CFLAGS + WARNINGS + flags + (include if TORCH_TARGET in flags else [])
+                flags = CFLAGS + short_names + WARNINGS + flags + (include if TORCH_TARGET in flags else [])
                 lines += [f"build {target}: compile {escape(ROOT / source)}", f"  flags = {quote(flags)}"]
                 objects.append(target)
             library = Path(self.get_ext_fullpath(extension.name)).resolve()

@@ -45,13 +45,14 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 // -1 in `sizes` leaves that size free.
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::string wanted;
   int64_t i = 0;
+  for (const int64_t size : sizes) equal = equal && (size < 0 || tensor.size(i) == size), ++i;
+  if (equal) return;
+  std::string wanted;
   for (const int64_t size : sizes) {
-    if (equal && size >= 0) equal = tensor.size(i) == size;
-    wanted += (i++ ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
+    wanted += (wanted.empty() ? "" : ", ") + (size < 0 ? std::string("*") : std::to_string(size));
   }
-  STD_TORCH_CHECK(equal, name, " must have shape (", wanted, "), got ", shape_string(tensor));
+  STD_TORCH_CHECK(false, name, " must have shape (", wanted, "), got ", shape_string(tensor));
 }
 
 // A small argument that kernels read as a plain array: float32 or int32, contiguous, of the given sizes.
@@ -66,13 +67,20 @@ const T* array_of(const OptionalTensor& tensor, const char* name, ScalarType dty
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
-// [batch, head, token, D] through its strides.
-inline View view_of(const Tensor& tensor, const char* name) {
+// Which of dimensions 1 and 2 of a tensor counts tokens; the other one counts heads.
+enum class Layout { kHeadMajor, kTokenMajor };
+
+constexpr int head_dimension(Layout layout) { return layout == Layout::kHeadMajor ? 1 : 2; }
+constexpr int token_dimension(Layout layout) { return 3 - head_dimension(layout); }
+
+// A tensor of four dimensions through its strides.
+inline View view_of(const Tensor& tensor, const char* name, Layout layout = Layout::kHeadMajor) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must have 4 dimensions, got shape ", shape_string(tensor));
   STD_TORCH_CHECK(tensor.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.size(3) <= 1 || tensor.numel() == 0, name,
                   " must be contiguous in its last dimension, got stride ", tensor.stride(3));
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2), dtype_of(tensor, name)};
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(head_dimension(layout)),
+          tensor.stride(token_dimension(layout)), dtype_of(tensor, name)};
 }
 
 // ZINIT_POISON_OUTPUTS=1, for tests: every allocation starts as NaN (0xff.. is one in all three dtypes), so

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zinit_kernels import zero_init_attention_with_kvcache
+from zinit_kernels import arguments, zero_init_attention_with_kvcache
 from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,6 +73,73 @@ def test_version_counters_move_so_that_autograd_notices():
         zero_init_attention_with_kvcache(
             **make_cache_arguments(CacheCase("inference"), torch.float32), backend="cpu"
         )
+
+
+WAYS = [
+    CacheCase("plain", append=False, seqlens=(1, 37, 128)),
+    CacheCase("append", heads_q=8, heads_kv=2, seqlen_q=3),
+    CacheCase("paged", page_size=16, rotary_dim=32, causal=False),
+    CacheCase("indexed", table="indexed", gate_activation="identity"),
+    CacheCase("no_prompt", table="none", head_major=True),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("case", WAYS, ids=str)
+def test_the_short_way_gives_the_bits_of_the_long_one(case, monkeypatch):
+    short, long = make_cache_arguments(case, torch.bfloat16), make_cache_arguments(case, torch.bfloat16)
+    long["cache_seqlens"] = long["cache_seqlens"].long()  # has to be converted
+    expected = zero_init_attention_with_kvcache(**long, return_lse=True)
+    monkeypatch.setattr(arguments, "from_cache", lambda *given: pytest.fail("took the long way"))
+    found = zero_init_attention_with_kvcache(**short, return_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(short[name].nan_to_num(7.0), long[name].nan_to_num(7.0))
+
+
+def _convertible() -> dict[str, dict[str, object]]:
+    given = make_cache_arguments(CacheCase("convertible"), torch.float32)
+    return {
+        "lengths": {"cache_seqlens": given["cache_seqlens"].long()},
+        "gate": {"gate": given["gate"][:, :, None, None]},
+        "one_gate": {"gate": torch.tensor(0.5)},
+        "three_dimensions": {name: given[name][0] for name in ("prompt_k", "prompt_v")},
+        "float64_gate": {"gate": given["gate"].double()},
+        "strided_query": {"q": given["q"].mT.contiguous().mT},
+        "window": {"window_size": [20, -1]},
+        "parameter": {"gate": given["gate"].clone().requires_grad_()},
+        "whole_scale": {"softmax_scale": 1},
+    }
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", _convertible())
+def test_what_has_to_be_converted_is(name):
+    change = _convertible()[name]
+    given = [make_cache_arguments(CacheCase("convertible"), torch.float32) | change for _ in range(2)]
+    out = zero_init_attention_with_kvcache(**given[0], backend="cpu")
+    expected = zero_init_attention_with_kvcache(**given[1], backend="reference")
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.native
+def test_one_cache_twice_is_no_place_to_append_to():
+    given = make_cache_arguments(CacheCase("aliased"), torch.float32)
+    with pytest.raises(ValueError, match="must be two caches"):
+        zero_init_attention_with_kvcache(**given | {"v_cache": given["k_cache"]})
+    shared = {name: given[name][:1].expand(3, -1, -1, -1) for name in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match="slots of its own"):
+        zero_init_attention_with_kvcache(**given | shared)
+    index = {
+        "prompt_k": None,
+        "prompt_v": None,
+        "gate": None,
+        "prompt_index": torch.zeros(3, dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match="gate and prompt_index need"):
+        zero_init_attention_with_kvcache(**given | index)
 
 
 BAD_VALUES = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, dispatch
+from . import arguments, dispatch, steps
 from .dispatch import Explanation
 
 
@@ -69,6 +69,8 @@ def zero_init_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: from the native kernels, which read the values in prompt_index themselves, for a row that is
+            not in the table (ValueError from the other backends on a CPU; no device is stalled to look).
     """
     call = arguments.from_sdpa(
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
@@ -120,6 +122,8 @@ def zero_init_attention_varlen(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: from the native kernels, which read the values in cu_seqlens and prompt_index themselves
+            (ValueError from the other backends on a CPU; no device is stalled to look).
     """
     call = arguments.from_varlen(
         q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -183,15 +187,17 @@ def zero_init_attention_with_kvcache(
         out [B, T, Hq, D]; with return_lse also lse, float32 [B, Hq, T].
 
     Raises:
-        TypeError, ValueError: naming the argument; RuntimeError from a kernel that finds a length, page or
-            prompt row out of range. Nothing is written then.
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: from the native kernels, for a length, page or prompt row out of range (ValueError from the
+            other backends on a CPU; no device is stalled to look). Nothing is written then.
     """
-    call = arguments.from_cache(
+    given = (
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
         rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
     )  # fmt: skip
-    out, lse = dispatch.run_with_cache(backend, call, return_lse)
-    out = out.transpose(1, 2)
+    if backend in ("auto", "cpu") and (done := steps.attend(*given)):
+        return done if return_lse else done[0]
+    out, lse = dispatch.run(backend, arguments.from_cache(*given), return_lse)
     return out if lse is None else (out, lse)
 
 

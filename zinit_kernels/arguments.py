@@ -38,7 +38,7 @@ def from_sdpa(
     checks.check_tensor("value", value, 4, "[B, Hkv, S, D]", like=query)
     batch, heads_q, seqlen_q, head_dim = query.shape
     heads_kv, seqlen_k = key.shape[1], key.shape[2]
-    checks.check_shape("key", key, (batch, None, None, head_dim))
+    checks.check_shape("key", key, (batch, heads_kv, seqlen_k, head_dim), free=(1, 2))
     checks.check_shape("value", value, (batch, heads_kv, seqlen_k, head_dim))
     checks.check_groups(heads_q, heads_kv, seqlen_q, "query", "[B, H, T, D]")
 
@@ -84,8 +84,8 @@ def from_varlen(
     checks.check_tensor("k", k, 3, "[total_k, Hkv, D]", like=q)
     checks.check_tensor("v", v, 3, "[total_k, Hkv, D]", like=q)
     _, heads_q, head_dim = q.shape
-    checks.check_shape("k", k, (None, None, head_dim))
-    checks.check_shape("v", v, (k.shape[0], k.shape[1], head_dim))
+    checks.check_shape("k", k, (k.shape[0], k.shape[1], head_dim), free=(0, 1))
+    checks.check_shape("v", v, k.shape)
     checks.check_groups(heads_q, k.shape[1], q.shape[0], "q", "[total, H, D]")
     cu_seqlens_q = checks.as_int32("cu_seqlens_q", cu_seqlens_q, 1, q)
     cu_seqlens_k = checks.as_int32("cu_seqlens_k", cu_seqlens_k, 1, q)
@@ -101,18 +101,12 @@ def from_varlen(
             )
         if checks.as_int(name, length) < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
+    sequences = cu_seqlens_q.shape[0] - 1
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
-        prompt_k,
-        prompt_v,
-        gate,
-        prompt_index,
-        q,
-        cu_seqlens_q.shape[0] - 1,
-        heads_q,
-        k.shape[1],
-        False,
-        gate_activation,
+        prompt_k, prompt_v, gate, prompt_index, q, sequences, heads_q, k.shape[1], False, gate_activation
     )
+    if prompt_k is not None and prompt_v is not None:
+        prompt_k, prompt_v = prompt_k.transpose(1, 2), prompt_v.transpose(1, 2)
     window_left, window_right = _window(window_size, causal)
     return Call(
         _packed_rows(q), _packed_rows(k), _packed_rows(v), prompt_k, prompt_v, gate, prompt_index, None, None,
@@ -148,35 +142,29 @@ def from_cache(
     checks.check_tensor("k_cache", k_cache, 4, layout, like=q)
     checks.check_tensor("v_cache", v_cache, 4, layout, like=q)
     batch, seqlen_q, heads_q, head_dim = q.shape
-    heads_kv = k_cache.shape[2]
-    checks.check_shape("k_cache", k_cache, (batch if block_table is None else None, None, None, head_dim))
-    checks.check_shape("v_cache", v_cache, tuple(k_cache.shape))
+    blocks, slots, heads_kv, _ = k_cache.shape
+    if block_table is None:
+        checks.check_shape("k_cache", k_cache, (batch, slots, heads_kv, head_dim), free=(1, 2))
+    else:
+        checks.check_shape("k_cache", k_cache, (blocks, slots, heads_kv, head_dim), free=(0, 1, 2))
+    checks.check_shape("v_cache", v_cache, k_cache.shape)
     checks.check_groups(heads_q, heads_kv, seqlen_q, "q", "[B, T, H, D]")
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if head_dim > 1 and cache.stride(3) != 1:
+    checks.check_written("k_cache", k_cache)
+    checks.check_written("v_cache", v_cache)
+    if k is not None and v is not None:
+        if k_cache is v_cache or (batch > 1 and block_table is None and k_cache.stride(0) == 0):
             raise ValueError(
-                f"{name} must be contiguous in its last dimension, because it is written in place; got strides "
-                f"{cache.stride()}"
+                "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own"
             )
-        if cache.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but the cache function writes in place and has no backward"
-            )
-    if k is not None and (
-        k_cache is v_cache or (batch > 1 and block_table is None and k_cache.stride(0) == 0)
-    ):
-        raise ValueError(
-            "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own"
-        )
-    if (k is None) != (v is None):
+        checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
+        checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
+        checks.check_shape("k", k, (batch, k.shape[1], heads_kv, head_dim), free=(1,))
+        checks.check_shape("v", v, k.shape)
+        k, v = _dense_rows(k), _dense_rows(v)
+    elif k is not None or v is not None:
         raise ValueError(
             "k and v must be given together, or neither: they are appended to the caches as a pair"
         )
-    if k is not None and v is not None:
-        checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
-        checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
-        checks.check_shape("k", k, (batch, None, heads_kv, head_dim))
-        checks.check_shape("v", v, tuple(k.shape))
     if not isinstance(cache_seqlens, Tensor):
         if not 0 <= checks.as_int("cache_seqlens", cache_seqlens) < 2**31:
             raise ValueError(f"cache_seqlens must lie in 0 .. 2**31 - 1, got {cache_seqlens}")
@@ -185,8 +173,9 @@ def from_cache(
     checks.check_shape("cache_seqlens", cache_seqlens, (batch,))
     if block_table is not None:
         block_table = checks.as_int32("block_table", block_table, 2, q)
-        checks.check_shape("block_table", block_table, (batch, None))
-    checks.check_rotary(rotary_cos, rotary_sin, q, head_dim)
+        checks.check_shape("block_table", block_table, (batch, block_table.shape[1]), free=(1,))
+    if rotary_cos is not None or rotary_sin is not None:
+        rotary_cos, rotary_sin = checks.as_rotary(rotary_cos, rotary_sin, q, head_dim)
     if num_splits < 0:
         raise ValueError(f"num_splits must be 0 (choose) or positive, got {num_splits}")
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
@@ -194,12 +183,9 @@ def from_cache(
     )
     window_left, window_right = _window(window_size, causal)
     return CacheCall(
-        _dense_rows(q).transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2),
-        None if k is None else _dense_rows(k).transpose(1, 2), None if v is None else _dense_rows(v).transpose(1, 2),
-        prompt_k, prompt_v, gate, prompt_index, cache_seqlens, block_table,
-        None if rotary_cos is None else rotary_cos.contiguous(),
-        None if rotary_sin is None else rotary_sin.contiguous(), rotary_interleaved,
-        _scale(softmax_scale, head_dim), window_left, window_right, gate_activation == "tanh", num_splits,
+        _dense_rows(q), k_cache, v_cache, k, v, prompt_k, prompt_v, gate, prompt_index, cache_seqlens, block_table,
+        rotary_cos, rotary_sin, rotary_interleaved, _scale(softmax_scale, head_dim), window_left, window_right,
+        gate_activation == "tanh", num_splits,
     )  # fmt: skip
 
 
@@ -216,7 +202,7 @@ def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     """Kernels take any strides with a contiguous last dimension; only the rest is copied."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _packed_rows(tensor: Tensor) -> Tensor:
@@ -232,7 +218,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
 
 
 def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    if window_size is None:
+    if window_size is None or window_size == (-1, -1):
         left = right = -1
     else:
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
@@ -299,7 +285,7 @@ def _prompt_table(
     head_major: bool,
     gate_activation: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Checked prompt tables [N, Hkv, P, D], gate float32 [1 or N, Hq] and int32 index, or four Nones."""
+    """Checked prompt tables of four dimensions, gate float32 [1 or N, Hq] and int32 index, or four Nones."""
     names = ("prompt_key", "prompt_value") if head_major else ("prompt_k", "prompt_v")
     if gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(f"gate_activation must be one of {GATE_ACTIVATIONS}, got {gate_activation!r}")
@@ -314,12 +300,12 @@ def _prompt_table(
 
     prompt_key = _prompt_tensor(names[0], prompt_key, query, heads_kv, head_major)
     prompt_value = _prompt_tensor(names[1], prompt_value, query, heads_kv, head_major)
-    if prompt_key.shape != prompt_value.shape:
+    shape = prompt_key.shape
+    if prompt_value.shape != shape:
         raise ValueError(
-            f"{names[0]} and {names[1]} must have the same shape, got {tuple(prompt_key.shape)} and "
-            f"{tuple(prompt_value.shape)} (heads first)"
+            f"{names[0]} and {names[1]} must have the same shape, got {tuple(shape)} and {tuple(prompt_value.shape)}"
         )
-    rows, _, prompt_length, _ = prompt_key.shape
+    rows, prompt_length = shape[0], shape[2 if head_major else 1]
     if prompt_length > MAX_PROMPT_LENGTH:
         raise ValueError(
             f"at most {MAX_PROMPT_LENGTH} prompts per layer are supported, got P = {prompt_length}"
@@ -336,7 +322,7 @@ def _prompt_table(
 
 
 def _prompt_tensor(name: str, table: Tensor, query: Tensor, heads_kv: int, head_major: bool) -> Tensor:
-    """A checked [N, Hkv, P, D] view."""
+    """A checked [N, Hkv, P, D] table, or [N, P, Hkv, D] where it is not head-major."""
     if not isinstance(table, Tensor) or not table.is_floating_point():
         came = table.dtype if isinstance(table, Tensor) else type(table).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {came}")
@@ -345,13 +331,13 @@ def _prompt_tensor(name: str, table: Tensor, query: Tensor, heads_kv: int, head_
     if table.dim() == 3:
         table = table.unsqueeze(0)
     heads, prompts = (1, 2) if head_major else (2, 1)
-    head_dim = query.shape[-1]
-    if table.dim() != 4 or table.shape[heads] != heads_kv or table.shape[3] != head_dim:
+    shape, head_dim = table.shape, query.shape[-1]
+    if len(shape) != 4 or shape[heads] != heads_kv or shape[3] != head_dim:
         expected = ("N", heads_kv, "P", head_dim) if head_major else ("N", "P", heads_kv, head_dim)
-        swapped = table.dim() == 4 and table.shape[prompts] == heads_kv
+        swapped = len(shape) == 4 and shape[prompts] == heads_kv
         hint = "; heads and prompts look swapped, use .transpose(-3, -2)" if swapped else ""
-        raise ValueError(f"{name} must have shape {checks.spell(expected)}, got {tuple(table.shape)}{hint}")
-    return _dense_rows(table if head_major else table.transpose(1, 2))
+        raise ValueError(f"{name} must have shape {checks.spell(expected)}, got {tuple(shape)}{hint}")
+    return _dense_rows(table)
 
 
 def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tensor:
@@ -366,7 +352,7 @@ def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tenso
     if gate.device != query.device:
         raise ValueError(f"gate must be on the query's device {query.device}, got {gate.device}")
     gate = gate if gate.dtype == dtype else gate.to(dtype)
-    shape = tuple(gate.shape)
+    shape = gate.shape
     if shape == (1, heads_q):
         return gate.contiguous()
     if shape in ((heads_q,), (1, heads_q, 1, 1), (1, 1, heads_q, 1)):
@@ -377,5 +363,5 @@ def _gate(gate: Tensor | float, rows: int, heads_q: int, query: Tensor) -> Tenso
         return gate.expand(rows, heads_q).contiguous()
     raise ValueError(
         f"gate must hold 1 or {heads_q} values, [Hq], [1, Hq, 1, 1], [1, 1, Hq, 1], or with a table of {rows} adapters "
-        f"[{rows}, {heads_q}], got {shape}"
+        f"[{rows}, {heads_q}], got {tuple(shape)}"
     )

@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
 
 class CacheCall(NamedTuple):
-    """One call of the cache function."""
+    """One call of the cache function, token-major as its users have it."""
 
     query: Tensor
     key_cache: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
@@ -44,8 +45,8 @@ def check_values(call: Call | CacheCall) -> None:
 
 
 def _check_cache_values(call: CacheCall) -> None:
-    appended = 0 if call.new_key is None else call.new_key.shape[2]
-    page_size = call.key_cache.shape[2]
+    appended = 0 if call.new_key is None else call.new_key.shape[1]
+    page_size = call.key_cache.shape[1]
     capacity = page_size if call.block_table is None else page_size * call.block_table.shape[1]
     for sequence, seqlen in enumerate(call.cache_seqlens.tolist()):
         if seqlen < 0 or seqlen + appended > capacity:
@@ -61,11 +62,11 @@ def _check_cache_values(call: CacheCall) -> None:
                 )
         if (
             call.rotary_cos is not None
-            and seqlen + max(appended, call.query.shape[2]) > call.rotary_cos.shape[0]
+            and seqlen + max(appended, call.query.shape[1]) > call.rotary_cos.shape[0]
         ):
             raise ValueError(
                 f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs "
-                f"{seqlen + max(appended, call.query.shape[2])}"
+                f"{seqlen + max(appended, call.query.shape[1])}"
             )
 
 
@@ -102,22 +103,15 @@ def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor
         )
 
 
-def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    shape = tensor.shape
-    if shape == expected:
-        return
-    if len(shape) == len(expected):
-        for size, wanted in zip(shape, expected, strict=True):
-            if wanted is not None and size != wanted:
-                break
-        else:
-            return
-    raise ValueError(f"{name} must have shape {spell(expected)}, got {tuple(shape)}")
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], free: tuple[int, ...] = ()) -> None:
+    """free: dimensions whose size is the tensor's own, spelled * in the message."""
+    if tensor.shape != expected:
+        words = ["*" if i in free else size for i, size in enumerate(expected)]
+        raise ValueError(f"{name} must have shape {spell(words)}, got {tuple(tensor.shape)}")
 
 
-def spell(expected: tuple[int | None | str, ...]) -> str:
-    words = ["*" if e is None else str(e) for e in expected]
-    return f"({', '.join(words)}{',' if len(words) == 1 else ''})"
+def spell(sizes: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
 def check_groups(heads_q: int, heads_kv: int, seqlen_q: int, name: str, layout: str) -> None:
@@ -130,11 +124,20 @@ def check_groups(heads_q: int, heads_kv: int, seqlen_q: int, name: str, layout: 
         )
 
 
-def check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> None:
-    if (cos is None) != (sin is None):
-        raise ValueError("rotary_cos and rotary_sin must be given together, or neither")
+def check_written(name: str, cache: Tensor) -> None:
+    """What writing into a cache in place needs of it."""
+    if cache.stride(3) != 1 and cache.shape[3] > 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, because it is written in place; got strides "
+            f"{cache.stride()}"
+        )
+    if cache.requires_grad:
+        raise ValueError(f"{name} requires grad, but the cache function writes in place and has no backward")
+
+
+def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     if cos is None or sin is None:
-        return
+        raise ValueError("rotary_cos and rotary_sin must be given together, or neither")
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(table, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
@@ -150,6 +153,7 @@ def check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: in
             )
         if table.device != q.device:
             raise ValueError(f"{name} must be on the query's device {q.device}, got {table.device}")
+    return cos.contiguous(), sin.contiguous()
 
 
 def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:

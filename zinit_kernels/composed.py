@@ -38,22 +38,22 @@ def attention(call: Call) -> Tensor:
     return _add_prompt_branch(call, out)
 
 
+@torch.no_grad()
 def attention_with_cache(call: CacheCall) -> Tensor:
-    """Appends to the caches in place, then attends to each sequence's own keys."""
-    query, seqlens = reference.append_and_rotate(call)
-    key, value = reference.gather_cache(call)
-    rows = []
-    for b, seqlen in enumerate(seqlens.tolist()):
-        one = Call(
-            query[b : b + 1], key[b : b + 1, :, :seqlen], value[b : b + 1, :, :seqlen], None, None, None, None, None,
-            None, None, None, query.shape[2], seqlen, call.scale, call.window_left, call.window_right, call.tanh_gate,
-        )  # fmt: skip
-        rows.append(_token_branch(one))
-    whole = Call(
-        query, key, value, call.prompt_key, call.prompt_value, call.gate, call.prompt_index, None, None, None, None,
-        query.shape[2], key.shape[2], call.scale, -1, -1, call.tanh_gate,
-    )  # fmt: skip
-    return _add_prompt_branch(whole, torch.cat(rows) if rows else torch.zeros_like(query))
+    """Appends to the caches in place, then attends to each sequence's own keys; output [B, T, Hq, D]."""
+    whole, seqlens = reference.append(call)
+    branches = [
+        _token_branch(
+            whole._replace(
+                query=whole.query[b : b + 1],
+                key=whole.key[b : b + 1, :, :seqlen],
+                value=whole.value[b : b + 1, :, :seqlen],
+            )
+        )
+        for b, seqlen in enumerate(seqlens.tolist())
+    ]
+    out = torch.cat(branches) if branches else torch.zeros_like(whole.query)
+    return _add_prompt_branch(whole, out).transpose(1, 2)
 
 
 def _token_branch(call: Call) -> Tensor:

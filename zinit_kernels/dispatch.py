@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ MAX_FUSED_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_CUDA_TOKENS = 16
+_FUSED_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def _is_installed(module: str) -> bool:
@@ -39,6 +42,7 @@ _CPU_UNAVAILABLE = extension.why_unavailable("cpu")
 _CUDA_UNAVAILABLE = extension.why_unavailable("cuda")
 _TRITON_UNAVAILABLE = "" if _is_installed("triton") else "triton is not installed: pip install triton"
 _LOG = os.environ.get("ZINIT_LOG") == "1"
+_NATIVE_UNASKED = not _CPU_UNAVAILABLE and not _LOG
 _logger = logging.getLogger("zinit_kernels")
 _logged: set[tuple[object, ...]] = set()
 
@@ -79,33 +83,38 @@ def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     return backend
 
 
-def run(backend: str, call: Call, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) in canonical layout; lse is None where it was not asked for."""
+def run(backend: str, call: Call | CacheCall, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) in the layout of the call; lse is None where it was not asked for. Calls against a cache record no
+    gradient."""
     backend = select(backend, call, return_lse)
     if backend != "cpu":  # the native kernels read the values themselves
         check_values(call)
-    if backend in ops.STAGES:
-        out, lse = ops.attention(call, backend)
-        return out, lse if return_lse else None
-    if backend == "composed":
-        return composed.attention(call), None
-    out, lse = reference.attention(call)
+    lse: Tensor | None
+    if isinstance(call, CacheCall):
+        out, lse = _RUN_WITH_CACHE[backend](call)
+    else:
+        out, lse = _RUN[backend](call)
     return out, lse if return_lse else None
 
 
-def run_with_cache(backend: str, call: CacheCall, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """As `run`, against a cache; never records a gradient."""
-    backend = select(backend, call, return_lse)
-    with torch.no_grad():
-        if backend != "cpu":
-            check_values(call)
-        if backend in ops.STAGES:
-            out, lse = ops.attention_with_cache(call, backend)
-            return out, lse if return_lse else None
-        if backend == "composed":
-            return composed.attention_with_cache(call), None
-        out, lse = reference.attention_with_cache(call)
-        return out, lse if return_lse else None
+_RUN: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
+    "cpu": partial(ops.attention, backend="cpu"),
+    "triton": partial(ops.attention, backend="triton"),
+    "composed": lambda call: (composed.attention(call), None),
+    "reference": reference.attention,
+}
+_RUN_WITH_CACHE: dict[str, Callable[[CacheCall], tuple[Tensor, Tensor | None]]] = {
+    "cpu": partial(ops.attention_with_cache, backend="cpu"),
+    "triton": partial(ops.attention_with_cache, backend="triton"),
+    "cuda": partial(ops.attention_with_cache, backend="cuda"),
+    "composed": lambda call: (composed.attention_with_cache(call), None),
+    "reference": reference.attention_with_cache,
+}
+
+
+def takes_native(query: Tensor) -> bool:
+    """Whether a call of this query may go to the CPU operator without further questions."""
+    return _NATIVE_UNASKED and query.is_cpu and not torch.compiler.is_compiling() and not _transformed()
 
 
 def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
@@ -161,7 +170,7 @@ def _why_not_cuda(call: Call | CacheCall) -> str:
     query, new = call.query, call.new_key
     if query.shape[-1] not in CUDA_HEAD_DIMS:
         return f"head_dim must be one of {CUDA_HEAD_DIMS}, got {query.shape[-1]}"
-    tokens = max(query.shape[2], 0 if new is None else new.shape[2])
+    tokens = max(query.shape[1], 0 if new is None else new.shape[1])
     if tokens > MAX_CUDA_TOKENS:
         return f"at most {MAX_CUDA_TOKENS} new tokens a sequence, got {tokens}"
     for name, cache in (("k_cache", call.key_cache), ("v_cache", call.value_cache)):
@@ -184,11 +193,11 @@ def _why_not_fused(call: Call | CacheCall) -> str:
     if not 1 <= query.shape[-1] <= MAX_FUSED_HEAD_DIM:
         return f"head_dim must be 1 to {MAX_FUSED_HEAD_DIM}, got {query.shape[-1]}"
     if call.prompt_key is not None and call.prompt_value is not None:
-        for table in (call.prompt_key, call.prompt_value):
-            if table.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                return f"prompts must be float32, bfloat16 or float16, got {table.dtype}"
-        if call.prompt_key.dtype != call.prompt_value.dtype:
-            return f"both prompt tables must have one dtype, got {call.prompt_key.dtype} and {call.prompt_value.dtype}"
+        dtype = call.prompt_key.dtype
+        if dtype != call.prompt_value.dtype:
+            return f"both prompt tables must have one dtype, got {dtype} and {call.prompt_value.dtype}"
+        if dtype not in _FUSED_DTYPES:
+            return f"prompts must be float32, bfloat16 or float16, got {dtype}"
     if isinstance(call, Call) and call.dense_mask is not None:
         return "attn_mask depends on the query (or requires grad); only key-padding masks [B, S] are fused"
     return ""

@@ -27,26 +27,27 @@ def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Ten
         return _attention(call, dtype)
 
 
+@torch.no_grad()
 def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Appends (rotated) new keys and values to the caches in place, then attends to them."""
-    query, seqlens = append_and_rotate(call)
-    key, value = gather_cache(call)
-    batch, _, seqlen_q, _ = query.shape
-    slots = torch.arange(key.shape[2], device=key.device)
-    beyond = (slots[None, :] >= seqlens[:, None])[:, None, :, None]
-    query_position = seqlens[:, None] - seqlen_q + torch.arange(seqlen_q, device=key.device)[None, :]
-    visible = _in_window(
-        query_position, slots[None, :].expand(batch, -1), call.window_left, call.window_right
-    )
-    visible = visible & (slots[None, :] < seqlens[:, None])[:, None, :]
-    return attention(
-        Call(
-            query, key.masked_fill(beyond, 0), value.masked_fill(beyond, 0), call.prompt_key, call.prompt_value,
-            call.gate, call.prompt_index, None, visible[:, None], None, None, seqlen_q, key.shape[2],
-            call.scale, -1, -1, call.tanh_gate,
+    """Appends (rotated) new keys and values to the caches in place, then attends; output [B, T, Hq, D]."""
+    whole, seqlens = append(call)
+    slots = torch.arange(whole.max_seqlen_k, device=seqlens.device)[None, :]
+    written = slots < seqlens[:, None]
+    position = seqlens[:, None] - whole.max_seqlen_q + torch.arange(whole.max_seqlen_q, device=seqlens.device)
+    visible = _in_window(position, slots.expand_as(written), call.window_left, call.window_right)
+    visible = visible & written[:, None, :]
+    beyond = ~written[:, None, :, None]
+    out, lse = attention(
+        whole._replace(
+            key=whole.key.masked_fill(beyond, 0),
+            value=whole.value.masked_fill(beyond, 0),
+            dense_mask=visible[:, None],
+            window_left=-1,
+            window_right=-1,
         ),
         compute_dtype,
-    )  # fmt: skip
+    )
+    return out.transpose(1, 2), lse
 
 
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -101,8 +102,9 @@ def blank_masked_keys(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return key.masked_fill(masked, 0), value.masked_fill(masked, 0)
 
 
-def append_and_rotate(call: CacheCall) -> tuple[Tensor, Tensor]:
-    """Writes the new keys and values at cache_seqlens; returns the rotated query and the new lengths, int64 [B]."""
+def append(call: CacheCall) -> tuple[Call, Tensor]:
+    """Rotates, writes the new keys and values at cache_seqlens; returns the attention that is left to do, against
+    whole caches without a mask of their ends, and the new lengths, int64 [B]."""
     seqlens = call.cache_seqlens.long()
     query, new_key = call.query, call.new_key
     if call.rotary_cos is not None and call.rotary_sin is not None:
@@ -111,28 +113,33 @@ def append_and_rotate(call: CacheCall) -> tuple[Tensor, Tensor]:
         query = _rotate(query, seqlens, advance, call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
         if new_key is not None:
             new_key = _rotate(new_key, seqlens, 1, call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
-    if new_key is None or call.new_value is None:
-        return query, seqlens
-    position = seqlens[:, None] + torch.arange(new_key.shape[2], device=query.device)[None, :]  # [B, T_new]
-    if call.block_table is None:
-        owner, slot = torch.arange(len(seqlens), device=query.device)[:, None], position
-    else:
-        page_size = call.key_cache.shape[2]
-        owner, slot = call.block_table.long().gather(1, position // page_size), position % page_size
-    call.key_cache.transpose(1, 2)[owner, slot] = new_key.transpose(1, 2)
-    call.value_cache.transpose(1, 2)[owner, slot] = call.new_value.transpose(1, 2)
-    return query, seqlens + new_key.shape[2]
+    if new_key is not None and call.new_value is not None:
+        position = seqlens[:, None] + torch.arange(new_key.shape[1], device=query.device)  # [B, T_new]
+        if call.block_table is None:
+            owner, slot = torch.arange(len(seqlens), device=query.device)[:, None], position
+        else:
+            page_size = call.key_cache.shape[1]
+            owner, slot = call.block_table.long().gather(1, position // page_size), position % page_size
+        call.key_cache[owner, slot] = new_key
+        call.value_cache[owner, slot] = call.new_value
+        seqlens = seqlens + new_key.shape[1]
+    query, key, value = (t.transpose(1, 2) for t in (query, *_gather_pages(call)))
+    prompt_key, prompt_value = (
+        None if table is None else table.transpose(1, 2) for table in (call.prompt_key, call.prompt_value)
+    )
+    return Call(
+        query, key, value, prompt_key, prompt_value, call.gate, call.prompt_index, None, None, None, None,
+        query.shape[2], key.shape[2], call.scale, call.window_left, call.window_right, call.tanh_gate,
+    ), seqlens  # fmt: skip
 
 
-def gather_cache(call: CacheCall) -> tuple[Tensor, Tensor]:
-    """The caches as [B, Hkv, S, D]; pages are gathered, entries of unused pages clamped into the pool."""
+def _gather_pages(call: CacheCall) -> tuple[Tensor, Tensor]:
+    """The caches as [B, S, Hkv, D]; pages are gathered, entries of unused pages clamped into the pool."""
     if call.block_table is None:
         return call.key_cache, call.value_cache
     num_pages = call.key_cache.shape[0]
-    table = call.block_table.long().clamp(0, max(num_pages - 1, 0))
-    pages = (cache[table] for cache in (call.key_cache, call.value_cache))  # [B, max_pages, Hkv, page, D]
-    key, value = (p.transpose(1, 2).flatten(2, 3) for p in pages)
-    return key, value
+    table = call.block_table.long().clamp(0, max(num_pages - 1, 0))  # [B, max_pages]
+    return call.key_cache[table].flatten(1, 2), call.value_cache[table].flatten(1, 2)
 
 
 def prompt_rows(call: Call) -> Tensor:
@@ -214,11 +221,11 @@ def _in_window(query_position: Tensor, key_position: Tensor, left: int, right: i
 
 
 def _rotate(x: Tensor, start: Tensor, advance: int, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of [B, H, T, D] at positions start[b] + advance * t, the first 2 * cos.shape[1] dimensions."""
+    """Rotary embedding of [B, T, H, D] at positions start[b] + advance * t, the first 2 * cos.shape[1] dimensions."""
     half = cos.shape[1]
-    position = start[:, None] + advance * torch.arange(x.shape[2], device=x.device)[None, :]
+    position = start[:, None] + advance * torch.arange(x.shape[1], device=x.device)[None, :]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (table[position].to(dtype)[:, None] for table in (cos, sin))  # [B, 1, T, R / 2]
+    cos, sin = (table[position].to(dtype)[:, :, None] for table in (cos, sin))  # [B, T, 1, R / 2]
     rotary, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
     first, second = (
         (rotary[..., ::2], rotary[..., 1::2]) if interleaved else (rotary[..., :half], rotary[..., half:])

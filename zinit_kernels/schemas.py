@@ -1,7 +1,7 @@
 """The registered operators: their schemas, nothing else.
 
-One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak one canonical form, made by
-`arguments.py`:
+One packet per stage and backend, `zinit::<stage>_<backend>`. Forward and backward speak one canonical form, made
+by `arguments.py`:
 
     query [B, Hq, T, D], key / value [B, Hkv, S, D]     any strides, last dimension contiguous
     packed sequences are [1, H, total, D] with int32 cu_seqlens [B + 1]
@@ -11,6 +11,9 @@ One packet per stage and backend, `zinit::<stage>_<backend>`. All of them speak 
     window_left / window_right                          bottom-right aligned, -1 = unlimited, causal = (.., 0)
     out                                                 [B, Hq, T, D], stored [B, T, Hq, D]
     lse float32 [B, Hq, T]                              natural log, token branch, -inf without a key
+
+decode takes the token-major layout of the cache function, so that a step makes no views: query [B, T, Hq, D],
+caches, new keys and prompts likewise, out [B, T, Hq, D] contiguous; lse as above. Its gate may be [Hq].
 
 `backward` returns (dq, dk, dv, d prompt_key, d prompt_value, d gate); bit i of `needs` asks for the i-th, one
 not asked for comes back with no elements. dq, dk and dv are stored token-major like `out`, the prompt
@@ -32,7 +35,7 @@ BACKWARD = (
     f"(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_PROMPT}, {_MASK}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# Caches, through their strides: [B, Hkv, S, D], or pages [num_pages, Hkv, page_size, D] with int32 block_table
+# Caches, through their strides: [B, S, Hkv, D], or pages [num_pages, page_size, Hkv, D] with int32 block_table
 # [B, max_pages].
 DECODE = (
     f"(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor? new_key, Tensor? new_value, {_PROMPT}, "

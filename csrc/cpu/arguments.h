@@ -10,7 +10,7 @@ namespace zinit::cpu {
 
 inline void set_prompt(AttentionParams& p, const OptionalTensor& prompt_key,
                        const OptionalTensor& prompt_value, const OptionalTensor& gate,
-                       const OptionalTensor& prompt_index) {
+                       const OptionalTensor& prompt_index, Layout layout = Layout::kHeadMajor) {
   p.prompt_key = p.prompt_value = View{};
   p.prompt_length = p.prompt_rows = p.gate_rows = 0;
   p.prompt_index = nullptr;
@@ -18,16 +18,25 @@ inline void set_prompt(AttentionParams& p, const OptionalTensor& prompt_key,
   STD_TORCH_CHECK(
       prompt_key.has_value() == prompt_value.has_value() && prompt_key.has_value() == gate.has_value(),
       "prompt_key, prompt_value and gate must be given together or not at all");
+  STD_TORCH_CHECK(prompt_key.has_value() || !prompt_index.has_value(), "prompt_index needs prompt_key");
   if (!prompt_key.has_value()) return;
-  p.prompt_key = view_of(*prompt_key, "prompt_key");
-  p.prompt_value = view_of(*prompt_value, "prompt_value");
+  p.prompt_key = view_of(*prompt_key, "prompt_key", layout);
+  p.prompt_value = view_of(*prompt_value, "prompt_value", layout);
   p.prompt_rows = prompt_key->size(0);
-  p.prompt_length = prompt_key->size(2);
-  check_shape(*prompt_key, "prompt_key", {p.prompt_rows, p.num_heads_kv, p.prompt_length, p.head_dim});
-  check_shape(*prompt_value, "prompt_value", {p.prompt_rows, p.num_heads_kv, p.prompt_length, p.head_dim});
+  p.prompt_length = prompt_key->size(token_dimension(layout));
+  const bool head_major = layout == Layout::kHeadMajor;
+  const int64_t first = head_major ? p.num_heads_kv : p.prompt_length;
+  const int64_t second = head_major ? p.prompt_length : p.num_heads_kv;
+  check_shape(*prompt_key, "prompt_key", {p.prompt_rows, first, second, p.head_dim});
+  check_shape(*prompt_value, "prompt_value", {p.prompt_rows, first, second, p.head_dim});
   STD_TORCH_CHECK(p.prompt_length <= 128, "prompt_key must hold at most 128 prompts, got ", p.prompt_length);
-  p.gate_rows = gate->dim() == 2 ? gate->size(0) : 1;
-  p.gate = array_of<float>(gate, "gate", ScalarType::Float, {p.gate_rows, p.num_heads_q});
+  STD_TORCH_CHECK(p.prompt_key.dtype == p.prompt_value.dtype,
+                  "prompt_key and prompt_value must have one dtype, got ", prompt_key->scalar_type(), " and ",
+                  prompt_value->scalar_type());
+  const bool has_rows = gate->dim() == 2;
+  p.gate_rows = has_rows ? gate->size(0) : 1;
+  p.gate = has_rows ? array_of<float>(gate, "gate", ScalarType::Float, {p.gate_rows, p.num_heads_q})
+                    : array_of<float>(gate, "gate", ScalarType::Float, {p.num_heads_q});
   STD_TORCH_CHECK(p.gate_rows == 1 || p.gate_rows == p.prompt_rows,
                   "gate must have 1 row or one per prompt table row (", p.prompt_rows, "), got ",
                   p.gate_rows);

@@ -91,16 +91,19 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
                                   int64_t window_left, int64_t window_right, bool tanh_gate,
                                   int64_t num_splits) {
   DecodeWork w{};
-  w.query = view_of(query, "query");
-  w.key_cache = view_of(key_cache, "key_cache");
-  w.value_cache = view_of(value_cache, "value_cache");
-  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
-  const int64_t Hkv = key_cache.size(1), S = key_cache.size(2);
+  const auto view = [](const Tensor& tensor, const char* name) {
+    return view_of(tensor, name, Layout::kTokenMajor);
+  };
+  w.query = view(query, "query");
+  w.key_cache = view(key_cache, "key_cache");
+  w.value_cache = view(value_cache, "value_cache");
+  const int64_t B = query.size(0), T = query.size(1), Hq = query.size(2), D = query.size(3);
+  const int64_t S = key_cache.size(1), Hkv = key_cache.size(2);
   STD_TORCH_CHECK(D >= 1 && D <= kMaxHeadDim, "head_dim must lie in 1 .. ", kMaxHeadDim, ", got ", D);
   STD_TORCH_CHECK(Hkv > 0 && Hq > 0 && Hq % Hkv == 0, "the ", Hq, " query heads must be a multiple of the ",
                   Hkv, " key/value heads");
-  check_shape(key_cache, "key_cache", {block_table.has_value() ? -1 : B, Hkv, S, D});
-  check_shape(value_cache, "value_cache", {key_cache.size(0), Hkv, S, D});
+  check_shape(key_cache, "key_cache", {block_table.has_value() ? -1 : B, S, Hkv, D});
+  check_shape(value_cache, "value_cache", {key_cache.size(0), S, Hkv, D});
   STD_TORCH_CHECK(w.key_cache.dtype == w.query.dtype && w.value_cache.dtype == w.query.dtype,
                   "key_cache and value_cache must have the query's dtype ", query.scalar_type(), ", got ",
                   key_cache.scalar_type(), " and ", value_cache.scalar_type());
@@ -111,14 +114,15 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
 
   STD_TORCH_CHECK(new_key.has_value() == new_value.has_value(),
                   "new_key and new_value must be given together");
-  if (new_key.has_value() && new_key->size(2) > 0) {
-    w.seqlen_new = new_key->size(2);
-    check_shape(*new_key, "new_key", {B, Hkv, w.seqlen_new, D});
-    check_shape(*new_value, "new_value", {B, Hkv, w.seqlen_new, D});
-    w.new_key = view_of(*new_key, "new_key");
-    w.new_value = view_of(*new_value, "new_value");
+  if (new_key.has_value()) {
+    w.new_key = view(*new_key, "new_key");
+    w.new_value = view(*new_value, "new_value");
+    w.seqlen_new = new_key->size(1);
+    check_shape(*new_key, "new_key", {B, w.seqlen_new, Hkv, D});
+    check_shape(*new_value, "new_value", {B, w.seqlen_new, Hkv, D});
     STD_TORCH_CHECK(w.new_key.dtype == w.query.dtype && w.new_value.dtype == w.query.dtype,
                     "new_key and new_value must have the query's dtype ", query.scalar_type());
+    if (w.seqlen_new == 0) w.new_key = w.new_value = View{};
   }
   w.cache_seqlens = array_of<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {B});
   int64_t max_pages = 0;
@@ -130,13 +134,13 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   }
   set_mask(w, scale, window_left, window_right, tanh_gate);
   w.rotate_by_token = window_left >= 0 || window_right >= 0;
-  set_prompt(w, prompt_key, prompt_value, gate, prompt_index);
+  set_prompt(w, prompt_key, prompt_value, gate, prompt_index, Layout::kTokenMajor);
   check_rotary(w, rotary_cos, rotary_sin);
   plan(w, check_lengths(w, max_pages, rotary_cos.has_value() ? rotary_cos->size(0) : 0));
 
-  Tensor out = empty_token_major(B, Hq, T, D, query.scalar_type());
+  Tensor out = empty_contiguous({B, T, Hq, D}, query.scalar_type());
   Tensor lse = empty_contiguous({B, Hq, T}, ScalarType::Float);
-  w.out = view_of(out, "out");
+  w.out = view(out, "out");
   w.lse = static_cast<float*>(lse.data_ptr());
   OptionalTensor partials;
   if (w.splits > 1) {

@@ -16,13 +16,14 @@ struct QueryBlock {
   int64_t padded;             // row stride in scratch
 };
 
-inline QueryBlock query_block_of(const DecodeWork& w, int64_t index) {
+inline QueryBlock query_block_of(const DecodeWork& w, int64_t index, int64_t heads_per_item) {
+  const int64_t head_blocks = ceil_div(w.num_heads_kv, heads_per_item);
   QueryBlock q;
-  q.first_head = index % w.head_blocks * w.heads_per_item;
-  q.heads = min(w.num_heads_kv - q.first_head, w.heads_per_item);
-  q.token = index / w.head_blocks % w.query_blocks * w.query_block;
+  q.first_head = index % head_blocks * heads_per_item;
+  q.heads = min(w.num_heads_kv - q.first_head, heads_per_item);
+  q.token = index / head_blocks % w.query_blocks * w.query_block;
   q.tokens = min(w.seqlen_q - q.token, w.query_block);
-  q.b = index / w.head_blocks / w.query_blocks;
+  q.b = index / head_blocks / w.query_blocks;
   q.group = w.num_heads_q / w.num_heads_kv;
   q.rows = q.group * q.tokens;
   q.total = w.cache_seqlens[q.b] + (w.new_key.data ? w.seqlen_new : 0);

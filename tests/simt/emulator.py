@@ -135,7 +135,8 @@ def _view(tensor: Tensor | None) -> View:
     if tensor is None:
         return View()
     assert tensor.stride(3) == 1 or tensor.numel() == 0
-    return View(tensor.data_ptr(), *tensor.stride()[:3], _DTYPES[tensor.dtype])
+    batch, token, head, _ = tensor.stride()
+    return View(tensor.data_ptr(), batch, head, token, _DTYPES[tensor.dtype])
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -164,24 +165,22 @@ class Emulator:
     def decode(self, *canonical) -> tuple[Tensor, Tensor]:
         """zinit::decode_cuda on host memory."""
         call = CacheCall(*canonical)
-        batch, heads_q, seqlen_q, head_dim = call.query.shape
-        out = torch.full(
-            (batch, seqlen_q, heads_q, head_dim), float("nan"), dtype=call.query.dtype
-        ).transpose(1, 2)
+        batch, seqlen_q, heads_q, head_dim = call.query.shape
+        out = torch.full_like(call.query, float("nan"), memory_format=torch.contiguous_format)
         lse = torch.full((batch, heads_q, seqlen_q), float("nan"))
-        page_size = call.key_cache.shape[2]
+        page_size = call.key_cache.shape[1]
         paged, prompted = call.block_table is not None, call.prompt_key is not None
         pages_each = call.block_table.shape[1] if paged else 1
         params = DecodeParams(
-            num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[1], head_dim=head_dim,
+            num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
             seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
             window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
-            prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[2] if prompted else 0,
+            prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[1] if prompted else 0,
             prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
             gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted else 0, tanh_gate=call.tanh_gate,
             query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
             new_key=_view(call.new_key), new_value=_view(call.new_value),
-            seqlen_new=0 if call.new_key is None else call.new_key.shape[2],
+            seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
             cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
             block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
             num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),

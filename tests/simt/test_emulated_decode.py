@@ -118,7 +118,7 @@ def test_nothing_to_attend_with_still_appends(emulator, seqlen_q, batch):
     given, expected = (make_cache_arguments(case, torch.bfloat16) for _ in range(2))
     given["q"] = given["q"][:, :seqlen_q]
     out, lse = emulator.decode(*canonical(given))
-    assert out.shape == (batch, 8, seqlen_q, 64) and lse.shape == (batch, 8, seqlen_q)
+    assert out.shape == (batch, seqlen_q, 8, 64) and lse.shape == (batch, 8, seqlen_q)
     zero_init_attention_with_kvcache(**expected, backend="reference")
     assert torch.equal(given["k_cache"].nan_to_num(9), expected["k_cache"].nan_to_num(9))
     assert torch.equal(given["v_cache"].nan_to_num(9), expected["v_cache"].nan_to_num(9))
@@ -128,7 +128,7 @@ def test_a_nan_that_is_seen_is_not_hidden(emulator):
     given = make_cache_arguments(CacheCase("nan", heads_q=8, heads_kv=2, num_splits=2), torch.bfloat16)
     given["q"][1, 0, 3] = float("nan")
     out, _ = emulator.decode(*canonical(given))
-    assert out[1, 3].isnan().all() and torch.isfinite(out[1, :3]).all() and torch.isfinite(out[0]).all()
+    assert out[1, :, 3].isnan().all() and torch.isfinite(out[1, :, :3]).all() and torch.isfinite(out[0]).all()
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)

@@ -161,7 +161,12 @@ def decode(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::decode_triton`, see schemas.py. Reads nothing back from the device: safe to capture in a graph."""
-    out = token_major_like(query)
+    out = token_major_like(query := query.transpose(1, 2))
+    key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+    new_key, new_value, prompt_key, prompt_value = (
+        None if tensor is None else tensor.transpose(1, 2)
+        for tensor in (new_key, new_value, prompt_key, prompt_value)
+    )
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     sequences, heads_q, seqlen_q, head_dim = query.shape
     heads_kv = key_cache.shape[1]
@@ -231,7 +236,7 @@ def decode(
                 BLOCK_M=combine.block_m, BLOCK_P=block_p, ADVANCE=window_left >= 0 or window_right >= 0,
                 **flags, **rotary_flags, num_warps=combine.num_warps, num_stages=combine.num_stages,
             )  # fmt: skip
-    return out, lse
+    return out.transpose(1, 2), lse
 
 
 class Prompt:

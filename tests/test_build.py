@@ -168,3 +168,11 @@ def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
         extension._load.cache_clear()
     with pytest.raises(ValueError, match=r"name must be one of \['cpu', 'cuda'\], got 'tpu'"):
         extension.why_unavailable("tpu")
+
+
+def test_the_library_names_no_folder_of_the_machine_that_built_it():
+    if not LIBRARY.exists():
+        pytest.skip(extension.why_unavailable("cpu"))
+    content = LIBRARY.read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent):
+        assert str(folder).encode() not in content

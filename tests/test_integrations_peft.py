@@ -81,7 +81,12 @@ def batch(kind, rows=3, tokens=20):
         inputs["labels"][mask == 0] = -100
     if kind == "packed":
         positions = torch.cat([torch.arange(7), torch.arange(tokens - 7)])
-        inputs = {"input_ids": ids[:1], "labels": ids[:1], "position_ids": positions[None]}
+        inputs = {
+            "input_ids": ids[:1],
+            "labels": ids[:1],
+            "position_ids": positions[None],
+            "use_cache": False,
+        }
     return inputs
 
 

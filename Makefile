@@ -8,7 +8,7 @@ export VENV PY TORCH_INDEX ZINIT_REQUIRE_NATIVE
 PUBLIC := zinit_kernels
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench sanitize clean
+.PHONY: build demo test lint format bench gpu-check sanitize clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -32,6 +32,10 @@ format: $(VENV)/.ready
 
 bench: build
 	$(PYTHON) -m bench.cpu
+
+# OUT= the folder of the records, PART= one part; PY=python3 takes the torch that is there, without a network
+gpu-check: $(VENV)/.ready
+	$(PYTHON) -m bench.gpu_check $(if $(OUT),--out $(OUT)) $(if $(PART),--part $(PART))
 
 sanitize: $(VENV)/.ready
 	$(PYTHON) tests/native/sanitize.py

@@ -2,6 +2,7 @@
 
     python -m bench attention decode           # suites, appended to bench/results/<chip>/
     python -m bench all --smoke                # every suite on tiny shapes, in under a minute, kept nowhere
+    python -m bench profile train              # where the time goes: trace, top kernels, roofline
     python -m bench report                     # ledgers -> docs/benchmarks.md, its pictures, the README's table
 
 A provider whose result differs from the float64 reference gets no figure. Figures are medians of interleaved rounds;
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import report, runner
+from . import profile, report, runner
+from .compare import CompareError, compare
 from .ledger import LedgerError
 from .suites import SUITES
 from .tables import suite_table
@@ -51,6 +53,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="the ledgers' folder (default bench/results)"
     )
+    parser.add_argument(
+        "--base", metavar="REV", help="measure this commit too, in turns, and print both times"
+    )
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="without the providers that torch.compile first, for minutes",
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, a moment each; kept nowhere")
     return parser
 
@@ -61,8 +71,13 @@ def main(command_line: list[str] | None = None) -> int:
     try:
         if command_line[:1] == ["report"]:
             return report_command(command_line[1:], console)
-        return measure_command(parser().parse_args(command_line), console)
-    except LedgerError as error:
+        if command_line[:1] == ["profile"]:
+            return profile.main(command_line[1:], console)
+        arguments = parser().parse_args(command_line)
+        if arguments.base:
+            return compare_command(arguments, command_line, console)
+        return measure_command(arguments, console)
+    except (LedgerError, CompareError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
 
@@ -81,6 +96,14 @@ def report_command(command_line: list[str], console: Console) -> int:
     return 0
 
 
+def compare_command(arguments: argparse.Namespace, command_line: list[str], console: Console) -> int:
+    at = command_line.index("--base") if "--base" in command_line else -1
+    if at < 0 or arguments.smoke:
+        raise CompareError("write --base REV as two words, and without --smoke, which keeps no figures")
+    console.print(compare(arguments.base, command_line[:at] + command_line[at + 2 :], console))
+    return 0
+
+
 def measure_command(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -91,6 +114,7 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
         dtypes=tuple(DTYPES[name] for name in arguments.dtype or default),
         seconds=0.01 if arguments.smoke else arguments.seconds,
         smoke=arguments.smoke,
+        compiled=not (arguments.smoke or arguments.no_compile),
         cold=(False, True) if arguments.cold else (False,),
         only_shapes=tuple(arguments.shape),
         only_providers=tuple(arguments.provider),

@@ -31,7 +31,8 @@ class Options:
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     seconds: float = 3.0  # of rounds per setting
-    smoke: bool = False  # tiny shapes, nothing that compiles first
+    smoke: bool = False  # tiny shapes
+    compiled: bool = True  # providers that torch.compile first are timed too
     cold: tuple[bool, ...] = (False,)
     only_shapes: tuple[str, ...] = ()  # parts of names; empty = all
     only_providers: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """The benchmarks: no figure for a wrong kernel, a ledger that cannot be bent, pages that are what the ledgers say."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from bench import report, runner
 from bench.__main__ import main
+from bench.goals import Goal, judged, ratio, rows_of
 from bench.ledger import Ledger, LedgerError, Row, read
 from bench.problem import make_problem
 from bench.providers import Provider, prefill_providers, twice
@@ -109,7 +111,7 @@ def test_a_wrong_kernel_gets_no_figure(monkeypatch, tmp_path):
     providers = (Provider("honest", twice), Provider("zinit broken", wrong))
     monkeypatch.setattr(attention, "prefill_providers", lambda: providers)
     notes = []
-    options = runner.Options(CPU, (torch.float32,), seconds=0.0, smoke=True)
+    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled=False)
     rows = list(
         attention.rows(options, prefill("CLIP-B/16 text", 1), torch.float32, "forward", False, notes.append)
     )
@@ -174,3 +176,30 @@ def test_every_suite_runs(capsys):
 def test_nothing_to_measure_is_said(capsys):
     assert main(["attention", "--smoke", "--shape", "no such model"]) == 1
     assert "nothing was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_cpu")]
+)
+def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
+    assert main(["profile", what, "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    names = {
+        event.get("name") for event in json.loads((tmp_path / f"{what}.json").read_text())["traceEvents"]
+    }
+    out = capsys.readouterr().out
+    assert operator in names and "aten::mm" in out and "GB/s at least" in out
+
+
+def test_a_base_that_is_no_commit_is_said_in_a_sentence(capsys):
+    assert main(["attention", "--base", "no-such-revision"]) == 2
+    assert "could not check out no-such-revision" in capsys.readouterr().out
+
+
+def test_a_goal_is_judged_by_the_worst_row():
+    select = rows_of("zinit cpu", "attention", "forward", "T 128")
+    rows = [row(dtype="bfloat16", ratios={"plain SDPA": r}) for r in (0.9, 1.2)]
+    goal = Goal("", select, ratio("plain SDPA"), 1.0)
+    assert judged(goal, rows) == (1.2, "missed by 20 %")
+    assert judged(goal, rows[:1]) == (0.9, "met")
+    assert judged(goal._replace(at_least=True), rows)[1] == "missed by 11 %"
+    assert judged(goal, [row()]) == (None, "not measured")  # float32 is another goal's

@@ -51,7 +51,7 @@ def usable(
 ) -> Iterator[Provider]:
     """Those that can run the problem and are right on its sibling; the others are named with their reason."""
     for provider in providers:
-        if not options.wants_provider(provider.name) or (options.smoke and provider.compiles):
+        if not options.wants_provider(provider.name) or (provider.compiles and not options.compiled):
             continue
         if reason := provider.why_not(problem, backward):
             note(f"{provider.name} left out: {reason}")
@@ -153,7 +153,7 @@ def figures(
         name, seconds = provider.name, times.median(provider.name)
         work = shape if provider.prompted else replace(shape, prompt_length=0)
         ratios = {"plain SDPA": times.ratio(name, *floors)} if floors else {}
-        for other in (TWICE, *(f"zinit {backend}" for backend in OURS)):
+        for other in (TWICE, f"{TWICE}, compiled", *(f"zinit {backend}" for backend in OURS)):
             if other in times.seconds and other != name:
                 ratios[other] = times.ratio(name, other)
         yield Row(

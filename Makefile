@@ -39,6 +39,7 @@ gpu-check: $(VENV)/.ready
 
 sanitize: $(VENV)/.ready
 	$(PYTHON) tests/native/sanitize.py
+	$(PYTHON) tests/simt/sanitize.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info zinit_kernels/*.so

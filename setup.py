@@ -1,17 +1,21 @@
 """Builds the native kernels of zinit_kernels with one ninja graph; the metadata is in pyproject.toml.
 
     zinit_kernels/_C_cpu.so    operators on libtorch's stable ABI, no Python API: serves every torch >= 2.11
+    zinit_kernels/_C_cuda.so   the same for NVIDIA GPUs, where there are nvcc and a torch built for CUDA
 
 torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension
 has no per-file flags, and each instruction set below needs its own.
 
 Environment: ZINIT_BUILD=0 installs without native kernels, CXX names the compiler, MAX_JOBS the number of
-compilations at once, ZINIT_TORCH_DIR the torch to compile against. ccache is used where it is found.
+compilations at once, ZINIT_TORCH_DIR the torch to compile against. ZINIT_CUDA=0 leaves the CUDA kernels out,
+1 builds them for a torch without CUDA too and fails where it cannot; CUDA_HOME names the toolkit,
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the chips. ccache is used where it is found.
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,12 +28,26 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from toolchain import MIN_TORCH, accepts, fail, find_compiler, find_torch  # noqa: E402 (needs the line above)
+from toolchain import (  # noqa: E402 (needs the line above)
+    MIN_TORCH,
+    Cuda,
+    Torch,
+    accepts,
+    cuda_for,
+    fail,
+    find_compiler,
+    find_torch,
+)
 
 CFLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # gcc 12: false alarms in its own AVX-512 headers
 TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"
 
+NVCC_FLAGS = [  # the time that each file takes is printed
+    "-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",
+]  # fmt: skip
+
+CPU_PART, CUDA_PART = "zinit_kernels._C_cpu", "zinit_kernels._C_cuda"
 CPU_BINDINGS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/bindings_attention.cpp", "csrc/cpu/bindings_decode.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -39,6 +57,13 @@ CPU_ISAS = {  # one object file each; dispatch.cpp picks at run time among those
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
+
+CUDA_BINDINGS = ["csrc/cuda/bindings_decode.cpp"]
+CUDA_KERNELS = [
+    f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")
+]
+# A100; 30 and 40 series, L40S; H100, H200; B200; 50 series. Those that nvcc does not know are left out.
+CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
 
 
 def say(message: str):
@@ -56,8 +81,35 @@ def cpu_objects(compiler: list[str]) -> dict[str, list[str]]:
     return {**{source: [TORCH_TARGET, *compiled] for source in CPU_BINDINGS}, **objects}
 
 
-# Each native part, a plain shared object: its module name and the function that lists its objects.
-NATIVE_PARTS = {"zinit_kernels._C_cpu": cpu_objects}
+def arch_flags(cuda: Cuda) -> list[str]:
+    """nvcc's flags for the chips of TORCH_CUDA_ARCH_LIST, or for CUDA_ARCHS with PTX of the last."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = [arch for arch in re.split(r"[;, ]+", named or CUDA_ARCHS) if arch]
+    if not named:
+        listed = subprocess.run(
+            [cuda.path / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True
+        )
+        archs = [arch for arch in archs if f"compute_{arch.replace('.', '')}" in listed.stdout.split()]
+        archs[-1] += "+PTX"
+    flags = []
+    for arch in archs:
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if parts is None:
+            fail(f"TORCH_CUDA_ARCH_LIST must hold chips like 8.0, 9.0a or 9.0+PTX, got {arch!r}")
+        number = "".join(parts.groups()[:3])
+        if int(parts[1]) < 8:
+            fail(f"TORCH_CUDA_ARCH_LIST names {arch}; the kernels are written for 8.0 and newer")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if parts[4] else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
+def cuda_objects(cuda: Cuda) -> dict[str, list[str]]:
+    """source -> its own flags; nvcc compiles what ends in .cu."""
+    bindings = {
+        source: [TORCH_TARGET, "-DUSE_CUDA", f"-isystem{cuda.path / 'include'}"] for source in CUDA_BINDINGS
+    }
+    return {**bindings, **{source: arch_flags(cuda) for source in CUDA_KERNELS}}
 
 
 def jobs() -> int:
@@ -74,7 +126,15 @@ def quote(words) -> str:
     return shlex.join(str(word) for word in words).replace("$", "$$")
 
 
+def log_of(folder: Path) -> list[list[str]]:
+    """Ninja's log: start and end in ms, mtime, output, hash."""
+    log = folder / ".ninja_log"
+    return [line.split("\t") for line in log.read_text().splitlines()[1:]] if log.is_file() else []
+
+
 class BuildNative(build_ext):
+    cuda: Cuda | None = None
+
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none in the file
 
@@ -92,20 +152,29 @@ class BuildNative(build_ext):
         # One folder whatever pip's temporary build folder is: `pip install -e .` again stays incremental.
         folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.ninja_graph(compiler, torch.path, folder))
+        (folder / "build.ninja").write_text(self.ninja_graph(compiler, torch, folder))
         # Python's ninja before the system's: two versions in turn discard each other's log and rebuild all.
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         if shutil.which(ninja[0]) is None:
             fail("ninja was not found: pip install ninja")
+        before = log_of(folder)
         if subprocess.call([*ninja, "-C", str(folder), "-j", str(jobs())]):
             fail("the native kernels did not compile, see above; ZINIT_BUILD=0 installs without them")
+        for start, end, _, output, _ in [row for row in log_of(folder) if row not in before]:
+            say(f"{(int(end) - int(start)) / 1000:6.1f} s  {os.path.relpath(output, folder)}")
 
-    def ninja_graph(self, compiler: list[str], torch: Path, folder: Path) -> str:
+    def ninja_graph(self, compiler: list[str], torch: Torch, folder: Path) -> str:
         launcher = [name for name in ("ccache",) if shutil.which(name)]
-        include = [f"-isystem{torch / 'include'}"]
+        include = [f"-isystem{torch.path / 'include'}"]
         # error messages name the source file: by its path in the project, not by that of the build machine
-        short_names = [f"-fmacro-prefix-map={path}/=" for path in (ROOT, torch / "include")]
-        libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        short_names = [f"-fmacro-prefix-map={path}/=" for path in (ROOT, torch.path / "include")]
+        libraries = [
+            f"-L{torch.path / 'lib'}",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-Wl,--as-needed",
+        ]
         lines = [
             "rule compile",
             f"  command = {quote([*launcher, *compiler])} -MMD -MF $out.d $flags -c $in -o $out",
@@ -114,18 +183,34 @@ class BuildNative(build_ext):
             "  description = compile $in",
             "rule link",
             "  description = link $out",
-            f"  command = {quote(compiler)} -shared -o $out $in {quote(libraries)} -Wl,-z,defs -pthread",
+            f"  command = {quote(compiler)} -shared -o $out $in {quote(libraries)} $flags -Wl,-z,defs -pthread",
         ]
+        if self.cuda is not None:
+            nvcc = quote([*launcher, self.cuda.path / "bin" / "nvcc", "-ccbin", compiler[0]])
+            lines += [
+                "rule compile_cuda",
+                f"  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = compile $in",
+            ]
+        parts = {CPU_PART: lambda: cpu_objects(compiler), CUDA_PART: lambda: cuda_objects(self.cuda)}
         for extension in self.extensions:
             objects = []
-            for source, flags in NATIVE_PARTS[extension.name](compiler).items():
-                target = escape(folder / Path(source).with_suffix(".o"))
-                flags = CFLAGS + short_names + WARNINGS + flags + (include if TORCH_TARGET in flags else [])
-                lines += [f"build {target}: compile {escape(ROOT / source)}", f"  flags = {quote(flags)}"]
+            for source, flags in parts[extension.name]().items():
+                target, is_cuda = escape(folder / Path(source).with_suffix(".o")), source.endswith(".cu")
+                own = NVCC_FLAGS if is_cuda else CFLAGS + short_names + WARNINGS
+                flags = [*own, *flags, *(include if TORCH_TARGET in flags else [])]
+                lines += [f"build {target}: compile{'_cuda' if is_cuda else ''} {escape(ROOT / source)}"]
+                lines += [f"  flags = {quote(flags)}"]
                 objects.append(target)
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
             lines.append(f"build {escape(library)}: link {' '.join(objects)}")
+            if extension.name == CUDA_PART:
+                lines.append(
+                    f"  flags = {quote([f'-L{self.cuda.libraries}', '-lcudart_static', '-ldl', '-lrt'])}"
+                )
         return "\n".join(lines) + "\n"
 
 
@@ -137,9 +222,17 @@ class AnyPythonWheel(bdist_wheel):
 
 if __name__ == "__main__":
     compiler, reason = find_compiler()
+    parts = [CPU_PART] if compiler else []
     if compiler is None:
         say(f"installing without native kernels: {reason}")
+    else:
+        BuildNative.cuda, reason = cuda_for(find_torch())
+        if BuildNative.cuda is None:
+            say(f"left out the CUDA kernels: {reason}")
+            (ROOT / "zinit_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+        else:
+            parts.append(CUDA_PART)
     setup(
-        ext_modules=[Extension(name, []) for name in NATIVE_PARTS] if compiler else [],
+        ext_modules=[Extension(name, []) for name in parts],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
     )

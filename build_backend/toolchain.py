@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 MIN_TORCH = (2, 11)
 MIN_CUDA = (12, 4)
+CUDA_LIBRARIES = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 
 
@@ -27,6 +28,7 @@ class Torch(NamedTuple):
 class Cuda(NamedTuple):
     path: Path
     version: tuple[int, int]
+    libraries: Path
 
 
 def fail(message: str):
@@ -59,13 +61,34 @@ def find_cuda() -> tuple[Cuda | None, str]:
     for folder in map(Path, folders):
         if not (folder / "bin" / "nvcc").is_file() or not (folder / "include" / "cuda_runtime.h").is_file():
             continue
+        runtimes = [path for where in CUDA_LIBRARIES for path in folder.glob(f"{where}/libcudart_static.a")]
+        if not runtimes:
+            continue
         text = subprocess.run([folder / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
         major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
         version = int(major), int(minor)
         if version < MIN_CUDA:
             return None, f"nvcc {major}.{minor} is older than {MIN_CUDA[0]}.{MIN_CUDA[1]}"
-        return Cuda(folder, version), ""
-    return None, f"no CUDA toolkit (nvcc and its headers) in {', '.join(folders)}; CUDA_HOME names another"
+        return Cuda(folder, version, runtimes[0].parent), ""
+    return (
+        None,
+        f"no CUDA toolkit (nvcc, its headers and libcudart_static.a) in {', '.join(folders)}; CUDA_HOME names another",
+    )
+
+
+def cuda_for(torch: Torch | None) -> tuple[Cuda | None, str]:
+    """The toolkit for building the CUDA kernels against this torch, or None and why they are left out."""
+    wanted = os.environ.get("ZINIT_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        fail(f"ZINIT_CUDA must be auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None, "ZINIT_CUDA=0"
+    cuda, reason = find_cuda()
+    if cuda is None and wanted == "1":
+        fail(f"ZINIT_CUDA=1, but {reason}")
+    if wanted == "auto" and cuda is not None and torch is not None and torch.cuda is None:
+        return None, f"torch {torch.version} was built without CUDA; ZINIT_CUDA=1 builds them all the same"
+    return cuda, reason
 
 
 def find_torch() -> Torch | None:

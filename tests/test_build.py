@@ -176,3 +176,74 @@ def test_the_library_names_no_folder_of_the_machine_that_built_it():
     content = LIBRARY.read_bytes()
     for folder in (ROOT, Path(torch.__file__).parent):
         assert str(folder).encode() not in content
+
+
+@pytest.fixture
+def toolkit(build, tmp_path):
+    """A CUDA toolkit that knows 8.0 to 9.0."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_89\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    return sys.modules["toolchain"].Cuda(tmp_path, (12, 4), tmp_path)
+
+
+def test_cuda_architectures(build, toolkit, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    codes = [flag.split(",code=")[1] for flag in build.arch_flags(toolkit)]
+    assert codes == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
+    assert [flag.removeprefix("-gencode=arch=") for flag in build.arch_flags(toolkit)] == [
+        "compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_100,code=sm_100", "compute_100,code=compute_100",
+    ]  # fmt: skip
+    for wrong, words in (("Ampere", "must hold chips like"), ("7.5", "8.0 and newer")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(SystemExit, match=words):
+            build.arch_flags(toolkit)
+
+
+def test_what_the_cuda_kernels_need_is_said(build, toolkit, monkeypatch):
+    toolchain = sys.modules["toolchain"]
+    cpu, gpu = (toolchain.Torch(Path(), "2.13.0", cuda) for cuda in (None, "13.0"))
+    monkeypatch.delenv("ZINIT_CUDA", raising=False)
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: (toolkit, ""))
+    assert toolchain.cuda_for(gpu) == (toolkit, "")
+    assert toolchain.cuda_for(cpu) == (
+        None, "torch 2.13.0 was built without CUDA; ZINIT_CUDA=1 builds them all the same",
+    )  # fmt: skip
+    monkeypatch.setenv("ZINIT_CUDA", "1")
+    assert toolchain.cuda_for(cpu) == (toolkit, "")
+    monkeypatch.setattr(toolchain, "find_cuda", lambda: (None, "no CUDA toolkit"))
+    with pytest.raises(SystemExit, match="ZINIT_CUDA=1, but no CUDA toolkit"):
+        toolchain.cuda_for(gpu)
+    monkeypatch.setenv("ZINIT_CUDA", "0")
+    assert toolchain.cuda_for(gpu) == (None, "ZINIT_CUDA=0")
+    monkeypatch.setenv("ZINIT_CUDA", "perhaps")
+    with pytest.raises(SystemExit, match="ZINIT_CUDA must be auto, 0 or 1, got 'perhaps'"):
+        toolchain.cuda_for(gpu)
+
+
+def test_a_missing_or_old_toolkit_is_named(build, toolkit, monkeypatch):
+    toolchain = sys.modules["toolchain"]
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert toolchain.find_cuda()[1].startswith(
+        "no CUDA toolkit (nvcc, its headers and libcudart_static.a) in /nowhere"
+    )
+    monkeypatch.setenv("CUDA_HOME", str(toolkit.path))
+    (toolkit.path / "bin" / "nvcc").write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n"
+    )
+    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (toolkit.path / file).parent.mkdir()
+        (toolkit.path / file).touch()
+    assert toolchain.find_cuda() == (None, "nvcc 11.8 is older than 12.4")
+
+
+def test_the_cuda_library_loads_without_a_gpu():
+    library = ROOT / "zinit_kernels" / "_C_cuda.so"
+    if not library.exists():
+        pytest.skip(extension.why_unavailable("cuda"))
+    assert extension.available("cuda"), extension.why_unavailable("cuda")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("zinit::decode_cuda", "CUDA")
+    undefined = nm("-D", "--demangle", "--undefined-only", str(library))
+    assert not re.findall(r" (?:c10|at|torch|caffe2)::.*|\bPy[A-Z_]\w+", undefined)

@@ -1,8 +1,9 @@
 """The emulated CUDA kernels as the backend "cuda", on CPU tensors."""
 
-import emulator as simt
+import compile_host as simt
 import pytest
 import torch
+from emulator import Emulator
 
 from zinit_kernels import dispatch
 
@@ -20,7 +21,7 @@ def one_thread():
 def emulator():
     if reason := simt.why_not_here():
         pytest.skip(reason)
-    return simt.Emulator(simt.build("kernels.so", simt.ALL))
+    return Emulator(simt.build("kernels.so", simt.ALL))
 
 
 @pytest.fixture

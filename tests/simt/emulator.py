@@ -1,16 +1,11 @@
-"""Builds csrc/cuda with a plain C++ compiler against the emulator in this folder, and calls it: no GPU, no nvcc.
+"""The CUDA kernels and their launchers on host memory: calls the library that compile_host.py makes.
 
-What runs is the source of the kernels and of their launchers. What it cannot show: speed, and what nvcc makes of it.
+What this cannot show: speed, and what nvcc makes of the source.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -18,75 +13,7 @@ from torch import Tensor
 
 from zinit_kernels.calls import CacheCall
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "build_backend"))
-from toolchain import find_cuda  # noqa: E402 (needs the line above)
-
-HERE = "tests/simt"
-KERNELS = [f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")]
-ENTRY_POINTS = [f"{HERE}/entry_points.cpp", f"{HERE}/selftest.cu"]
-ALL = [*KERNELS, *ENTRY_POINTS]
-RUNTIME = [f"{HERE}/simt_rt.cpp", f"{HERE}/simt_mma.cpp"]  # never instrumented: it is not what is judged
 MULTIPROCESSORS = 4  # of the imagined chip
-
-CFLAGS = [
-    "-std=c++20",
-    "-g1",
-    "-fPIC",
-    "-fno-strict-aliasing",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    "-Werror",
-]
-SANITIZERS = {
-    "plain": (["-O2"], []),
-    "address": (["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], ["-DSIMT_ASAN=1"]),
-    "thread": (["-O1", "-fsanitize=thread"], ["-DSIMT_TSAN=1"]),
-}
-
-
-def why_not_here() -> str:
-    """The reason why nothing can be emulated; '' where it can."""
-    return "g++ is not here" if shutil.which("g++") is None else find_cuda()[1]
-
-
-def includes() -> list[str]:
-    cuda, reason = find_cuda()
-    assert cuda is not None, reason
-    return [f"-I{ROOT / HERE}", f"-isystem{cuda.path / 'include'}"]
-
-
-def build(target: str, sources: list[str], sanitizer: str = "plain") -> Path:
-    """Compile `sources` and the emulator into build/simt-.../target; incremental."""
-    folder = ROOT / "build" / f"simt-{sanitizer}"
-    folder.mkdir(parents=True, exist_ok=True)
-    flags, defines = SANITIZERS[sanitizer]
-    shared = target.endswith(".so")
-    lines = [
-        "rule compile",
-        "  command = g++ -MMD -MF $out.d $flags -x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = g++ {' '.join(flags[1:])} {'-shared' if shared else ''} $in -o $out",
-    ]
-    objects = []
-    for source in [*sources, *RUNTIME]:
-        objects.append(f"{source}.o")
-        own = ["-O2", *defines] if source in RUNTIME else [*flags, *defines]
-        lines += [
-            f"build {source}.o: compile {ROOT / source}",
-            f"  flags = {' '.join([*CFLAGS, *own, *includes()])}",
-        ]
-    lines.append(f"build {target}: link {' '.join(objects)}")
-    graph = folder / f"{target}.ninja"
-    graph.write_text("\n".join(lines) + "\n")
-    ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-    command = [*ninja, "-C", str(folder), "-f", graph.name, "-j", os.environ.get("MAX_JOBS", "2"), target]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / target
 
 
 class View(ctypes.Structure):
@@ -177,7 +104,7 @@ class Emulator:
             window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
             prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[1] if prompted else 0,
             prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
-            gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted else 0, tanh_gate=call.tanh_gate,
+            gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted and call.gate.dim() == 2 else 1, tanh_gate=call.tanh_gate,
             query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
             new_key=_view(call.new_key), new_value=_view(call.new_value),
             seqlen_new=0 if call.new_key is None else call.new_key.shape[1],

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -74,7 +75,7 @@ struct Warp {
 };
 
 struct Runtime {
-  std::vector<Fiber*> pool;
+  std::vector<std::unique_ptr<Fiber>> pool;
   int threads, live, waiting;
   Warp warps[kWarpsAtMost];
   int ready[kThreadsAtMost];
@@ -182,7 +183,7 @@ int next_ready() {
 void release_barrier() {
   R.waiting = 0;
   for (int i = 0; i < R.threads; ++i) {
-    if (R.pool[i]->state == State::kAtBarrier) make_ready(R.pool[i]);
+    if (R.pool[i]->state == State::kAtBarrier) make_ready(R.pool[i].get());
   }
 }
 
@@ -271,7 +272,7 @@ void report_deadlock() {
   size_t length = snprintf(R.error, sizeof R.error, "deadlock:");
   const Collective* last = nullptr;
   for (int i = 0, shown = 0; i < R.threads && shown < 5; ++i) {
-    const Fiber* f = R.pool[i];
+    const Fiber* f = R.pool[i].get();
     const Collective& what = f->waits_for;
     if (f->state == State::kDone || (last && last->file == what.file && last->line == what.line)) continue;
     last = &what;
@@ -294,7 +295,7 @@ void run_block(uint3 block, dim3 block_dim, dim3 grid_dim) {
     for (int i = 0; i < 32; ++i) warp.pending[i] = &warp.storage[i];
   }
   for (int i = 0; i < R.threads; ++i) {
-    Fiber* f = R.pool[i];
+    Fiber* f = R.pool[i].get();
     const unsigned x = i % block_dim.x, y = i / block_dim.x % block_dim.y,
                    z = i / (block_dim.x * block_dim.y);
     f->thread = {uint3{x, y, z}, block, block_dim, grid_dim, i, i % 32, i / 32};
@@ -304,7 +305,7 @@ void run_block(uint3 block, dim3 block_dim, dim3 grid_dim) {
   }
   while (R.live && !R.error[0]) {
     if (!R.count) return report_deadlock();
-    to_fiber(R.pool[next_ready()]);
+    to_fiber(R.pool[next_ready()].get());
   }
 }
 
@@ -399,7 +400,7 @@ void run_collective(const Collective& what, void* arguments, void (*compute)(voi
   if (pending->arrived == what.mask) {
     if (compute) compute(pending->slot, what.mask);
     for (int l = 0; l < 32; ++l) {
-      if ((what.mask >> l & 1) && l != lane) make_ready(R.pool[f->thread.warp * 32 + l]);
+      if ((what.mask >> l & 1) && l != lane) make_ready(R.pool[f->thread.warp * 32 + l].get());
     }
     std::swap(warp.pending[index], warp.pending[--warp.count]);
     yield_if_permuted(f);
@@ -438,7 +439,7 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   const auto found = R.allowed.find(kernel);
   const size_t limit = found == R.allowed.end() ? kSharedBytes : std::max(kSharedBytes, found->second);
   if (shared_bytes > limit) fail("%s: %zu bytes of shared memory, %zu allowed", name, shared_bytes, limit);
-  while (static_cast<int>(R.pool.size()) < R.threads) R.pool.push_back(new Fiber());
+  while (static_cast<int>(R.pool.size()) < R.threads) R.pool.push_back(std::make_unique<Fiber>());
 #if SIMT_TSAN
   R.main_tsan = __tsan_get_current_fiber();
 #endif

@@ -6,9 +6,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import emulator as simt
+import compile_host as simt
 import pytest
 import torch
+from emulator import Emulator
 
 from zinit_kernels.testing import CacheCase, check_cache_case
 
@@ -58,13 +59,13 @@ BUGS = {
 }  # fmt: skip
 
 
-def plant(bug: Bug, folder) -> simt.Emulator:
+def plant(bug: Bug, folder) -> Emulator:
     """The bfloat16 kernels with the bug, for head_dim 64 alone, beside the other files as they are."""
     library = simt.build("kernels.so", simt.ALL)
     shutil.copytree(simt.ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
     shutil.copy(simt.ROOT / "csrc" / "params.h", folder / "csrc")
     for name, correct, wrong in (
-        ("launch.cuh", r"switch \(head_dim\) \{.*?\n  \}\n", "run(std::integral_constant<int, 64>());\n"),
+        ("launch.cuh", r"switch \(w.head_dim\) \{.*?\n  \}\n", "launch_attention<T, 64>(w, plan, stream);\n"),
         (bug.file, re.escape(bug.correct), bug.wrong.replace("\\", "\\\\")),
     ):
         file = folder / "csrc" / "cuda" / "decode" / name
@@ -80,7 +81,7 @@ def plant(bug: Bug, folder) -> simt.Emulator:
         ["g++", *flags, "-x", "c++", "-c", source, "-o", folder / "bug.o"], check=True, capture_output=True
     )
     subprocess.run(["g++", "-shared", *objects, folder / "bug.o", "-o", folder / "bug.so"], check=True)
-    return simt.Emulator(folder / "bug.so")
+    return Emulator(folder / "bug.so")
 
 
 @pytest.fixture(scope="module")

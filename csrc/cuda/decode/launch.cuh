@@ -6,48 +6,68 @@
 
 namespace zinit::cuda {
 
-// kernel<<<...>>> by the plan; head_dim and the way of computing are template arguments, all else is not.
-template <class T>
-void launch_decode(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
+inline DecodeWork decode_work(const DecodeParams& params, const DecodePlan& plan, float* workspace) {
+  constexpr int64_t kFarther = int64_t{1} << 31;  // than any key, and the sums with it do not overflow
+  DecodeWork w{};
+  static_cast<DecodeParams&>(w) = params;
+  w.window_left = std::min(w.window_left, kFarther);
+  w.window_right = std::min(w.window_right, kFarther);
+  w.group = static_cast<int>(w.num_heads_q / w.num_heads_kv);
+  w.query_rows = static_cast<int>(w.seqlen_q) * w.group;
+  w.row_blocks = plan.row_blocks;
+  w.splits = plan.num_splits;
+  w.by_page = Divider::by(w.block_table ? w.page_size : 1);
+  w.partials = workspace;
+  w.states = workspace + w.num_sequences * w.num_heads_kv * w.query_rows * w.splits * w.head_dim;
+  return w;
+}
+
+template <class T, int D>
+void launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
   constexpr int kSharedWithoutAsking = 48 << 10;
-  const auto prompts = static_cast<int>(w.prompt_length), head_dim = static_cast<int>(w.head_dim);
-  const SharedLayout shared(plan.rows_per_block, head_dim, sizeof(T), prompts,
+  const SharedLayout shared(plan.rows_per_block, D, sizeof(T), static_cast<int>(w.prompt_length),
                             static_cast<int>(w.seqlen_new));
   const dim3 grid(plan.num_splits, static_cast<unsigned>(w.num_heads_kv * plan.row_blocks),
                   static_cast<unsigned>(w.num_sequences));
-  const auto run = [&](auto dimension) {
-    constexpr int D = decltype(dimension)::value;
-    const auto attend = [&](auto* kernel) {
-      if (shared.bytes > kSharedWithoutAsking) ALLOW_SHARED((kernel), shared.bytes);
-      LAUNCH((kernel), grid, dim3(kThreads), shared.bytes, stream, w);
-    };
-    if (plan.rows_per_block == 1) return attend(decode_on_cuda_cores<T, D, 1>);
-    if constexpr (sizeof(T) == 2) {
-      if (plan.tensor_cores) return attend(decode_on_tensor_cores<T, D>);
-    }
-    attend(decode_on_cuda_cores<T, D, kCudaCoreRows>);
+  const auto attend = [&](auto* kernel) {
+    if (shared.bytes > kSharedWithoutAsking) ALLOW_SHARED((kernel), shared.bytes);
+    LAUNCH((kernel), grid, dim3(kThreads), shared.bytes, stream, w);
   };
-  switch (head_dim) {
+  if (plan.rows_per_block == 1) return attend(decode_on_cuda_cores<T, D, 1>);
+  if constexpr (sizeof(T) == 2) {
+    if (plan.tensor_cores) return attend(decode_on_tensor_cores<T, D>);
+  }
+  attend(decode_on_cuda_cores<T, D, kCudaCoreRows>);
+}
+
+template <class T>
+void launch_combine(const DecodeWork& w, cudaStream_t stream) {
+  if (w.splits == 1 || w.query_rows == 0) return;
+  const SharedLayout shared(1, static_cast<int>(w.head_dim), sizeof(T), static_cast<int>(w.prompt_length), 0);
+  const dim3 grid(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
+                  static_cast<unsigned>(w.num_sequences));
+  LAUNCH((decode_combine<T>), grid, dim3(kThreads), shared.bytes + w.splits * 4, stream, w);
+}
+
+template <class T>
+void launch_decode(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
+  switch (w.head_dim) {
     case 64:
-      run(std::integral_constant<int, 64>());
+      launch_attention<T, 64>(w, plan, stream);
       break;
     case 80:
-      run(std::integral_constant<int, 80>());
+      launch_attention<T, 80>(w, plan, stream);
       break;
     case 96:
-      run(std::integral_constant<int, 96>());
+      launch_attention<T, 96>(w, plan, stream);
       break;
     case 128:
-      run(std::integral_constant<int, 128>());
+      launch_attention<T, 128>(w, plan, stream);
       break;
     default:
-      run(std::integral_constant<int, 256>());
+      launch_attention<T, 256>(w, plan, stream);
   }
-  if (plan.num_splits == 1 || w.query_rows == 0) return;
-  const SharedLayout combined(1, head_dim, sizeof(T), prompts, 0);
-  const dim3 rows(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
-                  static_cast<unsigned>(w.num_sequences));
-  LAUNCH((decode_combine<T>), rows, dim3(kThreads), combined.bytes + plan.num_splits * 4, stream, w);
+  launch_combine<T>(w, stream);
 }
 
 extern template void launch_decode<bf16>(const DecodeWork&, const DecodePlan&, cudaStream_t);

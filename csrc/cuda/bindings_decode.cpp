@@ -1,0 +1,162 @@
+// zinit::decode_cuda: the arguments are checked, the call is planned, the kernels are launched on torch's
+// current stream. Nothing waits for the device, so a CUDA graph can capture it.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "arguments.h"
+#include "decode/decode.h"
+
+// It lies in libtorch_cuda; weak, so that this file loads into a torch without CUDA too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace zinit::cuda {
+namespace {
+
+void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+cudaStream_t current_stream(int32_t device) {
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void set_prompt(DecodeParams& p, const Device& device, const OptionalTensor& key, const OptionalTensor& value,
+                const OptionalTensor& gate, const OptionalTensor& index) {
+  STD_TORCH_CHECK(key.has_value() == value.has_value() && key.has_value() == gate.has_value(),
+                  "prompt_key, prompt_value and gate must be given together or not at all");
+  if (!key.has_value()) return;
+  p.prompt_key = device.view(*key, "prompt_key");
+  p.prompt_value = device.view(*value, "prompt_value");
+  p.prompt_rows = key->size(0), p.prompt_length = key->size(1);
+  check_shape(*key, "prompt_key", {p.prompt_rows, p.prompt_length, p.num_heads_kv, p.head_dim});
+  check_shape(*value, "prompt_value", {p.prompt_rows, p.prompt_length, p.num_heads_kv, p.head_dim});
+  STD_TORCH_CHECK(p.prompt_length <= 128, "prompt_key must hold at most 128 prompts, got ", p.prompt_length);
+  const bool has_rows = gate->dim() == 2;
+  p.gate_rows = has_rows ? gate->size(0) : 1;
+  p.gate = has_rows ? device.array<float>(gate, "gate", ScalarType::Float, {p.gate_rows, p.num_heads_q})
+                    : device.array<float>(gate, "gate", ScalarType::Float, {p.num_heads_q});
+  STD_TORCH_CHECK(p.gate_rows == 1 || p.gate_rows == p.prompt_rows,
+                  "gate must have 1 row or one per prompt table row (", p.prompt_rows, "), got ",
+                  p.gate_rows);
+  p.prompt_index = device.array<int32_t>(index, "prompt_index", ScalarType::Int, {p.num_sequences});
+  STD_TORCH_CHECK(index.has_value() || p.prompt_rows == 1 || p.prompt_rows == p.num_sequences,
+                  "prompt_key must have 1 row or one per sequence (", p.num_sequences,
+                  ") where no prompt_index is given, got ", p.prompt_rows);
+}
+
+void set_rotary(DecodeParams& p, const Device& device, const OptionalTensor& cos, const OptionalTensor& sin,
+                bool interleaved) {
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(),
+                  "rotary_cos and rotary_sin must be given together, or neither");
+  if (!cos.has_value()) return;
+  check_shape(*cos, "rotary_cos", {-1, -1});
+  check_shape(*sin, "rotary_sin", {cos->size(0), cos->size(1)});
+  p.rotary_dtype = dtype_of(*cos, "rotary_cos");
+  p.rotary_cos = device.array<void>(cos, "rotary_cos", cos->scalar_type(), {cos->size(0), cos->size(1)});
+  p.rotary_sin = device.array<void>(sin, "rotary_sin", cos->scalar_type(), {cos->size(0), cos->size(1)});
+  p.rotary_positions = cos->size(0), p.rotary_stride = cos->size(1), p.rotary_dim = 2 * cos->size(1);
+  p.rotary_interleaved = interleaved;
+  STD_TORCH_CHECK(p.rotary_dim <= p.head_dim, "rotary_cos must have at most ", p.head_dim / 2,
+                  " columns, got ", cos->size(1));
+  STD_TORCH_CHECK(p.rotary_positions > 0, "rotary_cos must have a position");
+}
+
+void set_cache(DecodeParams& p, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
+               const Tensor& cache_seqlens, const OptionalTensor& block_table) {
+  constexpr int64_t kPositions = int64_t{1} << 30;
+  const int64_t S = key_cache.size(1);
+  check_shape(key_cache, "key_cache",
+              {block_table.has_value() ? -1 : p.num_sequences, S, p.num_heads_kv, p.head_dim});
+  check_shape(value_cache, "value_cache", {key_cache.size(0), S, p.num_heads_kv, p.head_dim});
+  STD_TORCH_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
+                  "key_cache and value_cache must have the query's dtype, got ", key_cache.scalar_type(),
+                  " and ", value_cache.scalar_type());
+  p.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {p.num_sequences});
+  p.seqlen_k = S;
+  if (block_table.has_value()) {
+    check_shape(*block_table, "block_table", {p.num_sequences, -1});
+    p.block_table_stride = block_table->size(1);
+    p.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int,
+                                          {p.num_sequences, p.block_table_stride});
+    p.page_size = S, p.num_pages = key_cache.size(0), p.seqlen_k = S * p.block_table_stride;
+    STD_TORCH_CHECK(S > 0 && p.num_pages > 0, "key_cache must have a page of at least one key");
+  }
+  STD_TORCH_CHECK(p.seqlen_k < kPositions && p.num_pages < kPositions, "the cache must have fewer than ",
+                  kPositions, " positions a sequence and as many pages");
+}
+
+void set_new_tokens(DecodeParams& p, const Device& device, const OptionalTensor& key,
+                    const OptionalTensor& value) {
+  STD_TORCH_CHECK(key.has_value() == value.has_value(), "new_key and new_value must be given together");
+  if (!key.has_value() || key->size(1) == 0) return;
+  p.seqlen_new = key->size(1);
+  p.new_key = device.view(*key, "new_key");
+  p.new_value = device.view(*value, "new_value");
+  check_shape(*key, "new_key", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
+  check_shape(*value, "new_value", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
+  STD_TORCH_CHECK(p.new_key.dtype == p.query.dtype && p.new_value.dtype == p.query.dtype,
+                  "new_key and new_value must have the query's dtype");
+}
+
+// What the kernels were compiled for; decode.h.
+void check_limits(const DecodeParams& p) {
+  const int64_t D = p.head_dim, tokens = std::max(p.seqlen_q, p.seqlen_new);
+  STD_TORCH_CHECK(D == 64 || D == 80 || D == 96 || D == 128 || D == 256,
+                  "head_dim must be 64, 80, 96, 128 or 256, got ", D);
+  STD_TORCH_CHECK(tokens <= kNewTokensAtMost, "at most ", kNewTokensAtMost, " new tokens a sequence, got ",
+                  tokens);
+  STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads_q > 0 && p.num_heads_q % p.num_heads_kv == 0, "the ",
+                  p.num_heads_q, " query heads must be a multiple of the ", p.num_heads_kv,
+                  " key/value heads");
+  STD_TORCH_CHECK(p.num_sequences <= 65535 && p.num_heads_q * p.seqlen_q <= 65535,
+                  "at most 65535 sequences, and query heads times tokens");
+  STD_TORCH_CHECK(p.num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", p.num_splits);
+}
+
+std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
+                                       OptionalTensor new_key, OptionalTensor new_value,
+                                       OptionalTensor prompt_key, OptionalTensor prompt_value,
+                                       OptionalTensor gate, OptionalTensor prompt_index, Tensor cache_seqlens,
+                                       OptionalTensor block_table, OptionalTensor rotary_cos,
+                                       OptionalTensor rotary_sin, bool rotary_interleaved, double scale,
+                                       int64_t window_left, int64_t window_right, bool tanh_gate,
+                                       int64_t num_splits) {
+  const Device device{query.get_device_index()};
+  const torch::stable::accelerator::DeviceGuard guard(device.index);
+  DecodeParams p{};
+  p.query = device.view(query, "query");
+  p.key_cache = device.aligned_view(key_cache, "key_cache");
+  p.value_cache = device.aligned_view(value_cache, "value_cache");
+  const int64_t B = query.size(0), T = query.size(1), Hq = query.size(2), D = query.size(3);
+  p.num_sequences = B, p.num_heads_q = Hq, p.num_heads_kv = key_cache.size(2), p.head_dim = D, p.seqlen_q = T;
+  p.scale = static_cast<float>(scale), p.tanh_gate = tanh_gate, p.num_splits = num_splits;
+  p.window_left = window_left, p.window_right = window_right;
+  set_cache(p, device, key_cache, value_cache, cache_seqlens, block_table);
+  set_new_tokens(p, device, new_key, new_value);
+  set_prompt(p, device, prompt_key, prompt_value, gate, prompt_index);
+  set_rotary(p, device, rotary_cos, rotary_sin, rotary_interleaved);
+  check_limits(p);
+
+  Tensor out = device.empty_contiguous({B, T, Hq, D}, query.scalar_type());
+  Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
+  p.out = device.view(out, "out");
+  p.lse = static_cast<float*>(lse.data_ptr());
+
+  int multiprocessors = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index),
+             "cudaDeviceGetAttribute");
+  const DecodePlan plan = plan_decode(multiprocessors, B, p.num_heads_kv, T * (Hq / p.num_heads_kv),
+                                      p.seqlen_k, p.page_size, p.query.dtype != DType::kFloat32, num_splits);
+  Tensor workspace = device.empty_contiguous({workspace_floats(plan, B, Hq, T, D)}, ScalarType::Float);
+  decode(p, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index));
+  check_cuda(cudaGetLastError(), "decode_cuda was not launched");
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace zinit::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(zinit, CUDA, m) { m.impl("decode_cuda", TORCH_BOX(&zinit::cuda::decode_cuda)); }

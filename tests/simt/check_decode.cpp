@@ -1,0 +1,146 @@
+// The decode kernels without Python, for the sanitizers: every buffer is of exact size, and each case runs in
+// float32 on the CUDA cores with whole keys and in bfloat16 as planned with split ones, which must agree.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "../../csrc/cuda/decode/launch.cuh"
+
+namespace {
+
+using namespace zinit;
+
+struct Case {
+  const char* name;
+  int64_t heads_q, heads_kv, tokens;
+  std::vector<int32_t> lengths;
+  int64_t capacity, page_size, splits;  // page_size 0: contiguous
+  bool rotary, absurd;
+  int64_t window_left;
+};
+
+const std::vector<Case> kCases = {
+    {"tensor cores, paged", 8, 2, 2, {0, 17, 40}, 48, 16, 2, true, false, -1},
+    {"CUDA cores, contiguous", 2, 2, 1, {0, 40}, 41, 0, 2, true, false, 9},
+    {"whole keys", 4, 1, 1, {5}, 32, 16, 1, false, false, -1},
+    {"absurd values", 8, 2, 2, {2000000000, -5, 47}, 48, 16, 2, true, true, -1},
+};
+constexpr int64_t kHeadDim = 64, kPrompts = 3, kTableRows = 2, kRotary = 32;
+
+template <class T>
+struct Buffer {
+  explicit Buffer(size_t count) : size(count) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, count * sizeof(T))) std::abort();
+    data = static_cast<T*>(memory);
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  T* data;
+  size_t size;
+};
+
+template <class T>
+class Run {
+ public:
+  explicit Run(const Case& c) : c_(c) {}
+
+  std::vector<float> out(int64_t splits) {
+    const auto B = static_cast<int64_t>(c_.lengths.size()), D = kHeadDim;
+    const int64_t pages_each = c_.page_size ? c_.capacity / c_.page_size : 1;
+    const int64_t page_size = c_.page_size ? c_.page_size : c_.capacity;
+    const int64_t pages = B * pages_each + 1;  // page 0, which absurd ids are clamped to, is nobody's
+    const auto count = [](int64_t n) { return static_cast<size_t>(n); };
+    Buffer<T> query(count(B * c_.tokens * c_.heads_q * D)), result(query.size);
+    Buffer<T> new_key(count(B * c_.tokens * c_.heads_kv * D)), new_value(new_key.size);
+    Buffer<T> key_cache(count(pages * page_size * c_.heads_kv * D)), value_cache(key_cache.size);
+    Buffer<T> prompt_key(count(kTableRows * kPrompts * c_.heads_kv * D)), prompt_value(prompt_key.size);
+    Buffer<T> cosine(count(c_.capacity * kRotary / 2)), sine(cosine.size);
+    Buffer<float> gate(count(kTableRows * c_.heads_q)), lse(count(B * c_.heads_q * c_.tokens));
+    Buffer<int32_t> lengths(count(B)), table(count(B * pages_each)), index(count(B));
+    fill(query), fill(new_key), fill(new_value), fill(key_cache), fill(value_cache), fill(prompt_key);
+    fill(prompt_value), fill(cosine), fill(sine), fill(gate);
+    for (size_t b = 0; b < lengths.size; ++b) {
+      lengths.data[b] = c_.lengths[b];
+      index.data[b] =
+          c_.absurd ? 1000000 - 2000000 * static_cast<int32_t>(b % 2) : static_cast<int32_t>(b) - 1;
+    }
+    for (size_t i = 0; i < table.size; ++i) {
+      table.data[i] = static_cast<int32_t>(c_.absurd && i % 2 ? 2000000000 : table.size - i);
+    }
+
+    DecodeParams p{};
+    constexpr DType kType = sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16;
+    const auto view = [&](Buffer<T>& of, int64_t tokens, int64_t heads) {
+      return View{of.data, tokens * heads * D, D, heads * D, kType};
+    };
+    p.num_sequences = B, p.num_heads_q = c_.heads_q, p.num_heads_kv = c_.heads_kv, p.head_dim = D;
+    p.seqlen_q = p.seqlen_new = c_.tokens, p.seqlen_k = c_.capacity;
+    p.window_left = c_.window_left, p.window_right = 0, p.scale = 0.125f;
+    p.query = view(query, c_.tokens, c_.heads_q), p.out = view(result, c_.tokens, c_.heads_q);
+    p.new_key = view(new_key, c_.tokens, c_.heads_kv), p.new_value = view(new_value, c_.tokens, c_.heads_kv);
+    p.key_cache = view(key_cache, page_size, c_.heads_kv),
+    p.value_cache = view(value_cache, page_size, c_.heads_kv);
+    p.prompt_key = view(prompt_key, kPrompts, c_.heads_kv),
+    p.prompt_value = view(prompt_value, kPrompts, c_.heads_kv);
+    p.prompt_length = kPrompts, p.prompt_rows = p.gate_rows = kTableRows, p.prompt_index = index.data;
+    p.gate = gate.data, p.tanh_gate = true, p.lse = lse.data, p.cache_seqlens = lengths.data;
+    if (c_.page_size) {
+      p.block_table = table.data, p.block_table_stride = pages_each, p.page_size = page_size,
+      p.num_pages = pages;
+    }
+    if (c_.rotary) {
+      p.rotary_cos = cosine.data, p.rotary_sin = sine.data, p.rotary_stride = kRotary / 2,
+      p.rotary_dim = kRotary;
+      p.rotary_positions = c_.capacity, p.rotary_dtype = kType;
+    }
+    const auto plan = cuda::plan_decode(4, B, c_.heads_kv, c_.tokens * c_.heads_q / c_.heads_kv, c_.capacity,
+                                        p.page_size, sizeof(T) == 2, splits);
+    Buffer<float> workspace(count(cuda::workspace_floats(plan, B, c_.heads_q, c_.tokens, D)));
+    const auto work = cuda::decode_work(p, plan, workspace.data);
+    cuda::launch_attention<T, kHeadDim>(work, plan, nullptr);
+    cuda::launch_combine<T>(work, nullptr);
+
+    std::vector<float> floats;
+    for (size_t i = 0; i < result.size; ++i) floats.push_back(cuda::to_float(result.data[i]));
+    return floats;
+  }
+
+ private:
+  template <class U>
+  void fill(Buffer<U>& buffer) {  // sixteenths: exact in every dtype
+    for (size_t i = 0; i < buffer.size; ++i) {
+      buffer.data[i] = cuda::from_float<U>(static_cast<float>(static_cast<int>(random_() % 33) - 16) / 16.f);
+    }
+  }
+
+  const Case& c_;
+  std::minstd_rand random_{7};
+};
+
+bool agrees(const Case& c) {
+  const auto expected = Run<float>(c).out(1), found = Run<cuda::bf16>(c).out(c.splits);
+  float worst = 0.f;
+  for (size_t i = 0; i < found.size(); ++i) {
+    const float error = std::fabs(found[i] - expected[i]);
+    if (!(error <= worst)) worst = error;
+  }
+  const bool good = worst < 0.03f;
+  std::printf("%s: %s, error %.1e\n", good ? "ok" : "WRONG", c.name, static_cast<double>(worst));
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  int wrong = 0;
+  try {
+    for (const Case& c : kCases) wrong += !agrees(c);
+  } catch (const std::exception& error) {
+    std::printf("ERROR: %s\n", error.what());
+    wrong = 1;
+  }
+  return wrong;
+}

@@ -1,0 +1,80 @@
+"""What nvcc makes of the CUDA kernels, without a GPU: no spills, registers and shared memory within written budgets.
+
+A kernel's budget follows from how many of its blocks a multiprocessor must hold for enough loads to be in flight.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from toolchain import find_cuda  # noqa: E402 (needs the line above)
+
+ARCHS = (80, 90, 100)
+DTYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+HEAD_DIMS = (64, 80, 96, 128, 256)
+REGISTERS = 65536  # of a multiprocessor
+THREADS = 128
+BLOCKS = {  # kernel -> blocks that must fit into a multiprocessor's registers
+    "decode_combine": 8,
+    "decode_on_cuda_cores, 1 row": 4,
+    "decode_on_cuda_cores, 4 rows": 2,
+    "decode_on_tensor_cores": 2,
+}
+
+
+def compile_one(cuda: Path, dtype: str, arch: int, folder: Path) -> list[dict]:
+    source = ROOT / "csrc" / "cuda" / "decode" / f"decode_{dtype}.cu"
+    command = [
+        cuda / "bin" / "nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v",
+        "-o", folder / f"{dtype}_{arch}.cubin", source,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = []
+    for block in result.stderr.split("Compiling entry function")[1:]:
+        name = re.search(r"(decode_[a-z_]*[a-z])I", block)[1]
+        numbers = [int(number) for number in re.findall(r"Li(\d+)E", block.split("'")[1])]
+        head_dim = numbers[0] if numbers else 0
+        if name == "decode_on_cuda_cores":
+            name += f", {numbers[1]} row{'s' * (numbers[1] > 1)}"
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack .*?(\d+) .*?, (\d+)", block).groups())
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        rows.append(
+            {"kernel": name, "dtype": dtype, "head_dim": head_dim, "arch": arch, "registers": registers,
+             "stack": stack, "spilled": stores + loads}
+        )  # fmt: skip
+    return rows
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    cuda, reason = find_cuda()
+    if cuda is None or shutil.which("g++") is None:
+        pytest.skip(reason or "g++, which nvcc needs, is not here")
+    folder = tmp_path_factory.mktemp("cubins")
+    pairs = [(dtype, arch) for arch in ARCHS for dtype in DTYPES]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pair: compile_one(cuda.path, *pair, folder), pairs))
+    return [row for rows in found for row in rows]
+
+
+def test_no_spills_and_registers_within_budget(kernels):
+    table = {}
+    for row in kernels:
+        key = row["kernel"], row["head_dim"] or "any", row["dtype"]
+        table.setdefault(key, {})[row["arch"]] = row["registers"]
+    print("\nregisters" + "".join(f" sm_{arch}" for arch in ARCHS))
+    for (kernel, head_dim, dtype), found in sorted(table.items(), key=str):
+        print(f"{kernel}, D {head_dim}, {dtype}: " + " ".join(str(found[arch]) for arch in ARCHS))
+    expected = 3 * (1 + 2 * len(HEAD_DIMS)) + 2 * len(HEAD_DIMS)
+    assert len(kernels) == expected * len(ARCHS)
+    for row in kernels:
+        assert row["stack"] == 0 and row["spilled"] == 0, f"spills: {row}"
+        assert row["registers"] <= REGISTERS // THREADS // BLOCKS[row["kernel"]], f"over its budget: {row}"

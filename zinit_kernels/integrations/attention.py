@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from ..api import zero_init_attention, zero_init_attention_with_kvcache
-from .prompts import Prompts, projected
+from .prompts import Prompts, projected, prompt_branch
 
 NAME = "zinit"
 _UNFUSED = {"cache", "position_bias"}  # arguments of sdpa's that change its keys or scores
@@ -79,7 +79,7 @@ def attention_forward(
     table = projected(module, prompts, query, key.shape[2])
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
     if at_rest or dropout or softcap is not None or not fusable or _UNFUSED & kwargs.keys():
-        branch = _prompt_branch(query, table, prompts, scale, softcap)
+        branch = prompt_branch(query, table, prompts, scale, softcap)
         return _token_branch(*token) + branch.transpose(1, 2), None
     if query.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
         return _decode(query, key, value, table, prompts, scale), None
@@ -129,31 +129,6 @@ def _token_branch(
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
-
-
-def _prompt_branch(
-    query: Tensor, table: tuple[Tensor, Tensor], prompts: Prompts, scale: float, softcap: float | None
-) -> Tensor:
-    """act(gate) * softmax(scale * q pk^T) pv, [B, Hq, T, D]; a soft cap bounds these scores as it does the tokens'."""
-    prompt_key, prompt_value = table
-    gate, index = prompts.gate(query.shape[1]), prompts.row_index(query.shape[0])
-    if softcap is None:
-        no_keys = query.new_empty((query.shape[0], prompt_key.shape[1], 0, query.shape[-1]))
-        branch = zero_init_attention(
-            query, no_keys, no_keys, prompt_key, prompt_value, gate, scale=scale,
-            gate_activation=prompts.gate_activation, prompt_index=index,
-        )  # fmt: skip
-        return cast(Tensor, branch)
-    weight = gate.tanh() if prompts.gate_activation == "tanh" else gate
-    weight = weight.reshape(-1, weight.shape[-1], 1, 1)
-    if index is not None:
-        row = index.clamp(min=0)
-        prompt_key, prompt_value = prompt_key[row], prompt_value[row]
-        weight = weight[row] * (index >= 0)[:, None, None, None]
-    grouped = query.unflatten(1, (prompt_key.shape[1], -1))  # [B, Hkv, Hq / Hkv, T, D]
-    scores = (scale * grouped @ prompt_key[:, :, None].mT).float()
-    weights = (softcap * (scores / softcap).tanh()).softmax(-1).to(query.dtype)
-    return weight.to(query.dtype) * (weights @ prompt_value[:, :, None]).flatten(1, 2)
 
 
 def _is_causal(module: nn.Module, told: bool | None) -> bool:

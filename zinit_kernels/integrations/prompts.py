@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+
+from ..api import zero_init_attention
 
 
 class Projection(NamedTuple):
@@ -121,3 +123,28 @@ def _project(module: nn.Module, prompts: Prompts, query: Tensor) -> tuple[Tensor
     if prompts.projection.key_norm is not None:
         key = getattr(module, prompts.projection.key_norm)(key)
     return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def prompt_branch(
+    query: Tensor, table: tuple[Tensor, Tensor], prompts: Prompts, scale: float, softcap: float | None
+) -> Tensor:
+    """act(gate) * softmax(scale * q pk^T) pv, [B, Hq, T, D]; a soft cap bounds these scores as it does the tokens'."""
+    prompt_key, prompt_value = table
+    gate, index = prompts.gate(query.shape[1]), prompts.row_index(query.shape[0])
+    if softcap is None:
+        no_keys = query.new_empty((query.shape[0], prompt_key.shape[1], 0, query.shape[-1]))
+        branch = zero_init_attention(
+            query, no_keys, no_keys, prompt_key, prompt_value, gate, scale=scale,
+            gate_activation=prompts.gate_activation, prompt_index=index,
+        )  # fmt: skip
+        return cast(Tensor, branch)
+    weight = gate.tanh() if prompts.gate_activation == "tanh" else gate
+    weight = weight.reshape(-1, weight.shape[-1], 1, 1)
+    if index is not None:
+        row = index.clamp(min=0)
+        prompt_key, prompt_value = prompt_key[row], prompt_value[row]
+        weight = weight[row] * (index >= 0)[:, None, None, None]
+    grouped = query.unflatten(1, (prompt_key.shape[1], -1))  # [B, Hkv, Hq / Hkv, T, D]
+    scores = (scale * grouped @ prompt_key[:, :, None].mT).float()
+    weights = (softcap * (scores / softcap).tanh()).softmax(-1).to(query.dtype)
+    return weight.to(query.dtype) * (weights @ prompt_value[:, :, None]).flatten(1, 2)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from toolchain import find_cuda  # noqa: E402 (needs the line above)
 
 ARCHS = (80, 90, 100)
-DTYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
+DTYPES = ("bf16", "fp16", "fp32")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
@@ -59,7 +59,9 @@ def kernels(tmp_path_factory):
     if cuda is None or shutil.which("g++") is None:
         pytest.skip(reason or "g++, which nvcc needs, is not here")
     folder = tmp_path_factory.mktemp("cubins")
-    pairs = [(dtype, arch) for arch in ARCHS for dtype in DTYPES]
+    pairs = [
+        (dtype, arch) for arch in ARCHS for dtype in DTYPES if dtype != "fp16" or arch == 90
+    ]  # bf16's twin
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda pair: compile_one(cuda.path, *pair, folder), pairs))
     return [row for rows in found for row in rows]
@@ -72,9 +74,10 @@ def test_no_spills_and_registers_within_budget(kernels):
         table.setdefault(key, {})[row["arch"]] = row["registers"]
     print("\nregisters" + "".join(f" sm_{arch}" for arch in ARCHS))
     for (kernel, head_dim, dtype), found in sorted(table.items(), key=str):
-        print(f"{kernel}, D {head_dim}, {dtype}: " + " ".join(str(found[arch]) for arch in ARCHS))
-    expected = 3 * (1 + 2 * len(HEAD_DIMS)) + 2 * len(HEAD_DIMS)
-    assert len(kernels) == expected * len(ARCHS)
+        print(f"{kernel}, D {head_dim}, {dtype}: " + " ".join(str(found.get(arch, "-")) for arch in ARCHS))
+    on_cuda_cores, on_tensor_cores = 2 * len(HEAD_DIMS), len(HEAD_DIMS)
+    half, single = 1 + on_cuda_cores + on_tensor_cores, 1 + on_cuda_cores
+    assert len(kernels) == len(ARCHS) * (half + single) + half
     for row in kernels:
         assert row["stack"] == 0 and row["spilled"] == 0, f"spills: {row}"
         assert row["registers"] <= REGISTERS // THREADS // BLOCKS[row["kernel"]], f"over its budget: {row}"

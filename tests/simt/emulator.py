@@ -70,6 +70,41 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
+    """The parameters of a call, and the out and lse that they point to, full of NaN."""
+    batch, seqlen_q, heads_q, head_dim = call.query.shape
+    out = torch.full_like(call.query, float("nan"), memory_format=torch.contiguous_format)
+    lse = torch.full((batch, heads_q, seqlen_q), float("nan"))
+    page_size = call.key_cache.shape[1]
+    paged, prompted = call.block_table is not None, call.prompt_key is not None
+    pages_each = call.block_table.shape[1] if paged else 1
+    params = DecodeParams(
+        num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
+        seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
+        window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
+        prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[1] if prompted else 0,
+        prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
+        gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted and call.gate.dim() == 2 else 1,
+        tanh_gate=call.tanh_gate,
+        query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
+        new_key=_view(call.new_key), new_value=_view(call.new_value),
+        seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
+        cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
+        block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
+        num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),
+        lse=_pointer(lse),
+    )  # fmt: skip
+    if call.rotary_cos is not None:
+        params.rotary_cos, params.rotary_sin = _pointer(call.rotary_cos), _pointer(call.rotary_sin)
+        params.rotary_positions, params.rotary_stride = call.rotary_cos.shape
+        params.rotary_dtype, params.rotary_dim = (
+            _DTYPES[call.rotary_cos.dtype],
+            2 * call.rotary_cos.shape[1],
+        )
+        params.rotary_interleaved = call.rotary_interleaved
+    return params, out, lse
+
+
 class Emulator:
     """The library that `build` made."""
 
@@ -89,37 +124,17 @@ class Emulator:
         """`sizes`: sequences, key heads, row blocks, capacity, page size."""
         return self.library.simt_choose_num_splits(multiprocessors, *(ctypes.c_int64(size) for size in sizes))
 
+    def plan(self, params: DecodeParams, workspace: Tensor) -> tuple[bytes, list[int]]:
+        """The kernels' argument, and rows per block, row blocks, splits, tensor cores, shared bytes of both kernels."""
+        work = ctypes.create_string_buffer(self.library.simt_sizeof_decode_work())
+        numbers = (ctypes.c_int64 * 6)()
+        self.library.simt_plan(
+            ctypes.byref(params), MULTIPROCESSORS, ctypes.c_void_p(workspace.data_ptr()), work, numbers
+        )
+        return work.raw, list(numbers)
+
     def decode(self, *canonical) -> tuple[Tensor, Tensor]:
         """zinit::decode_cuda on host memory."""
-        call = CacheCall(*canonical)
-        batch, seqlen_q, heads_q, head_dim = call.query.shape
-        out = torch.full_like(call.query, float("nan"), memory_format=torch.contiguous_format)
-        lse = torch.full((batch, heads_q, seqlen_q), float("nan"))
-        page_size = call.key_cache.shape[1]
-        paged, prompted = call.block_table is not None, call.prompt_key is not None
-        pages_each = call.block_table.shape[1] if paged else 1
-        params = DecodeParams(
-            num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
-            seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
-            window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
-            prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[1] if prompted else 0,
-            prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
-            gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted and call.gate.dim() == 2 else 1, tanh_gate=call.tanh_gate,
-            query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
-            new_key=_view(call.new_key), new_value=_view(call.new_value),
-            seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
-            cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
-            block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
-            num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),
-            lse=_pointer(lse),
-        )  # fmt: skip
-        if call.rotary_cos is not None:
-            params.rotary_cos, params.rotary_sin = _pointer(call.rotary_cos), _pointer(call.rotary_sin)
-            params.rotary_positions, params.rotary_stride = call.rotary_cos.shape
-            params.rotary_dtype, params.rotary_dim = (
-                _DTYPES[call.rotary_cos.dtype],
-                2 * call.rotary_cos.shape[1],
-            )
-            params.rotary_interleaved = call.rotary_interleaved
+        params, out, lse = decode_params(CacheCall(*canonical))
         self._checked(self.library.simt_decode(ctypes.byref(params), MULTIPROCESSORS))
         return out, lse

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/decode/decode.h"
+#include "../../csrc/cuda/decode/launch.cuh"
 #include "selftest.h"
 
 namespace {
@@ -18,6 +19,12 @@ std::unique_ptr<float, void (*)(void*)> nan_floats(int64_t count) {
   void* memory = bytes ? std::aligned_alloc(16, bytes) : nullptr;
   if (memory) std::memset(memory, 0xff, bytes);
   return {static_cast<float*>(memory), std::free};
+}
+
+zinit::cuda::DecodePlan plan_of(const zinit::DecodeParams& p, int multiprocessors) {
+  return zinit::cuda::plan_decode(multiprocessors, p.num_sequences, p.num_heads_kv,
+                                  p.seqlen_q * (p.num_heads_q / p.num_heads_kv), p.seqlen_k, p.page_size,
+                                  p.query.dtype != zinit::DType::kFloat32, p.num_splits);
 }
 
 template <class F>
@@ -39,16 +46,32 @@ const char* simt_error() { return g_error; }
 
 int64_t simt_sizeof_decode_params() { return sizeof(zinit::DecodeParams); }
 
+int64_t simt_sizeof_decode_work() { return sizeof(zinit::cuda::DecodeWork); }
+
 int simt_decode(const zinit::DecodeParams* p, int multiprocessors) {
   return guarded([&] {
-    const bool half_precision = p->query.dtype != zinit::DType::kFloat32;
-    const auto plan = zinit::cuda::plan_decode(multiprocessors, p->num_sequences, p->num_heads_kv,
-                                               p->seqlen_q * (p->num_heads_q / p->num_heads_kv), p->seqlen_k,
-                                               p->page_size, half_precision, p->num_splits);
+    const auto plan = plan_of(*p, multiprocessors);
     const auto workspace = nan_floats(
         zinit::cuda::workspace_floats(plan, p->num_sequences, p->num_heads_q, p->seqlen_q, p->head_dim));
     zinit::cuda::decode(*p, plan, workspace.get(), nullptr);
   });
+}
+
+// What `simt_decode` would launch, for whoever runs the kernels in another way. `numbers`: rows per block,
+// row blocks, splits, whether on tensor cores, bytes of shared memory of the attention and of the
+// combination.
+void simt_plan(const zinit::DecodeParams* p, int multiprocessors, float* workspace,
+               zinit::cuda::DecodeWork* work, int64_t* numbers) {
+  const auto plan = plan_of(*p, multiprocessors);
+  *work = zinit::cuda::decode_work(*p, plan, workspace);
+  numbers[0] = plan.rows_per_block, numbers[1] = plan.row_blocks, numbers[2] = plan.num_splits;
+  numbers[3] = plan.tensor_cores;
+  numbers[4] = zinit::cuda::attention_shared(*work, plan).bytes;
+  numbers[5] = zinit::cuda::combine_shared_bytes(*work);
+}
+
+int simt_shared_bytes(int rows, int head_dim, int element_bytes, int prompt_length, int new_tokens) {
+  return zinit::cuda::SharedLayout(rows, head_dim, element_bytes, prompt_length, new_tokens).bytes;
 }
 
 int simt_choose_num_splits(int multiprocessors, int64_t num_sequences, int64_t num_heads_kv,

@@ -55,7 +55,7 @@ BUGS = {
     ),
     "values_of_other_keys": Bug("tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i"),
     "dimensions_out_of_order": Bug("tensor_cores.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
-    "no_shared_memory": Bug("launch.cuh", "dim3(kThreads), shared.bytes, stream", "dim3(kThreads), 0, stream"),
+    "no_shared_memory": Bug("launch.cuh", "dim3(kThreads), shared_bytes, stream", "dim3(kThreads), 0, stream"),
 }  # fmt: skip
 
 

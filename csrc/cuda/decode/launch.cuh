@@ -22,16 +22,28 @@ inline DecodeWork decode_work(const DecodeParams& params, const DecodePlan& plan
   return w;
 }
 
+inline SharedLayout attention_shared(const DecodeWork& w, const DecodePlan& plan) {
+  const int element_bytes = w.query.dtype == DType::kFloat32 ? 4 : 2;
+  return {plan.rows_per_block, static_cast<int>(w.head_dim), element_bytes, static_cast<int>(w.prompt_length),
+          static_cast<int>(w.seqlen_new)};
+}
+
+inline int combine_shared_bytes(const DecodeWork& w) {
+  const int element_bytes = w.query.dtype == DType::kFloat32 ? 4 : 2;
+  const SharedLayout layout(1, static_cast<int>(w.head_dim), element_bytes, static_cast<int>(w.prompt_length),
+                            0);
+  return layout.bytes + w.splits * 4;
+}
+
 template <class T, int D>
 void launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
   constexpr int kSharedWithoutAsking = 48 << 10;
-  const SharedLayout shared(plan.rows_per_block, D, sizeof(T), static_cast<int>(w.prompt_length),
-                            static_cast<int>(w.seqlen_new));
+  const int shared_bytes = attention_shared(w, plan).bytes;
   const dim3 grid(plan.num_splits, static_cast<unsigned>(w.num_heads_kv * plan.row_blocks),
                   static_cast<unsigned>(w.num_sequences));
   const auto attend = [&](auto* kernel) {
-    if (shared.bytes > kSharedWithoutAsking) ALLOW_SHARED((kernel), shared.bytes);
-    LAUNCH((kernel), grid, dim3(kThreads), shared.bytes, stream, w);
+    if (shared_bytes > kSharedWithoutAsking) ALLOW_SHARED((kernel), shared_bytes);
+    LAUNCH((kernel), grid, dim3(kThreads), shared_bytes, stream, w);
   };
   if (plan.rows_per_block == 1) return attend(decode_on_cuda_cores<T, D, 1>);
   if constexpr (sizeof(T) == 2) {
@@ -43,10 +55,9 @@ void launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t 
 template <class T>
 void launch_combine(const DecodeWork& w, cudaStream_t stream) {
   if (w.splits == 1 || w.query_rows == 0) return;
-  const SharedLayout shared(1, static_cast<int>(w.head_dim), sizeof(T), static_cast<int>(w.prompt_length), 0);
   const dim3 grid(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
                   static_cast<unsigned>(w.num_sequences));
-  LAUNCH((decode_combine<T>), grid, dim3(kThreads), shared.bytes + w.splits * 4, stream, w);
+  LAUNCH((decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w), stream, w);
 }
 
 template <class T>

@@ -75,7 +75,8 @@ template <class T, int N>
 inline void score_keys(const RowAddress* keys, int64_t count, int64_t head_dim,
                        const typename Dot<T>::Query* query, int64_t query_stride, float scale, float* scores,
                        const RowAddress* coming) {
-  constexpr int kKeys = kLanes / N;
+  // Keys walked together: 2 load each query too often (f32 +14 %), more run out of registers for addresses.
+  constexpr int kKeys = kLanes / N, kTogether = kKeys < 4 ? kKeys : 4;
   for (int64_t j = 0; j < count; j += kKeys) {
     const T* key[kKeys];
 #pragma GCC unroll 16
@@ -85,25 +86,28 @@ inline void score_keys(const RowAddress* keys, int64_t count, int64_t head_dim,
     Vec sums[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) sums[i] = broadcast(0.f);
-    int64_t d = 0;
-    for (; d + Dot<T>::kStep <= head_dim; d += Dot<T>::kStep) {
 #pragma GCC unroll 16
-      for (int k = 0; k < kKeys; ++k) {
-        if (coming) prefetch(coming[j + k] + d * static_cast<int64_t>(sizeof(T)));
-        const auto x = Dot<T>::load_key(key[k] + d);
+    for (int first = 0; first < kKeys; first += kTogether) {
+      int64_t d = 0;
+      for (; d + Dot<T>::kStep <= head_dim; d += Dot<T>::kStep) {
+#pragma GCC unroll 16
+        for (int k = first; k < first + kTogether; ++k) {
+          if (coming) prefetch(coming[j + k] + d * static_cast<int64_t>(sizeof(T)));
+          const auto x = Dot<T>::load_key(key[k] + d);
 #pragma GCC unroll 4
-        for (int r = 0; r < N; ++r) {
-          sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+          for (int r = 0; r < N; ++r) {
+            sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+          }
         }
       }
-    }
-    if (d < head_dim) {
+      if (d < head_dim) {
 #pragma GCC unroll 16
-      for (int k = 0; k < kKeys; ++k) {
-        const auto x = Dot<T>::load_key(key[k] + d, head_dim - d);
+        for (int k = first; k < first + kTogether; ++k) {
+          const auto x = Dot<T>::load_key(key[k] + d, head_dim - d);
 #pragma GCC unroll 4
-        for (int r = 0; r < N; ++r) {
-          sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+          for (int r = 0; r < N; ++r) {
+            sums[k * N + r] = Dot<T>::accumulate(x, query + r * query_stride + d, sums[k * N + r]);
+          }
         }
       }
     }

@@ -45,7 +45,7 @@ MOST_TRAINABLE = 0.05  # of all parameters
 ARMS = {  # by gate_init
     "zero": "zero-init gates",
     "random": "random-init gates",
-    "none": "no gates, one softmax",
+    "none": "no gates, one softmax",  # vanilla attention to prompts and tokens
 }
 PRETRAINING = (
     "The base was pre-trained on generated text: notes and sentences that tell the facts, questions with answers, and "
@@ -287,7 +287,8 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
         mean = [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
         axes.plot(running_mean(mean), color=colour, label=ARMS[gates])
     seeds = len(curves["zero"])
-    axes.set_title(f"One recipe, {seeds} seeds (thin) and their mean (thick)", fontsize="medium")
+    title = f"Running means of the loss by one recipe: {seeds} seeds (thin), their mean (thick)"
+    axes.set_title(title, fontsize="medium")
     axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -281,7 +281,9 @@ CACHE_CASES = [
 ]  # fmt: skip
 
 
-def make_cache_arguments(case: CacheCase, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+def make_cache_arguments(
+    case: CacheCase, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
     """Arguments of the cache function; unused slots and dead pages hold NaN, unused page ids are absurd."""
     random = torch.Generator().manual_seed(seed)
 
@@ -337,4 +339,4 @@ def make_cache_arguments(case: CacheCase, dtype: torch.dtype, seed: int = 0) -> 
     arguments_["gate"] = None if case.table == "none" else normal(rows, case.heads_q).float() + 0.3
     if case.table == "indexed":
         arguments_["prompt_index"] = torch.tensor([-1, *range(1, batch)], dtype=torch.int32)
-    return arguments_
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments_.items()}

@@ -75,10 +75,14 @@ def assert_within_eager_error(
     )
 
 
-def check_case(case: Case, dtype: torch.dtype, backend: str, seed: int = 0, backward: bool = True) -> None:
+def check_case(
+    case: Case, dtype: torch.dtype, backend: str, seed: int = 0, backward: bool = True, device: str = "cpu"
+) -> None:
     """Forward, log-sum-exp and every gradient of a case by a backend, against the float64 reference."""
     with_lse = backend != "composed"
-    check_function(lambda inputs: inputs.call(backend, return_lse=with_lse), case, dtype, seed, backward)
+    check_function(
+        lambda inputs: inputs.call(backend, return_lse=with_lse), case, dtype, seed, backward, device
+    )
 
 
 def check_function(
@@ -120,13 +124,15 @@ def check_function(
         )
 
 
-def check_cache_case(case: CacheCase, dtype: torch.dtype, backend: str, seed: int = 0) -> None:
+def check_cache_case(
+    case: CacheCase, dtype: torch.dtype, backend: str, seed: int = 0, device: str = "cpu"
+) -> None:
     """Output, log-sum-exp and the written caches of one call, against the float64 reference."""
-    ours = make_cache_arguments(case, dtype, seed)
-    eager = make_cache_arguments(case, dtype, seed)
+    ours = make_cache_arguments(case, dtype, seed, device)
+    eager = make_cache_arguments(case, dtype, seed, device)
     oracle = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in make_cache_arguments(case, dtype, seed).items()
+        for name, value in make_cache_arguments(case, dtype, seed, device).items()
     }
     with_lse = backend != "composed"
     result = zero_init_attention_with_kvcache(**ours, backend=backend, return_lse=with_lse)
@@ -136,7 +142,7 @@ def check_cache_case(case: CacheCase, dtype: torch.dtype, backend: str, seed: in
     )
     eager_out, eager_lse = _eager_with_cache(eager, dtype)
     if not case.rotary_dim:  # else the rounding of the rotated keys in the cache is in lse too
-        _, eager_lse = _eager_with_cache(make_cache_arguments(case, dtype, seed), torch.float32)
+        _, eager_lse = _eager_with_cache(make_cache_arguments(case, dtype, seed, device), torch.float32)
     assert_within_eager_error("out", out, eager_out, expected_out, dtype)
     if lse is not None:
         assert_within_eager_error("lse", lse, eager_lse, expected_lse, torch.float32)

@@ -1,8 +1,8 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
 The path for what no fused backend takes: dense masks, other devices (Apple, XPU). Sequences of a packed batch or a
-cache are attended one after the other, which reads their lengths on the host. A second derivative is there where
-SDPA's kernel has one; on a CPU it has none, `reference` does.
+cache are attended one after the other, which reads their lengths on the host. SDPA's CPU kernel has no second
+derivative: there, create_graph=True gets the gradients of `reference`, which has one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ from .calls import CacheCall, Call
 
 def attention(call: Call) -> Tensor:
     """Output [B, Hq, T, D] of a canonical call."""
+    out = _attention(call)
+    if torch.compiler.is_compiling() or out.device.type != "cpu" or not out.requires_grad:
+        return out
+    if call.dense_mask is not None and call.dense_mask.requires_grad:
+        return out  # SDPA writes it out then, so it can be differentiated again
+    return _TwiceDifferentiable.apply(out, call, *(getattr(call, name) for name in _DIFFERENTIABLE))
+
+
+def _attention(call: Call) -> Tensor:
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return _add_prompt_branch(call, _token_branch(call))
     bounds_q, bounds_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
@@ -36,6 +45,31 @@ def attention(call: Call) -> Tensor:
     ]
     out = torch.cat(branches, 2) if branches else torch.zeros_like(call.query)
     return _add_prompt_branch(call, out)
+
+
+_DIFFERENTIABLE = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """`out` as it is; a gradient that is to be differentiated again goes past it, through the formula written out."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, call: Call, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return grad_out, *(None,) * 7
+        wanted = ctx.needs_input_grad[2:]
+        # views, so that the search for gradients ends here and not in what an input was computed from
+        views = [t.view_as(t) if want else t for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        out, _ = reference.attention(ctx.call._replace(**dict(zip(_DIFFERENTIABLE, views, strict=True))))
+        chosen = [view for view, want in zip(views, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
+        return None, None, *(next(found) if want else None for want in wanted)
 
 
 @torch.no_grad()

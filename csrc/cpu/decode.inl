@@ -300,8 +300,8 @@ inline void attend(const DecodeWork& w, int64_t begin, int64_t end, void* memory
   }
 }
 
-// An item is a query block of one KV head, however many are walked together: with 8 heads to an item two splits
-// would leave one thread to combine and to add all prompts (prompt on / off 1.08 to 1.19).
+// An item is a query block of one KV head, however many are walked together: with 8 heads to an item two
+// splits would leave one thread to combine and to add all prompts (prompt on / off 1.08 to 1.19).
 inline int64_t combine_items(const DecodeWork& w) {
   return w.splits == 1 ? 0 : w.num_sequences * w.query_blocks * w.num_heads_kv;
 }

@@ -132,7 +132,7 @@ class BackwardUnit {
     }
     const float* lse = p.lse + sequence.lse_index(p.num_heads_q, head, start);
     for (int64_t i = 0; i < rows; ++i) {
-      if (lse[i] == -kInfinity || __builtin_fabsf(lse[i]) <= kCoarseLse) continue;
+      if (lse[i] == -kInfinity || __builtin_fabsf(lse[i]) <= kCoarse) continue;
       s.pivot[row + i] = state.maximum[i];
       s.rest[row + i] = __builtin_log2f(state.sum[i]);
     }

@@ -38,6 +38,11 @@ inline Vec scale_by_power(Vec a, Vec n) {
   const IntLanes power = (__builtin_convertvector(max(n, broadcast(-127.f)).v, IntLanes) + 127) << 23;
   return {a.v * (FloatLanes)power};
 }
+// Whether a >= b in some lane.
+inline bool any_ge(Vec a, Vec b) {
+  const IntLanes found = a.v >= b.v;
+  return (found[0] | found[1] | found[2] | found[3]) != 0;
+}
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {
   float x = a.v[0];

@@ -6,10 +6,14 @@
 namespace zinit::cpu {
 namespace {
 
-// How scores become exponents of 2: (s - pivot) * factor, never s * factor - pivot, which rounds twice and
-// for scores beyond 2^30 is not even negative. With a key bias (or scale <= 0, where the largest product is
-// not the largest score) the tile is first rewritten as s * scale + bias, clamped to finite unless the key is
-// hidden: a huge negative bias stays a number.
+// Beyond this a float32 is too coarse a thing to subtract from an exponent: its rounding reaches 0.1 % of
+// every weight of the row, and at 2^30 whole powers of 2.
+constexpr float kCoarse = 1 << 14;
+
+// How scores become exponents of 2: (s - pivot) * factor, or where pivot * factor is not coarse the cheaper
+// s * factor - pivot * factor. With a key bias (or scale <= 0, where the largest product is not the largest
+// score) the tile is first rewritten as s * scale + bias, clamped to finite unless the key is hidden: a huge
+// negative bias stays a number.
 struct ScoreScale {
   bool biased;
   float scale;      // what the rewriting multiplies with

@@ -84,7 +84,7 @@ def decode(model: torch.nn.Module) -> Callable[[], object]:
     def run() -> None:
         for _ in range(TOKENS):
             model(input_ids=ids[:, :1], past_key_values=cache)
-        cache.crop(CONTEXT)
+        cache.crop(-TOKENS)
 
     return run
 

@@ -16,8 +16,9 @@ build: $(VENV)/.ready
 demo: build
 	$(PYTHON) -m model.demo
 
+# a process for each core, and one thread in each: what is about threads sets its own number
 test: build sanitize
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses=8
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

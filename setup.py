@@ -2,6 +2,7 @@
 
     zinit_kernels/_C_cpu.so    operators on libtorch's stable ABI, no Python API: serves every torch >= 2.11
     zinit_kernels/_C_cuda.so   the same for NVIDIA GPUs, where there are nvcc and a torch built for CUDA
+    zinit_kernels/_C_host...so beside that, if pybind11 is there: the CUDA launcher's plans and the build's facts
 
 torch is never imported here: only its headers and two of its libraries are used. torch.utils.cpp_extension
 has no per-file flags, and each instruction set below needs its own.
@@ -13,6 +14,7 @@ TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the chips. ccache is used where it is found
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -45,9 +48,10 @@ TORCH_TARGET = f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}00
 
 NVCC_FLAGS = [  # the time that each file takes is printed
     "-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all",
+    "-Xptxas=-v",
 ]  # fmt: skip
 
-CPU_PART, CUDA_PART = "zinit_kernels._C_cpu", "zinit_kernels._C_cuda"
+CPU_PART, CUDA_PART, HOST_PART = "zinit_kernels._C_cpu", "zinit_kernels._C_cuda", "zinit_kernels._C_host"
 CPU_BINDINGS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/bindings_attention.cpp", "csrc/cpu/bindings_decode.cpp"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -112,6 +116,20 @@ def cuda_objects(cuda: Cuda) -> dict[str, list[str]]:
     return {**bindings, **{source: arch_flags(cuda) for source in CUDA_KERNELS}}
 
 
+def host_objects(cuda: Cuda, torch: Torch, folder: Path) -> dict[str, list[str]]:
+    """source -> its own flags; the facts go in as JSON."""
+    import pybind11
+
+    facts = {
+        "cuda": ".".join(map(str, cuda.version)),
+        "torch": torch.version,
+        "archs": [flag.split(",code=")[1] for flag in arch_flags(cuda)],
+    }
+    literal = json.dumps(json.dumps(facts))
+    include = [sysconfig.get_path("include"), pybind11.get_include(), folder]
+    return {"csrc/host.cpp": [f"-DZINIT_BUILD_FACTS={literal}", *(f"-isystem{path}" for path in include)]}
+
+
 def jobs() -> int:
     if os.environ.get("MAX_JOBS", "").isdigit():
         return max(1, int(os.environ["MAX_JOBS"]))
@@ -136,6 +154,8 @@ class BuildNative(build_ext):
     cuda: Cuda | None = None
 
     def get_ext_filename(self, fullname):
+        if fullname.endswith("_C_host"):
+            return super().get_ext_filename(fullname)
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none in the file
 
     def build_extensions(self):
@@ -184,29 +204,48 @@ class BuildNative(build_ext):
             "rule link",
             "  description = link $out",
             f"  command = {quote(compiler)} -shared -o $out $in {quote(libraries)} $flags -Wl,-z,defs -pthread",
+            "rule link_host",  # Python's symbols are Python's to provide
+            "  description = link $out",
+            f"  command = {quote(compiler)} -shared -o $out $in",
         ]
         if self.cuda is not None:
             nvcc = quote([*launcher, self.cuda.path / "bin" / "nvcc", "-ccbin", compiler[0]])
             lines += [
                 "rule compile_cuda",
-                f"  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out",
+                # ptxas' account of the kernels is kept; it is shown where something fails
+                f"  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = compile $in",
+                "rule kernel_facts",
+                f"  command = {quote([sys.executable, ROOT / 'build_backend' / 'kernel_facts.py'])} $out $logs",
+                "  description = collect $out",
             ]
-        parts = {CPU_PART: lambda: cpu_objects(compiler), CUDA_PART: lambda: cuda_objects(self.cuda)}
+            kernels = [escape(folder / Path(source).with_suffix(".o")) for source in CUDA_KERNELS]
+            facts = escape(folder / "kernel_facts.inc")
+            logs = " ".join(f"{kernel}.log" for kernel in kernels)
+            lines += [f"build {facts}: kernel_facts {' '.join(kernels)}", f"  logs = {logs}"]
+        parts = {
+            CPU_PART: lambda: cpu_objects(compiler),
+            CUDA_PART: lambda: cuda_objects(self.cuda),
+            HOST_PART: lambda: host_objects(self.cuda, torch, folder),
+        }
         for extension in self.extensions:
             objects = []
             for source, flags in parts[extension.name]().items():
                 target, is_cuda = escape(folder / Path(source).with_suffix(".o")), source.endswith(".cu")
                 own = NVCC_FLAGS if is_cuda else CFLAGS + short_names + WARNINGS
                 flags = [*own, *flags, *(include if TORCH_TARGET in flags else [])]
-                lines += [f"build {target}: compile{'_cuda' if is_cuda else ''} {escape(ROOT / source)}"]
+                after = f" | {facts}" if extension.name == HOST_PART else ""
+                lines += [
+                    f"build {target}: compile{'_cuda' if is_cuda else ''} {escape(ROOT / source)}{after}"
+                ]
                 lines += [f"  flags = {quote(flags)}"]
                 objects.append(target)
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
-            lines.append(f"build {escape(library)}: link {' '.join(objects)}")
+            rule = "link_host" if extension.name == HOST_PART else "link"
+            lines.append(f"build {escape(library)}: {rule} {' '.join(objects)}")
             if extension.name == CUDA_PART:
                 lines.append(
                     f"  flags = {quote([f'-L{self.cuda.libraries}', '-lcudart_static', '-ldl', '-lrt'])}"
@@ -217,7 +256,8 @@ class BuildNative(build_ext):
 class AnyPythonWheel(bdist_wheel):
     def get_tag(self):
         python, abi, target = super().get_tag()
-        return ("py3", "none", target) if self.distribution.ext_modules else (python, abi, target)
+        names = [extension.name for extension in self.distribution.ext_modules or []]
+        return ("py3", "none", target) if names and HOST_PART not in names else (python, abi, target)
 
 
 if __name__ == "__main__":
@@ -232,6 +272,10 @@ if __name__ == "__main__":
             (ROOT / "zinit_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
         else:
             parts.append(CUDA_PART)
+            if importlib.util.find_spec("pybind11"):
+                parts.append(HOST_PART)
+            else:
+                say("left out _C_host, the CUDA launcher's plans for Python: pybind11 is not here")
     setup(
         ext_modules=[Extension(name, []) for name in parts],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},

@@ -1,4 +1,5 @@
-"""setuptools' PEP 517 backend with one rule added: torch is a build requirement only where none can be found.
+"""setuptools' PEP 517 backend with two rules added: torch is a build requirement only where none can be found, and
+pybind11 only where the CUDA kernels are built.
 
 Listed in pyproject.toml, torch would be downloaded (2.5 GB with CUDA) into every isolated build, in its
 newest version, although all the build reads is the headers of the torch already in the environment.
@@ -11,14 +12,17 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (the rest of the PEP 517 hooks, unchanged)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toolchain import MIN_TORCH, find_compiler, find_torch  # noqa: E402 (needs the line above)
+from toolchain import MIN_TORCH, cuda_for, find_compiler, find_torch  # noqa: E402 (needs the line above)
 
 
 def _headers() -> list[str]:
     compiler, _ = find_compiler()
-    if compiler is None or find_torch() is not None:
+    if compiler is None:
         return []
-    return [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
+    torch = find_torch()
+    cuda, _ = cuda_for(torch)
+    headers = [] if torch is not None else [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
+    return headers + (["pybind11>=2.13"] if cuda is not None else [])
 
 
 def get_requires_for_build_wheel(config_settings=None):

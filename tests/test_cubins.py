@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from toolchain import find_cuda  # noqa: E402 (needs the line above)
+import kernel_facts  # noqa: E402 (needs the line above)
+from toolchain import find_cuda  # noqa: E402
 
 ARCHS = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
@@ -38,18 +39,14 @@ def compile_one(cuda: Path, dtype: str, arch: int, folder: Path) -> list[dict]:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = []
-    for block in result.stderr.split("Compiling entry function")[1:]:
-        name = re.search(r"(decode_[a-z_]*[a-z])I", block)[1]
-        numbers = [int(number) for number in re.findall(r"Li(\d+)E", block.split("'")[1])]
-        head_dim = numbers[0] if numbers else 0
+    for row in kernel_facts.parse(result.stderr):
+        name, rest = re.search(r"(decode_[a-z_]*[a-z])I(.*)", row["kernel"]).groups()
+        numbers = [int(number) for number in re.findall(r"Li(\d+)E", rest)]
         if name == "decode_on_cuda_cores":
             name += f", {numbers[1]} row{'s' * (numbers[1] > 1)}"
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack .*?(\d+) .*?, (\d+)", block).groups())
-        registers = int(re.search(r"Used (\d+) registers", block)[1])
         rows.append(
-            {"kernel": name, "dtype": dtype, "head_dim": head_dim, "arch": arch, "registers": registers,
-             "stack": stack, "spilled": stores + loads}
-        )  # fmt: skip
+            {**row, "kernel": name, "dtype": dtype, "head_dim": numbers[0] if numbers else 0, "arch": arch}
+        )
     return rows
 
 

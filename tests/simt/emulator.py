@@ -120,9 +120,10 @@ class Emulator:
     def selftest(self, name: str) -> None:
         self._checked(self.library.simt_selftest(name.encode()))
 
-    def choose_num_splits(self, multiprocessors: int, *sizes: int) -> int:
-        """`sizes`: sequences, key heads, row blocks, capacity, page size."""
-        return self.library.simt_choose_num_splits(multiprocessors, *(ctypes.c_int64(size) for size in sizes))
+    def shared_bytes(
+        self, rows: int, head_dim: int, element_bytes: int, prompt_length: int, new_tokens: int
+    ) -> int:
+        return self.library.simt_shared_bytes(rows, head_dim, element_bytes, prompt_length, new_tokens)
 
     def plan(self, params: DecodeParams, workspace: Tensor) -> tuple[bytes, list[int]]:
         """The kernels' argument, and rows per block, row blocks, splits, tensor cores, shared bytes of both kernels."""

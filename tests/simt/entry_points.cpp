@@ -74,12 +74,6 @@ int simt_shared_bytes(int rows, int head_dim, int element_bytes, int prompt_leng
   return zinit::cuda::SharedLayout(rows, head_dim, element_bytes, prompt_length, new_tokens).bytes;
 }
 
-int simt_choose_num_splits(int multiprocessors, int64_t num_sequences, int64_t num_heads_kv,
-                           int64_t row_blocks, int64_t capacity, int64_t page_size) {
-  return zinit::cuda::choose_num_splits(multiprocessors, num_sequences, num_heads_kv, row_blocks, capacity,
-                                        page_size);
-}
-
 int simt_selftest(const char* name) {
   return guarded([&] { selftest(name); });
 }

@@ -163,29 +163,11 @@ def test_token_by_token_equals_one_chunk(cuda, dtype):
     torch.testing.assert_close(steps["k_cache"][:, :6], whole["k_cache"][:, :6], rtol=0, atol=0)
 
 
-class TestNumSplits:
-    """sizes: sequences, key heads, row blocks, capacity, page size; on 132 multiprocessors."""
-
-    @pytest.mark.parametrize(
-        "sizes, splits",
-        [
-            ((1, 32, 1, 1024, 0), 8),  # one stream, 32 heads: 256 blocks for 264 places
-            ((1, 32, 1, 16384, 0), 8),
-            ((1, 8, 1, 65536, 16), 30),  # 240 of 264 is the first to leave less than a tenth idle
-            ((32, 32, 1, 4096, 0), 1),  # 1024 blocks fill the chip
-            ((64, 8, 1, 8192, 16), 1),
-            ((1, 1, 1, 100, 0), 1),  # nothing to split
-            ((1, 1, 1, 1 << 20, 0), 128),  # as many as there may be
-            ((1, 1, 1, 1024, 512), 2),  # no split shorter than a page
-        ],
-    )
-    def test_known_shapes(self, emulator, sizes, splits):
-        assert emulator.choose_num_splits(132, *sizes) == splits
-
-    def test_no_other_number_is_clearly_better(self, emulator):
-        for blocks in range(1, 300):
-            splits = emulator.choose_num_splits(132, blocks, 1, 1, 1 << 20, 16)
-            idle = [1 - blocks * s / (-(-blocks * s // 264) * 264) for s in range(1, 129)]
-            assert 1 <= splits <= 128
-            assert idle[splits - 1] <= max(0.1, min(idle))
-            assert all(i > 0.1 for i in idle[: splits - 1])
+# Shared memory: two blocks must fit into the 100 KB of sm_86, 89 and 120 in a usual call, and one always.
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("rows, element_bytes", [(1, 2), (4, 2), (16, 2), (1, 4), (4, 4)])
+def test_shared_memory_within_budget(emulator, rows, element_bytes, head_dim):
+    usual = emulator.shared_bytes(rows, head_dim, element_bytes, prompt_length=10, new_tokens=1)
+    most = emulator.shared_bytes(rows, head_dim, element_bytes, prompt_length=128, new_tokens=16)
+    print(f"{rows} rows, D {head_dim}, {element_bytes} bytes: {usual} to {most} bytes of shared memory")
+    assert 2 * (usual + 1024) <= 100 * 1024 and most <= 99 * 1024

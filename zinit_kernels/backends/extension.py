@@ -4,10 +4,13 @@ A library is loaded once, on the first question about it. It registers its kerne
 `schemas.py`, which may be imported before or after.
 """
 
+import importlib
+import json
 import platform
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +52,18 @@ def why_unavailable(name: str) -> str:
     return _load(name)
 
 
+def build_facts() -> dict[str, Any]:
+    """How the CUDA kernels were built: cuda, torch, archs, and per kernel registers, stack and spilled bytes; {} if
+    they were not, or without pybind11."""
+    try:
+        host = importlib.import_module("zinit_kernels._C_host")
+    except ImportError:
+        return {}
+    return {**json.loads(host.build_facts), "kernels": json.loads(host.kernel_facts)}
+
+
 def describe() -> str:
     """One line per compiled backend: the CPU's instruction set, "loaded", or why there is none."""
     cpu = why_unavailable("cpu") or torch.ops.zinit.cpu_capability()
-    return f"cpu: {cpu}\ncuda: {why_unavailable('cuda') or 'loaded'}"
+    archs = ", ".join(build_facts().get("archs", ()))
+    return f"cpu: {cpu}\ncuda: {why_unavailable('cuda') or f'loaded {archs}'.rstrip()}"

@@ -49,9 +49,9 @@ def partial_sums_kernel(
     row_offset = (batch.to(tl.int64) * heads_q + head) * total_q + first_q
     if prompt_key_ptr is not None:
         row = prompt_row(prompt_index_ptr, sequence, prompt_rows)
-        gate = activate(tl.load(gate_ptr + tl.maximum(row, 0) * gate_stride + head), TANH)
-        gate = tl.where(row >= 0, gate, 0.0)
+        has_row = row >= 0
         row = tl.maximum(row, 0)  # a sequence without prompts leaves partials that nobody reads
+        gate = activate(tl.load(gate_ptr + row * gate_stride + head), TANH)
         prompts = tl.arange(0, BLOCK_P)
         prompt_key_ptr = row_ptr(prompt_key_ptr, prompt_key_strides, row, head_kv, row * 0)
         prompt_value_ptr = row_ptr(prompt_value_ptr, prompt_value_strides, row, head_kv, row * 0)
@@ -88,7 +88,7 @@ def partial_sums_kernel(
                 grad_out, tl.trans(prompt_value), input_precision=PRECISION
             )  # [BLOCK_M, BLOCK_P]
             r = tl.sum(weights * grad_weights, 1)
-            delta -= gate * r
+            delta -= tl.where(has_row, gate * r, 0.0)  # row 0, read in its place, may hold NaN
             sum_r += r
             if CHUNK_D < BLOCK_D:
                 query = load_tile(
@@ -112,7 +112,8 @@ def partial_sums_kernel(
                 weights = (gate * weights).to(query.dtype)
                 sum_value = tl.dot(tl.trans(weights), grad_out, sum_value, input_precision=PRECISION)
         if delta_ptr is not None:
-            tl.store(delta_ptr + row_offset + start + rows, delta, mask=(rows < left) & (chunk == 0))
+            owned = tl.where(chunk == 0, left, 0)
+            tl.store(delta_ptr + row_offset + start + rows, delta, mask=rows < owned)
 
     if prompt_key_ptr is not None:
         slot = (sequence.to(tl.int64) * heads_q + head) * parts + part
@@ -221,7 +222,7 @@ def _add_gate(
         if prompt_index_ptr is not None:
             rows = tl.load(prompt_index_ptr + sequence, mask=found, other=-1)
             found = found & (rows >= 0) & (rows < prompt_rows)
-        found = found & ((gate_rows == 1) | (rows == row))
+        found = found & (tl.where(gate_rows == 1, row, rows) == row)
         index = (sequence.to(tl.int64) * heads_q + head) * parts + slots % parts
         total += tl.load(partial_gate_ptr + index, mask=found, other=0.0)
     gate = tl.load(gate_ptr + row * heads_q + head)
@@ -229,4 +230,6 @@ def _add_gate(
     if TANH:
         act = activate(gate, TANH)
         slope = 1.0 - act * act
-    tl.store(grad_gate_ptr + row * heads_q + head, slope * tl.sum(total, 0))
+    sum_r = tl.sum(total, 0)
+    grad = tl.where(sum_r == 0, 0.0, slope * sum_r)  # the gate of a row that nobody uses may be NaN
+    tl.store(grad_gate_ptr + row * heads_q + head, grad)

@@ -6,9 +6,11 @@ ZINIT_REQUIRE_NATIVE ?= $(if $(filter 0,$(ZINIT_BUILD)),0,1)
 export VENV PY TORCH_INDEX ZINIT_REQUIRE_NATIVE
 
 PUBLIC := zinit_kernels
+# beside the pinned one: the Triton of torch 2.11, and the newest
+TRITONS ?= 3.6.0 3.9.0
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test lint format bench gpu-check sanitize clean
+.PHONY: build demo test test-triton lint format bench gpu-check sanitize clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -19,6 +21,12 @@ demo: build
 # a process for each core, and one thread in each: what is about threads sets its own number
 test: build sanitize
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses=8
+
+test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
+	@for version in $(TRITONS); do \
+	  echo "triton $$version"; \
+	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/test_triton.py || exit 1; \
+	done
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -44,6 +52,11 @@ sanitize: $(VENV)/.ready
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info zinit_kernels/*.so
+
+# a folder that PYTHONPATH puts before the pinned one; the interpreter of 3.6 needs a numpy before 2.4
+$(VENV)/triton-%/.ready: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --upgrade --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@touch $@
 
 $(VENV)/.ready: constraints.txt pyproject.toml scripts/bootstrap.sh
 	./scripts/bootstrap.sh

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -69,7 +69,7 @@ def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
         else:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, local, spills = resources(compiled.asm["cubin"])
     return {
@@ -97,6 +97,6 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
 if __name__ == "__main__":
     jobs = [(name, d, int(arch)) for arch, name, d in itertools.product(sys.argv[1:], KERNELS, HEAD_DIMS)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for result in pool.map(lambda job: compile_kernel(*job), jobs):
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for result in pool.map(compile_kernel, *zip(*jobs, strict=True)):
             print(json.dumps(result), flush=True)

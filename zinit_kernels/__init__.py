@@ -7,6 +7,9 @@ from .api import (
     zero_init_attention_varlen,
     zero_init_attention_with_kvcache,
 )
+from .flops import register_when_imported as _register_flop_formulas
+
+_register_flop_formulas()
 
 __version__ = "0.1.0"
 

@@ -1,12 +1,14 @@
 """Tile sizes, written down per chip: a first call compiles one kernel and never stalls for minutes of timing.
 
 A choice is a pure function of the stage, the head dimension, the element size, the prompt length and the chip. The
-tables hold what compiles without spills at head dimensions up to 128 (tests/test_triton.py looks); no GPU has timed
-them yet. Where a choice would not fit the shared memory, and in the interpreter, the safe one runs.
+tables hold what compiles without spills at head dimensions up to 128 under every Triton that is tested
+(tests/test_triton.py looks); no GPU has timed them yet. Where a choice would not fit the shared memory, and in the
+interpreter, the safe one runs.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -27,8 +29,8 @@ SMALLEST_SHARED_MEMORY = 101376
 
 # (stage, head dimension rounded up to a power of two, at least 64) of two-byte elements
 _SM80 = {
-    ("forward", 64): Config(128, 64, 4, 3),
-    ("forward", 128): Config(128, 64, 8, 3),
+    ("forward", 64): Config(128, 64, 8, 3),
+    ("forward", 128): Config(128, 32, 8, 3),
     ("forward", 256): Config(64, 32, 4, 2),
     ("grad_key_value", 64): Config(64, 64, 4, 2),
     ("grad_key_value", 128): Config(64, 64, 8, 2),
@@ -51,13 +53,39 @@ _SM90 = _SM80 | {
     ("forward", 128): Config(128, 128, 8, 2),
     ("forward", 256): Config(128, 64, 8, 2),
     ("grad_key_value", 64): Config(64, 128, 8, 2),
-    ("grad_key_value", 128): Config(32, 128, 8, 2),
+    ("grad_key_value", 128): Config(32, 128, 8, 3),
     ("grad_key_value", 256): Config(64, 64, 8, 1),
     ("grad_query", 64): Config(128, 64, 8, 2),
     ("grad_query", 128): Config(128, 64, 8, 2),
     ("grad_query", 256): Config(64, 32, 8, 1),
 }
-_SM100 = _SM90 | {("grad_query", 128): Config(64, 64, 4, 2)}
+_SM100 = _SM90 | {
+    ("forward", 128): Config(128, 64, 8, 3),
+    ("grad_query", 128): Config(64, 64, 4, 2),
+}
+
+
+# What ZINIT_AUTOTUNE=1 times beside the written choice, whatever the head dimension; what does not fit is left out.
+_TRIED = {
+    "forward": (
+        Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 3),
+        Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(64, 32, 4, 2),
+    ),
+    "grad_key_value": (
+        Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 128, 8, 2),
+        Config(32, 64, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
+    ),
+    "grad_query": (
+        Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2), Config(64, 128, 8, 2),
+        Config(64, 32, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
+    ),
+    "prompt_gradients": (Config(64, 64, 8, 1), Config(128, 64, 8, 1), Config(32, 32, 4, 1), Config(64, 64, 4, 2)),
+    "decode": (
+        Config(16, 64, 4, 2), Config(16, 64, 4, 4), Config(16, 128, 4, 2), Config(16, 128, 8, 2),
+        Config(16, 32, 4, 4), Config(32, 64, 4, 2), Config(64, 64, 4, 2),
+    ),
+    "combine": (),
+}  # fmt: skip
 
 
 def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> Config:
@@ -72,8 +100,22 @@ def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> 
         return safe(stage)
     table = _SM100 if 100 <= arch < 120 else _SM90 if 90 <= arch < 100 else _SM80
     config = table[stage, max(block_d, 64)]
+    return config if _fits(stage, config, block_d, block_p, itemsize, arch) else safe(stage)
+
+
+@lru_cache(maxsize=1024)
+def candidates(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> tuple[Config, ...]:
+    """`choose`'s configuration, and after it up to seven others that fit the shared memory of the chip."""
+    choice = choose(stage, block_d, block_p, itemsize, arch)
+    if choice == safe(stage):
+        return (choice,)
+    others = (c for c in _TRIED[stage] if _fits(stage, c, block_d, block_p, itemsize, arch) and c != choice)
+    return (choice, *others)[:8]
+
+
+def _fits(stage: str, config: Config, block_d: int, block_p: int, itemsize: int, arch: int) -> bool:
     budget = SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY)
-    return config if shared_memory(stage, config, block_d, block_p, itemsize) <= budget else safe(stage)
+    return shared_memory(stage, config, block_d, block_p, itemsize) <= budget
 
 
 def safe(stage: str) -> Config:

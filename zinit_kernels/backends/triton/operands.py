@@ -1,0 +1,70 @@
+"""What the kernels take of torch tensors: strides, padded sizes, the prompt table, the chip."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+_LARGEST_TOKEN_STRIDE = 1 << 24  # offsets inside a tile of 128 rows stay int32
+
+
+class Prompt:
+    """A prompt table as kernels take it; without rows or prompts its pointers are None."""
+
+    def __init__(self, key: Tensor | None, value: Tensor | None, gate: Tensor | None) -> None:
+        self.key = self.value = self.gate = None
+        self.key_strides = self.value_strides = (0, 0, 0)
+        self.length = self.rows = self.gate_rows = self.gate_stride = 0
+        if key is None or value is None or gate is None or 0 in (key.shape[0], key.shape[2]):
+            return
+        gate = gate.reshape(-1, gate.shape[-1])  # a decoding step's may be [Hq]
+        self.key, self.value, self.gate = key, value, gate.contiguous()
+        self.key_strides, self.value_strides = strides_of(key), strides_of(value)
+        self.rows, self.length = key.shape[0], key.shape[2]
+        self.gate_rows = gate.shape[0]
+        self.gate_stride = gate.shape[1] if gate.shape[0] > 1 else 0
+
+
+def token_major_like(tensor: Tensor) -> Tensor:
+    batch, heads, seqlen, head_dim = tensor.shape
+    return tensor.new_empty((batch, seqlen, heads, head_dim)).transpose(1, 2)
+
+
+def strides_of(tensor: Tensor | None) -> tuple[int, int, int]:
+    if tensor is None:
+        return (0, 0, 0)
+    return tensor.stride()[:3]  # type: ignore[return-value]
+
+
+def addressable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(2) < _LARGEST_TOKEN_STRIDE else tensor.contiguous()
+
+
+def num_sequences(query: Tensor, cu_seqlens: Tensor | None) -> int:
+    return query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds `size`, at least what one tensor core product takes."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def arch_of(tensor: Tensor) -> int:
+    """10 * major + minor of the tensor's chip; 0 under the interpreter, and on AMD chips, which nobody has tried."""
+    if tensor.device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def num_processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's chip; of an imagined small one under the interpreter."""
+    if tensor.device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def precision_of(tensor: Tensor) -> str:
+    """float32 products stay float32, as eager PyTorch's are by default."""
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"

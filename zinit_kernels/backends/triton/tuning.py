@@ -1,0 +1,42 @@
+"""Which of a kernel's candidates a call runs: the written choice, or with ZINIT_AUTOTUNE=1 the fastest on this chip.
+
+Timing happens once per key and process, at the first such call; never inside a CUDA graph's capture. Sums have the
+order of their tiles, so bits repeat within a process, and between processes only where the same candidate won.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from triton import testing
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from .configs import Config
+
+ENABLED = os.environ.get("ZINIT_AUTOTUNE") == "1"
+_fastest: dict[Hashable, Config] = {}
+
+
+def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], None]) -> None:
+    """Calls `launch` with the choice; while timing also with the others, so it may only overwrite its outputs.
+
+    key: all that the fastest candidate depends on. candidates: the written choice first.
+    """
+    choice = candidates[0]
+    if ENABLED and len(candidates) > 1:
+        if key not in _fastest and not torch.cuda.is_current_stream_capturing():
+            times = {config: _milliseconds(config, launch) for config in candidates}
+            _fastest[key] = min(times, key=times.__getitem__)
+        choice = _fastest.get(key, choice)
+    launch(choice)
+
+
+def _milliseconds(config: Config, launch: Callable[[Config], None]) -> float:
+    """Median time; infinite where the compiler says that the candidate does not fit the chip."""
+    try:
+        return testing.do_bench(lambda: launch(config), warmup=10, rep=40, return_mode="median")
+    except (OutOfResources, PTXASError, CompileTimeAssertionFailure):
+        return float("inf")

@@ -36,13 +36,8 @@ KERNELS = {
 FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr")
 INT32 = ("cache_seqlens_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
 ABSENT = (
-    "key_bias_ptr",
-    "cu_seqlens_q_ptr",
-    "cu_seqlens_k_ptr",
-    "prompt_index_ptr",
-    "block_table_ptr",
-    "grad_lse_ptr",
-)
+    "key_bias_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "prompt_index_ptr", "block_table_ptr", "grad_lse_ptr",
+)  # fmt: skip
 
 
 def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:

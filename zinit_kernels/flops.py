@@ -67,7 +67,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor | None, prompt_value: Tensor | None,
     gate: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, window_left: int,
-    window_right: int, tanh_gate: bool, **_: Any,
+    window_right: int, tanh_gate: bool, **ignored: Any,
 ) -> int:  # fmt: skip
     lengths = _lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     pairs = sum(_pairs(*length, window_left, window_right) for length in lengths)
@@ -79,13 +79,13 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int, **_: Any,
+    max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int, **ignored: Any,
 ) -> int:  # fmt: skip
     lengths = _lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     pairs = sum(_pairs(*length, window_left, window_right) for length in lengths)
     prompt_pairs = _prompt_pairs(query, prompt_key)
     wants = [bool(needs >> i & 1) for i in range(6)]
-    wants_query, wants_key, wants_value, wants_prompt_key, wants_prompt_value, _ = wants
+    wants_query, wants_key, _, wants_prompt_key, wants_prompt_value, _ = wants
     token_products = any(wants[:3]) + (wants_query or wants_key) + sum(wants[:3])
     needs_row_sums = any(wants[:2]) or any(wants[3:])
     prompt_products = 2 * needs_row_sums + wants_query + wants_prompt_key + wants_prompt_value
@@ -96,7 +96,7 @@ def _decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, *_: Any, **__: Any,
+    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, *rest: Any, **ignored: Any,
 ) -> int:  # fmt: skip
     capacity = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
     appended = 0 if new_key is None else new_key.shape[2]

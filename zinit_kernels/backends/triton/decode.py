@@ -56,7 +56,9 @@ def _load_rotated(
 
 
 @triton.jit
-def _slots(block_table_ptr, strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE: tl.constexpr):
+def _slots(
+    block_table_ptr, strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE: tl.constexpr
+):  # fmt: skip
     """(int64 offsets in a cache, which of them exist) of some positions of a sequence."""
     offset = head.to(tl.int64) * strides[1]
     if block_table_ptr is None:
@@ -88,13 +90,14 @@ def _append(
     value = tl.load(value_rows[:, None] + dims[None, :], mask=mask, other=0.0)
     if is_writer:
         slots, exists = _slots(
-            block_table_ptr, key_cache_strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE
-        )
+            block_table_ptr, key_cache_strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE,
+        )  # fmt: skip
         mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
         tl.store(key_cache_ptr + slots[:, None] + dims[None, :], key, mask=mask)
         slots, exists = _slots(
-            block_table_ptr, value_cache_strides, sequence, head, positions, valid, num_pages, table_stride, PAGE_SIZE
-        )
+            block_table_ptr, value_cache_strides, sequence, head, positions, valid, num_pages, table_stride,
+            PAGE_SIZE,
+        )  # fmt: skip
         tl.store(value_cache_ptr + slots[:, None] + dims[None, :], value, mask=mask)
     return key, value
 
@@ -133,8 +136,9 @@ def _attend_cache(
         columns = start + tl.arange(0, BLOCK_N)
         present = columns < cached
         slots, exists = _slots(
-            block_table_ptr, key_cache_strides, sequence, head_kv, columns, present, num_pages, table_stride, PAGE_SIZE
-        )
+            block_table_ptr, key_cache_strides, sequence, head_kv, columns, present, num_pages, table_stride,
+            PAGE_SIZE,
+        )  # fmt: skip
         value_slots, _ = _slots(
             block_table_ptr, value_cache_strides, sequence, head_kv, columns, present, num_pages, table_stride,
             PAGE_SIZE,
@@ -252,8 +256,8 @@ def decode_kernel(
     else:
         cached = tl.minimum(cached, capacity)
     first, full_first, full_last, last = key_range(
-        position + tile * BLOCK_M // group, cached, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
-    )
+        position + tile * BLOCK_M // group, cached, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+    )  # fmt: skip
     length = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), num_splits) * BLOCK_N
     first += split * length
     last = tl.minimum(first + length, last)

@@ -32,7 +32,8 @@ _LONGEST_WINDOW = 1 << 30  # as good as unlimited, and sums with positions stay 
 _PARTIAL_ELEMENTS = 8192  # of dpk and of dpv that one program accumulates: 64 KB of registers together
 _PARTIAL_ROWS = 64  # queries in the unit that the partial sums are dealt in
 _BLOCK_E = 128
-_BLOCK_T = 16  # new tokens of one append, and how many the decode kernel appends by itself
+_BLOCK_T = 16  # new tokens of a tile
+_MOST_FUSED = _BLOCK_T  # new tokens that the decode kernel appends by itself
 _MOST_SPLITS = 64
 
 
@@ -49,7 +50,11 @@ def forward(
     prompt = Prompt(prompt_key, prompt_value, gate)
     block_d, block_p = block_of(query.shape[3]), block_of(prompt.length)
     columns = query.shape[1] * num_sequences(query, cu_seqlens_q)
-    flags = _flags(query, window_left, window_right) | {"BLOCK_D": block_d, "BLOCK_P": block_p, "TANH": tanh_gate}
+    flags = _flags(query, window_left, window_right) | {
+        "BLOCK_D": block_d,
+        "BLOCK_P": block_p,
+        "TANH": tanh_gate,
+    }
     key_of = _key(query, key, flags, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, columns)
 
     def launch(config: Config) -> None:
@@ -79,7 +84,9 @@ def backward(
     """`zinit::backward_triton`, see schemas.py. What is not wanted is neither allocated nor computed."""
     token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
     prompt_grads = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if t is not None and needs >> i & 1 else None
+        torch.zeros_like(t, memory_format=torch.contiguous_format)
+        if t is not None and needs >> i & 1
+        else None
         for i, t in enumerate((prompt_key, prompt_value, gate), 3)
     ]
     grad_query, grad_key, grad_value = token_grads
@@ -92,7 +99,9 @@ def backward(
     windows = min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW)
     lengths = (heads_q, heads_kv, max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2], *windows)
     scale_log2 = scale * LOG2E.value
-    key_of = _key(query, key, flags, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, heads_q * sequences, needs)
+    key_of = _key(
+        query, key, flags, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, heads_q * sequences, needs
+    )
     has_queries, has_keys = (length * heads_q * sequences > 0 for length in (max_seqlen_q, max_seqlen_k))
     wants_delta = grad_query is not None or grad_key is not None
     delta = torch.empty_like(lse) if wants_delta else None
@@ -118,8 +127,8 @@ def backward(
 
     with torch.cuda.device_of(query):
         _prompt_gradients(
-            grad_out, grad_lse, query, out, delta, prompt, prompt_index, cu_seqlens_q, prompt_grads, sequences, heads_kv,
-            max_seqlen_q, scale, block_d, block_p, tanh_gate, key_of,
+            grad_out, grad_lse, query, out, delta, prompt, prompt_index, cu_seqlens_q, prompt_grads, sequences,
+            heads_kv, max_seqlen_q, scale, block_d, block_p, tanh_gate, key_of,
         )  # fmt: skip
         if has_keys and (grad_key is not None or grad_value is not None):
             with named("backward.key_value"):
@@ -214,12 +223,14 @@ def decode(
     rows = seqlen_q * (heads_q // heads_kv)
     columns = heads_kv * sequences
     # A long chunk is rotated once, by a launch of its own: in the decode kernel every tile of queries would do it.
-    is_fused = new_key is not None and seqlen_new <= _BLOCK_T and rows > 0
+    is_fused = new_key is not None and seqlen_new <= _MOST_FUSED and rows > 0
     fused_key, fused_value = (new_key, new_value) if is_fused else (None, None)
 
     def launch(config: Config) -> None:
         programs = triton.cdiv(rows, config.block_m) * columns
-        splits = num_splits or choose_splits(programs, triton.cdiv(capacity, config.block_n), num_processors(query))
+        splits = num_splits or choose_splits(
+            programs, triton.cdiv(capacity, config.block_n), num_processors(query)
+        )
         partial_out = partial_lse = None
         if splits > 1:
             partial_out = query.new_empty((splits, *query.shape), dtype=torch.float32)
@@ -257,7 +268,9 @@ def decode(
                     **cache_flags, num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
         if rows * columns:
-            key_of = _key(query, key_cache, flags, block_table, fused_key, seqlen_q, capacity, columns, num_splits)
+            key_of = _key(
+                query, key_cache, flags, block_table, fused_key, seqlen_q, capacity, columns, num_splits
+            )
             with named("decode"):
                 tuning.run(("decode", *key_of), _candidates("decode", query, block_d, block_p), launch)
     return out.transpose(1, 2), lse

@@ -12,19 +12,13 @@ import triton.language as tl
 
 from .primitives import activate, load_tile, locate_sequence, prompt_row, prompt_weights, row_ptr, unravel
 
+RUN_TIME = [
+    "heads_q", "heads_kv", "seqlen_q", "total_q", "sequences", "prompt_length", "prompt_rows", "gate_stride",
+    "gate_rows", "parts",
+]  # fmt: skip
 
-@triton.jit(
-    do_not_specialize=[
-        "heads_q",
-        "heads_kv",
-        "seqlen_q",
-        "total_q",
-        "prompt_length",
-        "prompt_rows",
-        "gate_stride",
-        "parts",
-    ]
-)
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def partial_sums_kernel(
     query_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, cu_seqlens_q_ptr, out_ptr,
     grad_out_ptr,
@@ -95,14 +89,8 @@ def partial_sums_kernel(
                     query_tile_ptr + column, query_strides[2], rows, left, HEAD_DIM - column, CHUNK_D, True
                 )
                 grad_out = load_tile(
-                    grad_out_tile_ptr + column,
-                    grad_out_strides[2],
-                    rows,
-                    left,
-                    HEAD_DIM - column,
-                    CHUNK_D,
-                    True,
-                )
+                    grad_out_tile_ptr + column, grad_out_strides[2], rows, left, HEAD_DIM - column, CHUNK_D, True,
+                )  # fmt: skip
             if partial_key_ptr is not None:
                 grad_scores = gate * weights * (grad_weights - r[:, None])
                 sum_key = tl.dot(
@@ -149,17 +137,7 @@ def _sum_partials(
     return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads_q",
-        "heads_kv",
-        "sequences",
-        "prompt_length",
-        "prompt_rows",
-        "gate_rows",
-        "parts",
-    ]
-)
+@triton.jit(do_not_specialize=RUN_TIME)
 def add_partials_kernel(
     partial_key_ptr, partial_value_ptr, partial_gate_ptr, gate_ptr, prompt_index_ptr,
     grad_prompt_key_ptr, grad_prompt_value_ptr, grad_gate_ptr,

@@ -1,29 +1,19 @@
-"""The Triton kernels on the CPU: run by tests/test_triton.py in a process of its own, with TRITON_INTERPRET=1.
+"""The Triton kernels of forward and backward on the CPU: run by tests/test_triton.py in a process of its own.
 
-The interpreter is slow, so the named cases run with fewer heads and shorter sequences; its tiles are 32 x 32, so that
-70 tokens still take whole, masked and cut tiles. bfloat16 queries are left out: it computes them on bit patterns
-(triton issue 11584).
+With TRITON_INTERPRET=1, which replaces Triton's functions for all that runs beside it. The interpreter is slow, so the
+named cases run with fewer heads and shorter sequences; its tiles are 32 x 32, so that 70 tokens still take whole,
+masked and cut tiles. bfloat16 queries are left out: it computes them on bit patterns (triton issue 11584).
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
+from far_memory import far_apart
 
-from zinit_kernels import prompt_attention_, zero_init_attention, zero_init_attention_with_kvcache
-from zinit_kernels.arguments import from_cache
+from zinit_kernels import prompt_attention_, zero_init_attention
 from zinit_kernels.ops import _flatten
-from zinit_kernels.testing import (
-    CACHE_CASES,
-    CASES,
-    CacheCase,
-    Case,
-    check_cache_case,
-    check_case,
-    gradients,
-    make_cache_arguments,
-    make_inputs,
-)
+from zinit_kernels.testing import CASES, Case, check_case, gradients, make_inputs
 from zinit_kernels.testing.check import projections
 
 LONGEST = 70
@@ -31,16 +21,6 @@ HALF_PRECISION = (
     "plain", "odd", "multi_query", "window_both_sides", "left_padding", "prompt_length_128", "indexed",
     "float32_prompts", "packed_grouped", "packed_bottom_right",
 )  # fmt: skip
-CACHE_HALF_PRECISION = (
-    "grouped",
-    "chunk",
-    "paged_chunk",
-    "rotary",
-    "rotary_interleaved",
-    "split",
-    "odd_head",
-    "indexed",
-)
 
 
 def short(case: Case) -> Case:
@@ -77,7 +57,15 @@ SMALL = [
         causal=False,
         head_dim=16,
     ),
-]
+    Case(
+        "all_at_once", batch=3, heads_q=4, heads_kv=2, seqlens_q=(50,), window=(20, -1), mask="left_padding",
+        table="indexed", gate="per_row", prompt_length=33, head_dim=48, layout="sliced", scale=0.3,
+    ),
+    Case(
+        "packed_at_once", packed=True, heads_q=4, heads_kv=2, seqlens_q=(0, 41, 9), seqlens_k=(3, 50, 1),
+        window=(15, -1), table="indexed", prompt_length=65, head_dim=20,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -91,43 +79,30 @@ def test_float16(case):
     check_case(case, torch.float16, "triton")
 
 
-@pytest.mark.parametrize("case", CACHE_CASES, ids=str)
-def test_cache_float32(case):
-    check_cache_case(case, torch.float32, "triton")
+def test_offsets_beyond_int32():
+    case = Case("far", batch=2, heads_q=2, heads_kv=2, seqlens_q=(35,), head_dim=16)
+    results = []
+    for move in (False, True):
+        inputs = make_inputs(case, torch.float16)
+        if move:
+            for name, dim in (("query", 0), ("key", 1), ("value", 0)):
+                inputs.tensors[name] = far_apart(inputs.tensors[name].detach(), dim).requires_grad_()
+        outputs = inputs.call("triton")
+        results.append({"out": outputs[0].detach(), **gradients(outputs, inputs)})
+    for name, near in results[0].items():
+        assert torch.equal(near, results[1][name]), name
 
 
-@pytest.mark.parametrize("case", [case for case in CACHE_CASES if case.name in CACHE_HALF_PRECISION], ids=str)
-def test_cache_float16(case):
-    check_cache_case(case, torch.float16, "triton")
-
-
-@pytest.mark.parametrize("num_splits", [2, 7, 64])
-def test_splitting_the_keys_changes_nothing_beyond_rounding(num_splits):
-    case = CacheCase("split", capacity=500, seqlens=(499, 3), heads_q=4, heads_kv=2)
-    whole = make_cache_arguments(case, torch.float32) | {"num_splits": 1}
-    expected = zero_init_attention_with_kvcache(**whole, backend="triton")
-    given = make_cache_arguments(case, torch.float32) | {"num_splits": num_splits}
-    out = zero_init_attention_with_kvcache(**given, backend="triton")
-    torch.testing.assert_close(out, expected, rtol=3e-6, atol=3e-6)
-
-
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("way", ["gate_zero", "no_row", "no_prompts"])
-def test_cache_without_prompt_effect_is_plain_attention_bit_for_bit(way, num_splits):
-    given = make_cache_arguments(CacheCase("exact", num_splits=num_splits), torch.float16)
-    if way == "gate_zero":
-        given["gate"] = 0.0
-    elif way == "no_row":
-        given["prompt_index"] = torch.full((3,), -1, dtype=torch.int32)
-    else:
-        given.update(prompt_k=given["prompt_k"][:, :0], prompt_v=given["prompt_v"][:, :0])
-    plain = make_cache_arguments(CacheCase("exact", num_splits=num_splits), torch.float16)
-    plain |= {"prompt_k": None, "prompt_v": None, "gate": None}
-    outputs = [
-        zero_init_attention_with_kvcache(**a, backend="triton", return_lse=True) for a in (given, plain)
-    ]
-    for ours, expected in zip(*outputs, strict=True):
-        assert torch.equal(ours, expected)
+def test_every_kernel_has_a_range_for_profilers():
+    inputs = make_inputs(
+        Case("profiled", batch=1, heads_q=1, heads_kv=1, seqlens_q=(5,), head_dim=16), torch.float32
+    )
+    with torch.profiler.profile() as profile:
+        inputs.call("triton")[0].sum().backward()
+    assert {event.name for event in profile.events() if event.name.startswith("zinit.")} == {
+        "zinit.forward", "zinit.backward.prompt_sums", "zinit.backward.prompt_finish", "zinit.backward.key_value",
+        "zinit.backward.query",
+    }  # fmt: skip
 
 
 SUBSET = Case("subset", batch=1, heads_q=2, heads_kv=1, seqlens_q=(50,), head_dim=16)
@@ -246,13 +221,6 @@ def test_numbers_that_lead_outside_a_tensor_are_named_and_the_kernels_cut_them()
     out, _ = torch.ops.zinit.forward_triton(*args)
     args[6] = torch.tensor([0, 1, -1], dtype=torch.int32)
     assert torch.equal(out, torch.ops.zinit.forward_triton(*args)[0])
-    given = make_cache_arguments(CacheCase("bad", page_size=16), torch.float32)
-    given["block_table"] = torch.full((3, 8), 99, dtype=torch.int32)
-    before = given["k_cache"].clone()
-    with pytest.raises(ValueError, match="block_table.*99"):
-        zero_init_attention_with_kvcache(**given, backend="triton")
-    torch.ops.zinit.decode_triton(*_canonical_cache(given))
-    assert torch.equal(before.isnan(), given["k_cache"].isnan())
 
 
 OPCHECKED = [
@@ -272,13 +240,6 @@ def test_opcheck_forward_and_backward(case):
         torch.library.opcheck(torch.ops.zinit.backward_triton.default, backward_args)
 
 
-def test_opcheck_decode():
-    given = make_cache_arguments(CacheCase("paged", page_size=16, head_dim=16, rotary_dim=16), torch.float32)
-    for name in ("k_cache", "v_cache"):
-        given[name] = torch.nan_to_num(given[name])
-    torch.library.opcheck(torch.ops.zinit.decode_triton.default, _canonical_cache(given))
-
-
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_compiles_as_one_graph_with_backward(case):
     inputs = make_inputs(case, torch.float32)
@@ -294,10 +255,3 @@ def test_compiles_as_one_graph_with_backward(case):
         results.append((out, lse, *torch.autograd.grad((out * out).sum() + lse.sum(), tensors)))
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
-
-
-def _canonical_cache(given):
-    defaults = {**zero_init_attention_with_kvcache.__kwdefaults__, **given}
-    defaults.pop("return_lse")
-    defaults.pop("backend")
-    return tuple(from_cache(**defaults))

@@ -98,14 +98,16 @@ def _decode(
     cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     rotary_interleaved: bool, scale: float, window_left: int, window_right: int, *rest: Any, **ignored: Any,
 ) -> int:  # fmt: skip
-    capacity = key_cache.shape[2] * (1 if block_table is None else block_table.shape[1])
-    appended = 0 if new_key is None else new_key.shape[2]
+    batch, seqlen_q, heads_q, head_dim = query.shape
+    capacity = key_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    appended = 0 if new_key is None else new_key.shape[1]
+    prompt_length = 0 if prompt_key is None else prompt_key.shape[1]
     if isinstance(cache_seqlens, FakeTensor) or cache_seqlens.is_meta:
-        lengths = [capacity] * query.shape[0]
+        lengths = [capacity] * batch
     else:
         lengths = [min(length + appended, capacity) for length in cache_seqlens.tolist()]
-    pairs = sum(_pairs(query.shape[2], length, window_left, window_right) for length in lengths)
-    return 4 * query.shape[3] * query.shape[1] * (pairs + _prompt_pairs(query, prompt_key))
+    pairs = sum(_pairs(seqlen_q, length, window_left, window_right) for length in lengths)
+    return 4 * head_dim * heads_q * (pairs + batch * seqlen_q * prompt_length)
 
 
 def _lengths(

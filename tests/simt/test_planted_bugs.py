@@ -1,9 +1,11 @@
 """The net itself is tested: each planted bug must be caught, by a wrong value or an error, in one of the schedules."""
 
+import os
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import compile_host as simt
@@ -59,19 +61,30 @@ BUGS = {
 }  # fmt: skip
 
 
-def plant(bug: Bug, folder) -> Emulator:
-    """The bfloat16 kernels with the bug, for head_dim 64 alone, beside the other files as they are."""
-    library = simt.build("kernels.so", simt.ALL)
+def replace(folder: Path, name: str, pattern: str, wrong: str) -> None:
+    file = folder / "csrc" / "cuda" / "decode" / name
+    text, found = re.subn(pattern, lambda match: wrong, file.read_text(), flags=re.DOTALL)
+    assert found == 1, f"{pattern!r} stands {found} times in {name}: plant the bug elsewhere"
+    file.write_text(text)
+
+
+def copy_with(bug: Bug, folder: Path) -> None:
+    """The kernels' sources with the bug."""
     shutil.copytree(simt.ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
     shutil.copy(simt.ROOT / "csrc" / "params.h", folder / "csrc")
-    for name, correct, wrong in (
-        ("launch.cuh", r"switch \(w.head_dim\) \{.*?\n  \}\n", "launch_attention<T, 64>(w, plan, stream);\n"),
-        (bug.file, re.escape(bug.correct), bug.wrong.replace("\\", "\\\\")),
-    ):
-        file = folder / "csrc" / "cuda" / "decode" / name
-        text, found = re.subn(correct, wrong, file.read_text(), flags=re.DOTALL)
-        assert found == 1, f"{correct!r} stands {found} times in {name}: plant the bug elsewhere"
-        file.write_text(text)
+    replace(folder, bug.file, re.escape(bug.correct), bug.wrong)
+
+
+def plant(bug: Bug, folder: Path) -> Emulator:
+    """The bfloat16 kernels with the bug, for head_dim 64 alone, beside the other files as they are."""
+    library = simt.build("kernels.so", simt.ALL)
+    copy_with(bug, folder)
+    replace(
+        folder,
+        "launch.cuh",
+        r"switch \(w.head_dim\) \{.*?\n  \}\n",
+        "launch_attention<T, 64>(w, plan, stream);\n",
+    )
     objects = [
         str(library.parent / f"{source}.o") for source in [*simt.ALL, *simt.RUNTIME] if "bf16" not in source
     ]
@@ -110,3 +123,43 @@ def test_is_caught(planted, register, monkeypatch, name):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_without_a_bug_nothing_is_caught(cuda, monkeypatch, case, schedule):
     assert not caught(case, schedule, monkeypatch)
+
+
+SANITIZED = {  # caught whatever the values are
+    "thread": Bug("finish.cuh", f"kLog2E);\n  }}\n{BARRIER}", "kLog2E);\n  }\n"),
+    "address": Bug(
+        "launch.cuh", "dim3(kThreads), shared_bytes, stream", "dim3(kThreads), shared_bytes - 16, stream"
+    ),
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZED)
+def test_the_sanitizers_catch_theirs(tmp_path, sanitizer):
+    if reason := simt.why_not_here():
+        pytest.skip(reason)
+    copy_with(SANITIZED[sanitizer], tmp_path)
+    (tmp_path / simt.HERE).mkdir(parents=True)
+    driver = shutil.copy(simt.ROOT / simt.HERE / "check_decode.cpp", tmp_path / simt.HERE)
+    flags, defines = simt.SANITIZERS[sanitizer]
+    objects = []
+    for source, own in ((driver, flags), *((simt.ROOT / name, ["-O2"]) for name in simt.RUNTIME)):
+        objects.append(tmp_path / f"{Path(source).stem}.o")
+        command = [
+            "g++",
+            *simt.CFLAGS,
+            *own,
+            *defines,
+            *simt.includes(),
+            "-x",
+            "c++",
+            "-c",
+            source,
+            "-o",
+            objects[-1],
+        ]
+        subprocess.run(command, check=True)
+    subprocess.run(["g++", *flags, *objects, "-o", tmp_path / "check"], check=True)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    ran = subprocess.run([tmp_path / "check"], capture_output=True, text=True, env=environment)
+    assert ran.returncode != 0
+    assert {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer] in ran.stderr

@@ -53,8 +53,8 @@ template <class Tile, Into INTO, int ROWS, int VECS>
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) {
-      // c comes last: adding each term to what is there already would round it to the size of c, an error of up
-      // to 3 times eager's with 128 prompts
+      // c comes last: adding each term to what is there already would round it to the size of c, an error of
+      // up to 3 times eager's with 128 prompts
       float* to = c + r * p.c_row + v * kLanes;
       if constexpr (INTO == Into::kOverwrite) store(to, sum[r][v]);
       if constexpr (INTO == Into::kAdd) store(to, load(to) + sum[r][v]);

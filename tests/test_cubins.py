@@ -17,14 +17,14 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 import kernel_facts  # noqa: E402 (needs the line above)
 from toolchain import find_cuda  # noqa: E402
 
-ARCHS = (80, 90, 100)
+ARCHS = (80, 90, 100, 120)
 DTYPES = ("bf16", "fp16", "fp32")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
 BLOCKS = {  # kernel -> blocks that must fit into a multiprocessor's registers
     "decode_combine": 8,
-    "decode_on_cuda_cores, 1 row": 4,
+    "decode_on_cuda_cores, 1 row": 3,
     "decode_on_cuda_cores, 4 rows": 2,
     "decode_on_tensor_cores": 2,
 }

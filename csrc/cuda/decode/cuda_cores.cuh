@@ -15,7 +15,7 @@ __host__ __device__ constexpr int lanes_for(int vectors) {
 // A key is read by as many neighbouring lanes as it has vectors of 16 bytes, rounded up to a power of two
 // (the rest load nothing); each lane has kUnroll keys and their values in flight.
 template <class T, int D, int ROWS>
-__global__ void __launch_bounds__(kThreads, ROWS == 1 ? 4 : 2) decode_on_cuda_cores(const DecodeWork w) {
+__global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_cores(const DecodeWork w) {
   constexpr int kVector = kPerVector<T>, kLanes = lanes_for(D / kVector);
   constexpr int kChunks = (D / kVector + kLanes - 1) / kLanes;
   constexpr int kUnroll = 4 / kChunks, kLaneGroups = 32 / kLanes, kTile = kLaneGroups * kUnroll;

@@ -54,7 +54,7 @@ class Skill(NamedTuple):
     def split(self) -> tuple[list[str], list[str]]:
         """The subjects that are asked about, and the quarter that is held out."""
         subjects = sorted(self.subjects)
-        random.Random(self.name).shuffle(subjects)
+        random.Random(f"split {self.name}").shuffle(subjects)
         quarter = len(subjects) // 4
         return subjects[quarter:], subjects[:quarter]
 

@@ -9,7 +9,6 @@ Open the trace at https://ui.perfetto.dev. docs/profiling.md has the commands fo
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,6 @@ def run(
     what: str, device: torch.device, dtype: torch.dtype, out: Path, smoke: bool, console: Console
 ) -> Path:
     """Profiles, prints the tables, writes the trace; its path."""
-    os.environ.setdefault("ZINIT_NVTX", "1")
     title, call, least_bytes = call_of(what, device, dtype, smoke)
     call()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.multiprocessing
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+PATIENCE = 180  # seconds; a pair takes 10 on two free cores
 
 
 def free_port():
@@ -71,6 +74,7 @@ def process(rank, port, kind, expected):
     assert found.keys() == expected.keys() and len(found) == 4
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    torch.distributed.barrier()  # who leaves first takes gloo's connections from the other
     torch.distributed.destroy_process_group()
 
 
@@ -80,4 +84,11 @@ def test_two_processes_have_the_gradients_of_the_whole_batch(kind):
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     expected = gradients_of(model)
     assert all(gradient.any() for gradient in expected.values())
-    torch.multiprocessing.spawn(process, (free_port(), kind, expected), nprocs=2)
+    processes = torch.multiprocessing.spawn(process, (free_port(), kind, expected), nprocs=2, join=False)
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, f"the processes did not end within {PATIENCE} s"
+    finally:
+        for left in processes.processes:
+            left.kill()

@@ -50,8 +50,8 @@ def test_kernels_in_the_interpreter():
             "the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses"
         )
     files = ("tests/interpreted_attention.py", "tests/interpreted_cache.py")
-    for process in [start("-m", "pytest", file, "-W", "ignore", interpret=True) for file in files]:
-        stdout, stderr = process.communicate()
+    processes = [start("-m", "pytest", file, "-W", "ignore", interpret=True) for file in files]
+    for process, (stdout, stderr) in [(process, process.communicate()) for process in processes]:
         assert process.returncode == 0, stdout[-8000:] + stderr
         print(stdout.splitlines()[-1])
 

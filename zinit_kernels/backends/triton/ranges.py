@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-_NVTX = os.environ.get("ZINIT_NVTX") == "1"
+# a torch without CUDA has no NVTX, and says so by raising
+_NVTX = os.environ.get("ZINIT_NVTX") == "1" and torch.version.cuda is not None
 
 
 def named(name: str) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -21,10 +22,19 @@ def chip(device: torch.device) -> str:
     """The processor's or the accelerator's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else "unknown CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
+    return names[0] if names else "unknown CPU"
+
+
+def why_missing(*modules: str) -> str:
+    """Which of these cannot be imported; "" where all can."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{' and '.join(missing)} not installed" if missing else ""
 
 
 def folder_name(chip: str) -> str:

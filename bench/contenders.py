@@ -5,7 +5,6 @@ The weights are shared, not copied, except where full fine-tuning writes to them
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from model.config import AdapterConfig, LlamaConfig
 from model.llama import Llama
 from model.loss import answer_loss
 
+from .conditions import why_missing
 from .shapes import PROMPTS
 
 LORA_RANKS = (2, 4, 8, 16)
@@ -38,13 +38,7 @@ class Contender:
     needs: tuple[str, ...] = ()
 
     def why_not(self) -> str:
-        return installed(*self.needs)
-
-
-def installed(*libraries: str) -> str:
-    """Which of them are not; "" where all are."""
-    missing = [library for library in libraries if importlib.util.find_spec(library) is None]
-    return f"{' and '.join(missing)} not installed" if missing else ""
+        return why_missing(*self.needs)
 
 
 def random_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:

@@ -35,6 +35,7 @@ from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case
 
 from .interleave import measure
 from .probes import machine, matrix_product, plain_read
+from .providers import sdpa_twice
 
 PROMPTS = 10
 DTYPES = (torch.float32, torch.bfloat16)
@@ -101,19 +102,6 @@ PREFILL_SHAPES = [
     )
 ]
 DECODE_SHAPES = [Shape(1, 32, heads_kv, seqlen, 128) for heads_kv in (32, 8) for seqlen in (512, 2048, 8192)]
-
-
-def sdpa_twice(query, key, value, prompt_key, prompt_value, gate, is_causal: bool) -> Tensor:
-    """The composition a user writes without a fused kernel."""
-    batch, grouped = query.shape[0], query.shape[1] != key.shape[1]
-    tokens = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=grouped)
-    prompts = F.scaled_dot_product_attention(
-        query,
-        prompt_key.expand(batch, -1, -1, -1),
-        prompt_value.expand(batch, -1, -1, -1),
-        enable_gqa=grouped,
-    )
-    return tokens + gate.tanh().to(query.dtype)[:, None, None] * prompts
 
 
 def random_inputs(shape: Shape, dtype: torch.dtype, queries: int) -> list[Tensor]:

@@ -140,9 +140,10 @@ def main() -> int:
     out = arguments.out.resolve()
     results = out / "results"
     out.mkdir(parents=True, exist_ok=True)
-    names = [arguments.part] if arguments.part else [name for name in parts(results) if name not in ALONE]
+    known = parts(results)
+    names = [arguments.part] if arguments.part else [name for name in known if name not in ALONE]
     with (out / "gpu-check.log").open("a", encoding="utf-8") as log:
-        done = [run_part(name, parts(results)[name], log, console) for name in names]
+        done = [run_part(name, known[name], log, console) for name in names]
         rows = measured(results)
         if rows:
             write(results, out)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .conditions import commit, processor
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 
@@ -38,16 +38,11 @@ def device_copy(num_bytes: int, device: torch.device) -> Callable[[], object]:
 
 def machine() -> dict[str, str | int]:
     """What a figure is worth nothing without."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     return {
-        "processor": names[0] if names else "unknown",
+        "processor": processor(),
         "instructions": torch.ops.zinit.cpu_capability(),
         "threads": torch.get_num_threads(),
         "load of the last minute": f"{os.getloadavg()[0]:.1f}",  # above the threads: somebody else was at work
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
     }

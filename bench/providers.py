@@ -5,7 +5,6 @@ A provider that cannot run a problem says why; a library that is not installed c
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zinit_kernels import explain, zero_init_attention, zero_init_attention_with_kvcache
 
+from .conditions import why_missing
 from .problem import Problem, make_problem
 
 PAGE = 64
@@ -36,11 +36,6 @@ class Provider:
     prompted: bool = True  # False: plain attention, which does less than is asked
     heads_first: bool = True  # out is [B, H, T, D]; False: [B, T, H, D]
     compiles: bool = False  # starts with a minute of compilation
-
-
-def installed(module: str) -> str:
-    """Why a library cannot be used; "" where it can."""
-    return "" if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
 def repeated(tensor: Tensor, problem: Problem) -> Tensor:
@@ -289,7 +284,7 @@ def flashinfer_twice(problem: Problem) -> Call:
 
 
 def flashinfer_why_not(problem: Problem, backward: bool) -> str:
-    if reason := installed("flashinfer"):
+    if reason := why_missing("flashinfer"):
         return reason
     if problem.shape.batch > 1:
         return "flashinfer's call without a plan takes one sequence"
@@ -297,7 +292,7 @@ def flashinfer_why_not(problem: Problem, backward: bool) -> str:
 
 
 def library(module: str, prepare: Callable[[Problem], Call]) -> Callable[[Problem, bool], str]:
-    return lambda problem, backward: installed(module) or cannot_run(prepare, problem, backward)
+    return lambda problem, backward: why_missing(module) or cannot_run(prepare, problem, backward)
 
 
 def cached_why_not(backend: str, prompted: bool, paged: bool, problem: Problem, backward: bool) -> str:

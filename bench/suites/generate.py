@@ -17,12 +17,12 @@ from model.generate import generate
 from model.llama import Llama
 
 from ..clock import Clock
+from ..conditions import why_missing
 from ..contenders import (
     EIGHTH,
     SEVEN_BILLION,
     TINY,
     in_transformers,
-    installed,
     our_adapter,
     peft_adapter,
     random_base,
@@ -79,7 +79,7 @@ def generators(options: Options, model: Llama, note: Note) -> dict[str, Generate
         ("PEFT adaption prompt", peft_adapter, ("transformers", "peft")),
         ("transformers, base alone", in_transformers, ("transformers",)),
     ):
-        if reason := installed(*needs):
+        if reason := why_missing(*needs):
             note(f"{name} left out: {reason}")
         else:
             found[name] = theirs(build(model).eval())

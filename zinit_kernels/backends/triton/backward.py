@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    RUN_TIME,
     activate,
     in_window,
     key_range,
@@ -22,11 +23,6 @@ from .primitives import (
     store_tile,
     unravel,
 )
-
-RUN_TIME = [
-    "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right", "prompt_length",
-    "prompt_rows", "gate_stride",
-]  # fmt: skip
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .primitives import (
     LN2,
+    RUN_TIME,
     activate,
     add_prompt_branch,
     in_window,
@@ -19,11 +20,6 @@ from .primitives import (
     store_tile,
     unravel,
 )
-
-RUN_TIME = [
-    "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right", "prompt_length",
-    "prompt_rows", "gate_stride",
-]  # fmt: skip
 
 
 @triton.jit

@@ -14,6 +14,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST_BIAS = tl.constexpr(-3.0e38)  # finfo.min in a mask, times log2(e), would become -inf: masked
 
 
+# What forward and backward are told whose values make no new kernel.
+RUN_TIME = [
+    "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right", "prompt_length",
+    "prompt_rows", "gate_stride",
+]  # fmt: skip
+
+
 @triton.jit
 def unravel(program, size, heads):
     """(index below size, head, sequence) of a program; one grid axis holds all, the others end at 65535."""

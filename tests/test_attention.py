@@ -240,3 +240,16 @@ def test_varlen_of_nothing():
         4,
         16,
     )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_empty_batch_with_a_table_of_adapters(backend):
+    query, prompts, index = (
+        torch.empty(0, 4, 5, 16),
+        torch.randn(3, 4, 2, 16),
+        torch.empty(0, dtype=torch.int32),
+    )
+    out = zero_init_attention(
+        query, query, query, prompts, prompts, torch.ones(4), prompt_index=index, backend=backend
+    )
+    assert out.shape == query.shape

@@ -41,7 +41,7 @@ inline void set_prompt(AttentionParams& p, const OptionalTensor& prompt_key,
                   "gate must have 1 row or one per prompt table row (", p.prompt_rows, "), got ",
                   p.gate_rows);
   p.prompt_index = array_of<int32_t>(prompt_index, "prompt_index", ScalarType::Int, {p.num_sequences});
-  if (p.prompt_index == nullptr) {
+  if (!prompt_index.has_value()) {  // not the pointer: an empty batch has an index without an address
     STD_TORCH_CHECK(p.prompt_rows == 1 || p.prompt_rows == p.num_sequences,
                     "prompt_key must have 1 row or one per sequence (", p.num_sequences,
                     ") where no prompt_index is given, got ", p.prompt_rows);

@@ -1,12 +1,14 @@
-"""Whole models on the same frozen random weights: this project's adapter, PEFT's, LoRA, full fine-tuning, none.
+"""Ways to fine-tune the same frozen random weights: this project's adapter, PEFT's, litgpt's, LoRA, everything.
 
 The weights are shared, not copied, except where full fine-tuning writes to them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +20,31 @@ from model.llama import Llama
 from model.loss import answer_loss
 
 from .conditions import why_missing
+from .peers import (
+    GATE,
+    UNADAPTED_LAYERS,
+    forget_projected_prompts,
+    in_litgpt,
+    in_lora,
+    in_peft,
+    in_peft_accelerated,
+    in_transformers,
+)
 from .shapes import PROMPTS
 
-LORA_RANKS = (2, 4, 8, 16)
+LORA_RANKS = (2, 4, 8, 16, 32)
 
 # The 7B's proportions: an eighth of its width, all of its 32 layers, 30 of them adapted; 105 million parameters.
 EIGHTH = LlamaConfig(4000, 512, 1376, num_layers=32, num_heads_q=4, num_heads_kv=4, head_dim=128)
 SEVEN_BILLION = LlamaConfig(32000, 4096, 11008, num_layers=32, num_heads_q=32, num_heads_kv=32, head_dim=128)
+THREE_BILLION = LlamaConfig(
+    128256, 3072, 8192, num_layers=28, num_heads_q=24, num_heads_kv=8, head_dim=128, rope_theta=500000.0
+)
 TINY = LlamaConfig(256, 64, 172, num_layers=4, num_heads_q=2, num_heads_kv=2, head_dim=32)
-UNADAPTED_LAYERS = 2  # the paper adapts the topmost L - 2
+
+Loss = Callable[[Tensor], Tensor]  # of tokens [B, T]
+# A loss in half precision, and one without any rounding, may differ by this much of its value.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -34,11 +52,15 @@ class Contender:
     """A way to fine-tune: `build` gives the trainable parameters and the loss of tokens [B, T]."""
 
     name: str
-    build: Callable[[Llama], tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]]
+    build: Callable[[Llama], tuple[list[nn.Parameter], Loss]]
     needs: tuple[str, ...] = ()
+    on_gpu_only: bool = False
+    copies: bool = False  # has weights of its own: writes to them
 
-    def why_not(self) -> str:
-        return why_missing(*self.needs)
+    def why_not(self, device: torch.device) -> str:
+        if reason := why_missing(*self.needs):
+            return reason
+        return "its kernels need a GPU" if self.on_gpu_only and device.type == "cpu" else ""
 
 
 def random_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -49,55 +71,17 @@ def random_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -
     return model.initialise().freeze()
 
 
-def in_transformers(base: Llama) -> Any:
-    """transformers' LLaMA on the same weights."""
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = transformers_config(base.config)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    weights = {
-        name if name == "lm_head.weight" else f"model.{name}": w for name, w in base.state_dict().items()
-    }
-    model.load_state_dict(weights, assign=True)
-    with torch.device(base.device):
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are no weights
-    return model.requires_grad_(False)
-
-
-def transformers_config(config: LlamaConfig) -> Any:
-    from transformers import LlamaConfig as TransformersConfig
-
-    return TransformersConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads_q,
-        num_key_value_heads=config.num_heads_kv,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        use_cache=False,
-    )
-
-
-def next_token_loss(model: Any) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: model(input_ids=tokens, labels=tokens).loss
-
-
 def our_adapter(base: Llama) -> LlamaAdapter:
     """The paper's setting, gates away from zero so that nothing is skipped."""
     layers = base.config.num_layers - UNADAPTED_LAYERS
     adapter = LlamaAdapter(base.config, AdapterConfig(prompt_length=PROMPTS, num_layers=layers)).to(
         base.device
     )
-    nn.init.constant_(adapter.gates, 0.1)
+    nn.init.constant_(adapter.gates, GATE)
     return adapter
 
 
-def with_our_adapter(base: Llama) -> tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]:
+def with_our_adapter(base: Llama) -> tuple[list[nn.Parameter], Loss]:
     adapter = our_adapter(base)
 
     def loss(tokens: Tensor) -> Tensor:
@@ -107,55 +91,84 @@ def with_our_adapter(base: Llama) -> tuple[list[nn.Parameter], Callable[[Tensor]
     return list(adapter.parameters()), loss
 
 
-def peft_adapter(base: Llama) -> Any:
-    """PEFT's adaption prompts on transformers' model; its one gate per layer away from zero."""
-    from peft import AdaptionPromptConfig, get_peft_model
-
-    layers = base.config.num_layers - UNADAPTED_LAYERS
-    config = AdaptionPromptConfig(adapter_len=PROMPTS, adapter_layers=layers, task_type="CAUSAL_LM")
-    model = get_peft_model(in_transformers(base), config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("adaption_gate"):
-            nn.init.constant_(parameter, 0.1)
-    return model
+def by_its_own_loss(make: Callable[[Llama], Any], base: Llama) -> tuple[list[nn.Parameter], Loss]:
+    """For transformers' models, which compute the loss of the tokens that follow."""
+    model = make(base)
+    return trainable(model), lambda tokens: model(input_ids=tokens, labels=tokens).loss
 
 
-def with_peft_adapter(base: Llama) -> tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]:
-    model = peft_adapter(base)
-    return trainable(model), next_token_loss(model)
+def with_litgpt(base: Llama) -> tuple[list[nn.Parameter], Loss]:
+    model = in_litgpt(base)
+
+    def loss(tokens: Tensor) -> Tensor:
+        forget_projected_prompts(model)
+        logits = model(tokens)[:, :-1].float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return trainable(model), loss
 
 
-def with_lora(rank: int) -> Callable[[Llama], tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]]:
-    """LoRA on the query and value projections, as in the paper's comparison."""
-
-    def build(base: Llama) -> tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(in_transformers(base), config)
-        return trainable(model), next_token_loss(model)
-
-    return build
-
-
-def with_everything(base: Llama) -> tuple[list[nn.Parameter], Callable[[Tensor], Tensor]]:
-    """Full fine-tuning of transformers' model, on a copy of the weights."""
+def with_everything(base: Llama) -> Any:
+    """transformers' model on a copy of the weights, all of them trained."""
     model = in_transformers(base)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    model.requires_grad_(True)
-    return trainable(model), next_token_loss(model)
+    return model.requires_grad_(True)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def why_wrong(contender: Contender, dtype: torch.dtype, device: torch.device) -> str:
+    """ "" where a small sibling does what fine-tuning must: with its own parameters at zero its loss is the base's in
+    float64, as it was built (gates away from zero) another one, and every parameter gets a gradient."""
+    base = random_base(TINY, dtype, device)
+    tokens = torch.randint(TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    exact = copy.deepcopy(base).double()
+    expected = answer_loss(exact.hidden_states(tokens)[:, :-1], tokens[:, 1:], exact.output_weight).item()
+    try:
+        parameters, loss_of = contender.build(base)
+        for parameter in parameters:
+            if not parameter.any():  # LoRA's second matrices start there
+                nn.init.constant_(parameter, GATE)
+        loss = loss_of(tokens)
+        loss.backward()
+        idle = sum(p.grad is None or not p.grad.isfinite().all() or not p.grad.any() for p in parameters)
+        if idle:
+            return f"{idle} of {len(parameters)} parameters get no gradient"
+        if not contender.copies:
+            if abs(loss.item() - expected) < 1e-6 * expected:
+                return "its parameters change nothing"
+            for parameter in parameters:
+                parameter.data.zero_()
+            with torch.no_grad():
+                loss = loss_of(tokens)
+    except Exception as error:  # any: what raises is red, and the others go on
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not abs(loss.item() - expected) <= ROUNDING[dtype] * expected:
+        return f"wrong result: loss {loss.item():.6g}, in float64 {expected:.6g}"
+    return ""
+
+
 OURS, PEFT = "zinit adapter", "PEFT adaption prompt"
-HF = ("transformers",)
+ACCELERATED = f"{PEFT}, accelerated"
+HF, BOTH = ("transformers",), ("transformers", "peft")
+
+
+def lora(rank: int, liger: bool = False) -> Contender:
+    name = f"LoRA r = {rank}{', Liger' if liger else ''}"
+    make = partial(in_lora, rank=rank, liger=liger)
+    needs = (*BOTH, *(("liger_kernel",) if liger else ()))
+    return Contender(name, partial(by_its_own_loss, make), needs, on_gpu_only=liger)
+
+
 CONTENDERS = (
     Contender(OURS, with_our_adapter),
-    Contender(PEFT, with_peft_adapter, (*HF, "peft")),
-    *(Contender(f"LoRA r = {rank}", with_lora(rank), (*HF, "peft")) for rank in LORA_RANKS),
-    Contender("full fine-tuning", with_everything, HF),
+    Contender(ACCELERATED, partial(by_its_own_loss, in_peft_accelerated), BOTH),
+    Contender(PEFT, partial(by_its_own_loss, in_peft), BOTH),
+    Contender("litgpt adapter", with_litgpt, ("litgpt",)),
+    *(lora(rank) for rank in LORA_RANKS),
+    lora(8, liger=True),
+    Contender("full fine-tuning", partial(by_its_own_loss, with_everything), HF, copies=True),
 )

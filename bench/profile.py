@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,20 +33,21 @@ def call_of(
     what: str, device: torch.device, dtype: torch.dtype, smoke: bool
 ) -> tuple[str, Callable[[], object], int]:
     """(title, what is profiled, bytes it must at least move)"""
-    suite: Any = train_suite if what == "train" else generate_suite
-    base = suite.SMOKE if smoke else suite.BASES[device.type]
-    model = random_base(base.config, dtype, device)
-    weights = sum(w.nbytes for w in model.state_dict().values())
     if what == "train":
+        base = train_suite.SMOKE if smoke else train_suite.BASES[device.type][0]
+        model = random_base(base.config, dtype, device)
+        weights = sum(w.nbytes for w in model.state_dict().values())
         contender = next(c for c in CONTENDERS if c.name == OURS)
         _, step = train_suite.training_step(contender, model, base)
         # forward and backward each read every frozen weight once
         return f"{OURS}, {base.name}, {base.batch} x {base.seqlen} tokens", step, 2 * weights
-    adapted = generate_suite.ours(model, generate_suite.our_adapter(model).requires_grad_(False))
-    prompts = torch.randint(3, base.config.vocab_size, (1, base.prompt), device=device)
-    streamed = base.new * generate_suite.bytes_per_token(model, 1, base.prompt + base.new // 2)
-    title = f"{base.name}, {base.prompt} + {base.new} tokens"
-    return title, lambda: adapted(prompts, base.new), streamed
+    made = generate_suite.SMOKE if smoke else generate_suite.BASES[device.type]
+    model = random_base(made.config, dtype, device)
+    adapted, _ = generate_suite.zinit_adapted(model)
+    prompts = torch.randint(3, made.config.vocab_size, (1, made.prompt), device=device)
+    streamed = made.new * generate_suite.bytes_per_token(model, 1, made.prompt + made.new // 2)
+    title = f"{made.name}, {made.prompt} + {made.new} tokens"
+    return title, lambda: adapted(prompts, made.new), streamed
 
 
 def run(

@@ -1,20 +1,21 @@
 """The benchmarks: no figure for a wrong kernel, a ledger that cannot be bent, pages that are what the ledgers say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench import report, runner
+from bench import contenders, report, runner
 from bench.__main__ import main
 from bench.goals import Goal, judged, ratio, rows_of
 from bench.ledger import Ledger, LedgerError, Row, read
 from bench.problem import make_problem
 from bench.providers import Provider, prefill_providers, twice
 from bench.shapes import Shape, prefill
-from bench.suites import attention
+from bench.suites import attention, generate
 
 CPU = torch.device("cpu")
 FACTS = {
@@ -133,6 +134,35 @@ def test_a_wrong_gradient_gets_no_figure(provider, backward):
     problem = make_problem(prefill("CLIP-B/16 text", 1), torch.float32, CPU)
     reason = attention.why_wrong(Provider("half", half), problem, backward)
     assert ("dquery" in reason) == backward
+
+
+def test_a_wrong_way_to_fine_tune_gets_no_figure():
+    ours = contenders.CONTENDERS[0]
+
+    def biased(base):
+        parameters, loss = ours.build(base)
+        return parameters, lambda tokens: 1.01 * loss(tokens)
+
+    def detached(base):
+        parameters, loss = ours.build(base)
+        return parameters, lambda tokens: loss(tokens) + 0 * parameters[0].sum() - loss(tokens).detach()
+
+    for build, reason in ((ours.build, ""), (biased, "wrong result: loss"), (detached, "wrong result: loss")):
+        found = contenders.why_wrong(replace(ours, build=build), torch.float32, CPU)
+        assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+def test_a_wrong_way_to_generate_gets_no_figure():
+    ours = generate.GENERATORS[0]
+
+    def stuck(base):
+        run, scores = ours.build(base)
+        return lambda prompts, new: run(prompts, 1).repeat(1, new), scores
+
+    assert generate.why_wrong(ours, torch.float32, CPU) == ""
+    assert generate.why_wrong(ours._replace(build=stuck), torch.float32, CPU).startswith(
+        "wrong result: a token"
+    )
 
 
 def test_stopping_keeps_what_is_done(tmp_path):

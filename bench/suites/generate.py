@@ -7,28 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
 from model.generate import generate
 from model.llama import Llama
 
 from ..clock import Clock
 from ..conditions import why_missing
-from ..contenders import (
-    EIGHTH,
-    SEVEN_BILLION,
-    TINY,
-    in_transformers,
-    our_adapter,
-    peft_adapter,
-    random_base,
-)
+from ..contenders import ACCELERATED, EIGHTH, PEFT, ROUNDING, SEVEN_BILLION, TINY, our_adapter, random_base
 from ..interleave import measure
 from ..ledger import Row
+from ..peers import in_litgpt, in_peft, in_peft_accelerated, in_transformers
 from ..probes import device_copy, plain_read
 from ..runner import Job, Note, Options
 from .attention import name_of
@@ -44,10 +38,11 @@ class Base(NamedTuple):
 
 BASES = {
     "cpu": Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 128, 32, (1, 8)),
-    "cuda": Base("LLaMA-7B", SEVEN_BILLION, 128, 128, (1, 32)),
+    "cuda": Base("LLaMA-7B", SEVEN_BILLION, 128, 32, (1, 32)),
 }
 SMOKE = Base("tiny LLaMA", TINY, 8, 4, (1,))
-Generate = Callable[[Tensor, int], object]  # (prompts [B, T], new tokens)
+Generate = Callable[[Tensor, int], Tensor]  # (prompts [B, T], N): the N new tokens of each, [B, N]
+Scores = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V], without a cache
 
 
 def jobs(options: Options) -> list[Job]:
@@ -60,30 +55,97 @@ def jobs(options: Options) -> list[Job]:
     ]
 
 
-def ours(model: Llama, adapter: object) -> Generate:
-    return lambda prompts, new: generate(
-        model, prompts.tolist(), adapter, max_new_tokens=new, temperature=0, eos_ids=[]
+def zinit(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate, Scores]:
+    def run(prompts: Tensor, new: int) -> Tensor:
+        new_tokens = generate(base, prompts.tolist(), adapter, max_new_tokens=new, temperature=0, eos_ids=[])
+        return torch.tensor(new_tokens)
+
+    return run, lambda tokens: base.logits(base.hidden_states(tokens, adapter))
+
+
+def zinit_adapted(base: Llama) -> tuple[Generate, Scores]:
+    return zinit(base, our_adapter(base).requires_grad_(False))
+
+
+def by_transformers(make: Callable[[Llama], Any], base: Llama) -> tuple[Generate, Scores]:
+    model = make(base).eval()
+
+    def run(prompts: Tensor, new: int) -> Tensor:
+        tokens = model.generate(
+            prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0
+        )
+        return tokens[:, prompts.shape[1] :]
+
+    return run, lambda tokens: model(tokens).logits
+
+
+def by_litgpt(base: Llama) -> tuple[Generate, Scores]:
+    """Its loop takes one sequence; its cache is made once."""
+    from litgpt.generate.base import generate as generate_one
+
+    model = in_litgpt(base).eval()
+
+    def run(prompts: Tensor, new: int) -> Tensor:
+        length = prompts.shape[1] + new
+        if model.mask_cache is None or model.mask_cache.shape[-1] < length:
+            model.set_kv_cache(1, length, device=prompts.device, dtype=base.dtype)
+        return generate_one(model, prompts[0], length, temperature=0.0, include_prompt=False)[None]
+
+    return run, model
+
+
+class Generator(NamedTuple):
+    """A way to generate: `build` makes it of a base."""
+
+    name: str
+    build: Callable[[Llama], tuple[Generate, Scores]]
+    needs: tuple[str, ...] = ()
+    one_sequence: bool = False
+
+
+HF, BOTH = ("transformers",), ("transformers", "peft")
+GENERATORS = (
+    Generator("zinit, adapted", zinit_adapted),
+    Generator("zinit, base alone", partial(zinit, adapter=None)),
+    Generator(ACCELERATED, partial(by_transformers, in_peft_accelerated), BOTH),
+    Generator(PEFT, partial(by_transformers, in_peft), BOTH),
+    Generator("transformers, base alone", partial(by_transformers, in_transformers), HF),
+    Generator("litgpt adapter", by_litgpt, ("litgpt",), one_sequence=True),
+)
+
+
+@torch.no_grad()
+def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) -> str:
+    """ "" where the tokens that a tiny model decodes are, to rounding, the likeliest by a pass without a cache."""
+    random = torch.Generator().manual_seed(0)
+    prompts = torch.randint(TINY.vocab_size, (1, 9), generator=random).to(device)
+    try:
+        run, scores = generator.build(random_base(TINY, dtype, device))
+        made = run(prompts, 8).to(device)
+        logits = scores(torch.cat([prompts, made], 1))[:, prompts.shape[1] - 1 : -1].float()
+    except Exception as error:  # any: what raises is red, and the others go on
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    lost = (logits.amax(-1) - logits.gather(-1, made[..., None])[..., 0]).max() / logits.std()
+    return (
+        ""
+        if lost <= ROUNDING[dtype]
+        else f"wrong result: a token {lost:.2g} standard deviations from the best"
     )
 
 
-def theirs(model: object) -> Generate:
-    return lambda prompts, new: model.generate(  # type: ignore[attr-defined]
-        prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True, pad_token_id=0
-    )
-
-
-def generators(options: Options, model: Llama, note: Note) -> dict[str, Generate]:
-    adapter = our_adapter(model).requires_grad_(False)
-    found = {"zinit, adapted": ours(model, adapter), "zinit, base alone": ours(model, None)}
-    for name, build, needs in (
-        ("PEFT adaption prompt", peft_adapter, ("transformers", "peft")),
-        ("transformers, base alone", in_transformers, ("transformers",)),
-    ):
-        if reason := why_missing(*needs):
-            note(f"{name} left out: {reason}")
+def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iterator[Generator]:
+    """Those that are here and right on a tiny model; the others are named with their reason."""
+    for generator in GENERATORS:
+        if not options.wants_provider(generator.name):
+            continue
+        if reason := why_missing(*generator.needs):
+            note(f"{generator.name} left out: {reason}")
+        elif generator.one_sequence and batch > 1:
+            note(f"{generator.name} left out of batches: it takes one sequence")
+        elif wrong := why_wrong(generator, dtype, options.device):
+            note(f"{generator.name}, {name_of(dtype)}: no figure, {wrong}")
         else:
-            found[name] = theirs(build(model).eval())
-    return {name: run for name, run in found.items() if options.wants_provider(name)}
+            yield generator
 
 
 def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Note) -> Iterator[Row]:
@@ -93,9 +155,12 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
         options.device
     )
     calls: dict[str, Callable[[], object]] = {}
-    for name, run in generators(options, model, note).items():
-        calls[f"{name}, first"] = partial(run, prompts, 1)
-        calls[f"{name}, all"] = partial(run, prompts, base.new)
+    for generator in usable(options, batch, dtype, note):
+        run, _ = generator.build(model)
+        calls[f"{generator.name}, first"] = partial(run, prompts, 1)
+        calls[f"{generator.name}, all"] = partial(run, prompts, base.new)
+    if not calls:
+        return
     weights = list(model.state_dict().values())
     on_device = options.device.type == "cuda"
     calls["probe"] = (
@@ -112,6 +177,11 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
             sizes={"batch": batch, "prompt": base.prompt, "new_tokens": base.new}, dtype=name_of(dtype), provider=name,
             rounds=times.rounds, p20_ms=1e3 * times.quantile(f"{name}, all", 0.2), p50_ms=1e3 * everything,
             p80_ms=1e3 * times.quantile(f"{name}, all", 0.8), gbps=streamed / per_step / 1e9,
+            ratios={
+                other: times.ratio(f"{name}, all", f"{other}, all")
+                for other in (GENERATORS[0].name, PEFT)
+                if other != name and f"{other}, all" in calls
+            },
             figures={
                 "tokens/s": batch / per_step,
                 "first token ms": 1e3 * first,

@@ -5,6 +5,7 @@ One training step is forward, backward and AdamW on B sequences of T tokens, non
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,19 @@ from model.config import LlamaConfig
 from model.llama import Llama
 
 from ..clock import Clock
-from ..contenders import CONTENDERS, EIGHTH, OURS, SEVEN_BILLION, TINY, Contender, random_base
+from ..contenders import (
+    ACCELERATED,
+    CONTENDERS,
+    EIGHTH,
+    OURS,
+    PEFT,
+    SEVEN_BILLION,
+    THREE_BILLION,
+    TINY,
+    Contender,
+    random_base,
+    why_wrong,
+)
 from ..interleave import measure
 from ..ledger import Row
 from ..peak import in_fresh_process, peak_of, resident
@@ -25,6 +38,7 @@ from .attention import name_of
 # Alpaca as the paper trained on it: 52,002 samples, 5 epochs; the official script pads every one to 512 tokens,
 # and they hold about 130 on average.
 SAMPLES, EPOCHS, PADDED, MEAN_LENGTH = 52002, 5, 512, 130
+PEAK = "peak GB"
 
 
 class Base(NamedTuple):
@@ -32,21 +46,30 @@ class Base(NamedTuple):
     config: LlamaConfig
     batch: int
     seqlen: int
+    contenders: tuple[str, ...]
 
 
+TABLE_11 = tuple(contender.name for contender in CONTENDERS if contender.name != "LoRA r = 32")
 BASES = {
-    "cpu": Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 2, 256),
-    "cuda": Base("LLaMA-7B", SEVEN_BILLION, 4, 512),
+    "cpu": [Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 2, 256, TABLE_11)],
+    "cuda": [
+        Base("LLaMA-7B", SEVEN_BILLION, 4, 512, TABLE_11),
+        Base("Llama-3.2-3B", THREE_BILLION, 4, 512, (OURS, ACCELERATED, PEFT, "LoRA r = 32")),
+    ],
 }
-SMOKE = Base("tiny LLaMA", TINY, 2, 32)
+SMOKE = Base("tiny LLaMA", TINY, 2, 32, TABLE_11)
 
 
 def jobs(options: Options) -> list[Job]:
-    """One: the contenders are timed in turns. Half precision is no way to train on a CPU, so there only float32."""
-    base = SMOKE if options.smoke else BASES[options.device.type]
+    """One per base and dtype: the contenders are timed in turns. On a CPU nobody trains in half precision, so there
+    only float32."""
+    bases = [SMOKE] if options.smoke else BASES[options.device.type]
     dtypes = options.dtypes if options.device.type == "cuda" else (torch.float32,)
     return [
-        Job(f"train, {base.name}, {name_of(dtype)}", partial(rows, options, base, dtype)) for dtype in dtypes
+        Job(f"train, {base.name}, {name_of(dtype)}", partial(rows, options, base, dtype))
+        for base in bases
+        if options.wants_shape(base.name)
+        for dtype in dtypes
     ]
 
 
@@ -67,22 +90,46 @@ def training_step(contender: Contender, model: Llama, base: Base) -> tuple[int, 
     return sum(p.numel() for p in parameters), step
 
 
+def usable(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterator[Contender]:
+    """Those that are here, right on a small sibling, and fit into memory; the others are named with their reason."""
+    for contender in CONTENDERS:
+        if contender.name not in base.contenders or not options.wants_provider(contender.name):
+            continue
+        if reason := contender.why_not(options.device) or why_no_memory(
+            contender, base, dtype, options.device
+        ):
+            note(f"{contender.name} left out: {reason}")
+        elif wrong := why_wrong(contender, dtype, options.device):
+            note(f"{contender.name}, {name_of(dtype)}: no figure, {wrong}")
+        else:
+            yield contender
+
+
+def why_no_memory(contender: Contender, base: Base, dtype: torch.dtype, device: torch.device) -> str:
+    """Full fine-tuning holds its weights, their gradients and AdamW's three tensors of them beside the frozen base."""
+    if device.type == "cpu" or not contender.copies:
+        return ""
+    with torch.device("meta"):
+        needed = 7 * dtype.itemsize * sum(p.numel() for p in Llama(base.config).parameters())
+    free = torch.cuda.mem_get_info(device)[0]
+    return "" if needed < free else f"it takes {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free"
+
+
 def rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterator[Row]:
+    chosen = list(usable(options, base, dtype, note))
+    # before the others are there: a fresh process for each, or on a GPU the model made anew
+    peaks = {} if options.smoke else {c.name: peak(c, base, dtype, options.device, note) for c in chosen}
     model = random_base(base.config, dtype, options.device)
     counts: dict[str, int] = {}
     steps: dict[str, Callable[[], object]] = {}
-    for contender in CONTENDERS:
-        if not options.wants_provider(contender.name):
-            continue
-        if reason := contender.why_not():
-            note(f"{contender.name} left out: {reason}")
-            continue
+    for contender in chosen:
         try:
-            counts[contender.name], steps[contender.name] = training_step(contender, model, base)
-            steps[contender.name]()
+            count, step = training_step(contender, model, base)
+            step()
         except RuntimeError as error:  # out of memory on a small chip
-            counts.pop(contender.name, None), steps.pop(contender.name, None)
             note(f"{contender.name}: no figure, {str(error).partition(chr(10))[0]}")
+            continue
+        counts[contender.name], steps[contender.name] = count, step
     if not steps:
         return
     times = measure(steps, options.seconds if options.smoke else 4 * options.seconds, Clock(options.device))
@@ -91,33 +138,47 @@ def rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterat
         seconds = times.median(name)
         rate = tokens / seconds
         figures = {"trainable parameters": counts[name], "tokens/s": rate}
-        if not options.smoke:  # a fresh process for each
-            figures["peak GB"] = peak(name, base, dtype, options) / 1e9
+        if bytes_at_most := peaks.get(name):
+            figures[PEAK] = bytes_at_most / 1e9
         figures["Alpaca x 5 padded, h"] = SAMPLES * EPOCHS * PADDED / rate / 3600
         figures["Alpaca x 5 packed, h"] = SAMPLES * EPOCHS * MEAN_LENGTH / rate / 3600
         yield Row(
             suite="train", shape=base.name, sizes={"batch": base.batch, "seqlen": base.seqlen}, mode="training step",
             dtype=name_of(dtype), provider=name, rounds=times.rounds, p20_ms=1e3 * times.quantile(name, 0.2),
             p50_ms=1e3 * seconds, p80_ms=1e3 * times.quantile(name, 0.8),
-            ratios={} if name == OURS or OURS not in steps else {OURS: times.ratio(name, OURS)},
+            ratios={other: times.ratio(name, other) for other in (OURS, PEFT) if other != name and other in steps},
             figures=figures,
         )  # fmt: skip
 
 
-def peak(name: str, base: Base, dtype: torch.dtype, options: Options) -> int:
-    """Bytes in use at the worst moment of a step, weights and optimizer included."""
-    if options.device.type == "cpu":
-        return in_fresh_process(peak_alone, name, base, dtype, options.device, torch.get_num_threads())
-    torch.cuda.empty_cache()
-    return peak_alone(name, base, dtype, options.device, torch.get_num_threads())
+def peak(
+    contender: Contender, base: Base, dtype: torch.dtype, device: torch.device, note: Note
+) -> int | None:
+    """Bytes in use at the worst moment of a step, weights and optimizer included; None where they do not fit."""
+    arguments = (contender.name, base, dtype, device, torch.get_num_threads())
+    if device.type == "cpu":
+        return in_fresh_process(peak_alone, *arguments)
+    try:
+        return peak_alone(*arguments)
+    except torch.OutOfMemoryError as error:
+        note(f"{contender.name}: no peak, {str(error).partition(chr(10))[0]}")
+        return None
+    finally:
+        torch.cuda.empty_cache()
 
 
 def peak_alone(name: str, base: Base, dtype: torch.dtype, device: torch.device, threads: int) -> int:
     torch.set_num_threads(threads)
-    before = resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()
-    model = random_base(base.config, dtype, device)
+    before = in_use(device)
     contender = next(c for c in CONTENDERS if c.name == name)
+    model = random_base(base.config, dtype, device)
     _, step = training_step(contender, model, base)
+    del model  # who has a copy of it needs it no more
     step()  # the optimizer has its state now
-    held = (resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()) - before
-    return held + peak_of(step, device)
+    return in_use(device) - before + peak_of(step, device)
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes: of the process, or of its tensors on a GPU."""
+    gc.collect()
+    return resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()

@@ -1,7 +1,11 @@
 """The benchmarks: every part against every peer, on whatever machine this is.
 
     python -m bench attention decode           # suites, appended to bench/results/<chip>/
+    python -m bench all --resume               # every suite; again after a Ctrl-C: what is left of it
     python -m bench all --smoke                # every suite on tiny shapes, in under a minute, kept nowhere
+    python -m bench bars dropins verify        # what the goals are stated for; ends in the goals, met or missed
+    python -m bench goals                      # the goals again, from the ledgers
+    python -m bench agree attention            # the last two runs of every setting: how far their ratios differ
     python -m bench profile train              # where the time goes: trace, top kernels, roofline
     python -m bench report                     # ledgers -> docs/benchmarks.md, its pictures, the README's table
 
@@ -20,7 +24,9 @@ import torch
 from rich.console import Console
 
 from . import profile, report, runner
+from .agreement import agreement
 from .compare import CompareError, compare
+from .goals import goals_table, judged
 from .ledger import LedgerError
 from .suites import SUITES
 from .tables import suite_table
@@ -57,9 +63,16 @@ def parser() -> argparse.ArgumentParser:
         "--base", metavar="REV", help="measure this commit too, in turns, and print both times"
     )
     parser.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="without the providers that torch.compile first, for minutes",
+        "--compile",
+        choices=("none", "few", "all"),
+        default="few",
+        help="shapes at which what compiles for 20 s a call is measured too (default few: bench/shapes.py)",
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], help='only jobs with this in their title: "bars, forward"'
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="without the jobs that this commit has done on this machine"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, a moment each; kept nowhere")
     return parser
@@ -71,6 +84,10 @@ def main(command_line: list[str] | None = None) -> int:
     try:
         if command_line[:1] == ["report"]:
             return report_command(command_line[1:], console)
+        if command_line[:1] == ["goals"]:
+            return goals_command(command_line[1:], console)
+        if command_line[:1] == ["agree"]:
+            return agree_command(command_line[1:], console)
         if command_line[:1] == ["profile"]:
             return profile.main(command_line[1:], console)
         arguments = parser().parse_args(command_line)
@@ -114,10 +131,12 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
         dtypes=tuple(DTYPES[name] for name in arguments.dtype or default),
         seconds=0.01 if arguments.smoke else arguments.seconds,
         smoke=arguments.smoke,
-        compiled=not (arguments.smoke or arguments.no_compile),
+        compiled="none" if arguments.smoke else arguments.compile,
         cold=(False, True) if arguments.cold else (False,),
         only_shapes=tuple(arguments.shape),
         only_providers=tuple(arguments.provider),
+        only_jobs=tuple(arguments.only),
+        resume=arguments.resume,
     )
     names = list(SUITES) if "all" in arguments.suites else arguments.suites
     with tempfile.TemporaryDirectory() as nowhere:
@@ -125,12 +144,40 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
         rows = runner.run({name: SUITES[name](options) for name in names}, options, results, console)
     for name in names:
         console.print(suite_table(name, [row for row in rows if row.suite == name]))
-    if not rows:
+    if not rows and not options.resume:
         console.print(
             "nothing was measured: no shape, or no provider, has such a name or can run here", style="red"
         )
         return 1
+    goals = [goal for goal in report.GOALS[device.type] if judged(goal, rows).figures]
+    if goals and not arguments.smoke:
+        console.print(goals_table(goals, rows))
     return 0
+
+
+def goals_command(command_line: list[str], console: Console) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench goals")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the ledgers' folder (default bench/results)"
+    )
+    arguments = parser.parse_args(command_line)
+    for folder, measured in report.chapters(arguments.results).items():
+        console.print(f"{folder}:", highlight=False)
+        console.print(goals_table(report.goals_of(measured), [m.row for m in measured]))
+    return 0
+
+
+def agree_command(command_line: list[str], console: Console) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench agree")
+    parser.add_argument("suites", nargs="*", metavar="suite", help="default: all")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the ledgers' folder (default bench/results)"
+    )
+    parser.add_argument("--within", type=float, default=0.1, help="a share of the ratio (default 0.1)")
+    arguments = parser.parse_args(command_line)
+    table, agree = agreement(arguments.results, arguments.suites or list(SUITES), arguments.within)
+    console.print(table)
+    return 0 if agree else 1
 
 
 if __name__ == "__main__":

@@ -56,16 +56,28 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
+    """The checkout's commit, "-dirty" where what runs differs from it: ledgers and pages may."""
+    git = ["git", "-C", str(ROOT)]
+    found = output([*git, "rev-parse", "--short=10", "HEAD"])
+    pages = [f":!{path}" for path in ("bench/results", "docs", "*.md")]
+    changed = output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *pages])
+    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+
+
+def output(command: list[str]) -> str:
+    """What a command prints; "" where it fails or is not here."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def conditions(device: torch.device) -> dict[str, object]:
     """One run's, for the ledger."""
     return {
         "chip": chip(device),
+        "device": device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),

@@ -1,4 +1,4 @@
-"""The goals that were set for the kernels on a GPU, and what a run's rows say to each: met, or by how much missed."""
+"""Goals, and what measured rows say to each: met, or by how much missed."""
 
 from __future__ import annotations
 
@@ -8,116 +8,95 @@ from typing import NamedTuple
 from rich.table import Table
 
 from .ledger import Row
-from .suites.attention import PROMPTS_ONLY
-from .suites.decode import PROBE
-from .suites.memory import NEEDED, PEAK
+
+Figure = Callable[[Row, Sequence[Row]], "float | None"]  # of a row, with all rows at hand
+Select = Callable[[Row], bool]
 
 
 class Goal(NamedTuple):
-    """A bound on one figure of the rows that `select` picks; the worst of them counts."""
+    """A bound on one figure of every row that `select` picks."""
 
     what: str
-    select: Callable[[Row], bool]
-    figure: Callable[[Row, Sequence[Row]], float | None]
+    select: Select
+    figure: Figure
     bound: float
     at_least: bool = False
 
 
-def ratio(*names: str) -> Callable[[Row, Sequence[Row]], float | None]:
+class Verdict(NamedTuple):
+    """The figures that were found, worst first, and where; `excess` above 1: by how much the worst one misses."""
+
+    figures: list[tuple[float, str]]
+    met: int
+    excess: float
+
+    def __str__(self) -> str:
+        if not self.figures:
+            return "not measured"
+        if self.met == len(self.figures):
+            return "met"
+        missed = f"missed by {100 * (self.excess - 1):.0f} %" if self.excess >= 1.005 else "missed by a hair"
+        if len(self.figures) == 1:
+            return missed
+        return f"{missed} at worst ({self.figures[0][1]}); {self.met} of {len(self.figures)} met"
+
+
+def ratio(*names: str) -> Figure:
     """The greatest of a row's ratios to these providers, of those it has."""
     return lambda row, rows: max((row.ratios[name] for name in names if name in row.ratios), default=None)
 
 
-def rate(row: Row, rows: Sequence[Row]) -> float | None:
-    return row.tflops
-
-
-def of_full_backward(row: Row, rows: Sequence[Row]) -> float | None:
-    full = [r.p50_ms for r in rows if (r.shape, r.dtype, r.provider, r.cache, r.launch, r.mode) == (
-        row.shape, row.dtype, row.provider, row.cache, row.launch, "backward")]  # fmt: skip
-    return row.p50_ms / full[-1] if full and full[-1] and row.p50_ms else None
-
-
-def share_of_copy(row: Row, rows: Sequence[Row]) -> float | None:
-    slower = row.ratios.get(PROBE["cuda"])
-    return 1 / slower if slower else None
-
-
-def microseconds(row: Row, rows: Sequence[Row]) -> float | None:
-    return None if row.p50_ms is None else 1e3 * row.p50_ms
-
-
-def peak_share(row: Row, rows: Sequence[Row]) -> float | None:
-    return row.figures[PEAK] / row.figures[NEEDED]
+def faster_than(name: str) -> Figure:
+    """How many times: the provider's time over the row's."""
+    return lambda row, rows: 1 / row.ratios[name] if name in row.ratios else None
 
 
 def rows_of(
-    provider: str, suite: str, mode: str, *shapes: str, launch: str = "eager"
-) -> Callable[[Row], bool]:
+    provider: str, suite: str, mode: str, *shapes: str, launch: str = "eager", dtype: str = "bfloat16"
+) -> Select:
+    """Rows with warm caches whose shape's name ends in one of these."""
     return lambda row: (
         (row.provider, row.suite, row.mode, row.launch, row.cache, row.dtype)
-        == (provider, suite, mode, launch, "warm", "bfloat16")
-        and any(row.shape.endswith(shape) for shape in shapes)
+        == (provider, suite, mode, launch, "warm", dtype)
+        and row.shape.endswith(shapes)
     )
 
 
-TWICE = "SDPA twice + add"
-LLAMA = {T: f"LLaMA-7B, B {16384 // T}, T {T}" for T in (512, 1024, 2048, 4096, 8192)}
-LONG = [LLAMA[T] for T in (1024, 2048, 4096, 8192)]
-BIG_CACHES = ("LLaMA-7B, B 32, S 4096", "Llama-3-8B, B 64, S 8192")
-ONE_STREAM = {S: f"LLaMA-7B, B 1, S {S}" for S in (1024, 4096, 16384)}
-
-TRITON = "zinit triton"
-CUDA = "zinit cuda"
-GOALS = (
-    *(
-        Goal(f"Triton forward, T = {T}: TFLOP/s", rows_of(TRITON, "attention", "forward", LLAMA[T]), rate, bound, True)
-        for T, bound in ((512, 300), (1024, 380), (2048, 430), (4096, 460), (8192, 480))
-    ),
-    Goal("Triton forward / best plain SDPA", rows_of(TRITON, "attention", "forward", *LLAMA.values()),
-         ratio("plain SDPA"), 1.10),
-    Goal("Triton forward / SDPA twice + add, T = 512", rows_of(TRITON, "attention", "forward", LLAMA[512]),
-         ratio(TWICE, f"{TWICE}, compiled"), 0.60),
-    Goal("Triton forward / SDPA twice + add, T = 2048", rows_of(TRITON, "attention", "forward", LLAMA[2048]),
-         ratio(TWICE, f"{TWICE}, compiled"), 0.85),
-    Goal("Triton backward / best plain SDPA, T = 1024 to 8192", rows_of(TRITON, "attention", "backward", *LONG),
-         ratio("plain SDPA"), 1.20),
-    Goal("Triton lowest adapted layer / full backward",
-         rows_of(TRITON, "attention", PROMPTS_ONLY, *LLAMA.values()), of_full_backward, 0.15),
-    Goal("Triton peak memory / outputs and gradients", rows_of(TRITON, "memory", "forward+backward", *LLAMA.values()),
-         peak_share, 1.02),
-    Goal("Triton decode, B = 32, S = 4096: share of copy bandwidth",
-         rows_of(TRITON, "decode", "decode", "LLaMA-7B, B 32, S 4096", "Llama-3-8B, B 32, S 4096"), share_of_copy,
-         0.80, True),
-    Goal("CUDA decode, big caches: share of copy bandwidth", rows_of(CUDA, "decode", "decode", *BIG_CACHES),
-         share_of_copy, 0.88, True),
-    *(
-        Goal(f"CUDA decode, one stream, S = {S}, in a graph: us",
-             rows_of(CUDA, "decode", "decode", ONE_STREAM[S], launch="graph"), microseconds, bound)
-        for S, bound in ((1024, 7), (4096, 9), (16384, 24))
-    ),
-    Goal("CUDA decode, one stream / SDPA twice + add", rows_of(CUDA, "decode", "decode", *ONE_STREAM.values()),
-         ratio(TWICE), 0.5),
-    Goal("CUDA decode / itself without prompts",
-         rows_of(CUDA, "decode", "decode", *ONE_STREAM.values(), *BIG_CACHES), ratio("no prompts"), 1.03),
-)  # fmt: skip
+def judged(goal: Goal, rows: Sequence[Row]) -> Verdict:
+    found = [
+        (figure, ", ".join(filter(None, (row.shape, row.layout))))
+        for row in rows
+        if goal.select(row) and (figure := goal.figure(row, rows)) is not None
+    ]
+    found.sort(reverse=not goal.at_least)
+    excesses = [goal.bound / figure if goal.at_least else figure / goal.bound for figure, _ in found]
+    return Verdict(found, sum(excess <= 1 for excess in excesses), max(excesses, default=0.0))
 
 
-def judged(goal: Goal, rows: Sequence[Row]) -> tuple[float | None, str]:
-    """(the worst figure, "met" | "missed by N %" | "not measured")"""
-    figures = [goal.figure(row, rows) for row in rows if goal.select(row)]
-    known = [figure for figure in figures if figure is not None]
-    if not known:
-        return None, "not measured"
-    worst = min(known) if goal.at_least else max(known)
-    excess = goal.bound / worst if goal.at_least else worst / goal.bound
-    return worst, "met" if excess <= 1 else f"missed by {100 * (excess - 1):.0f} %"
+HEADER = ("goal", "bound", "measured", "")
 
 
-def goals_table(rows: Sequence[Row]) -> Table:
-    table = Table("goal", "bound", "measured (worst)", "", title="goals", box=None, title_justify="left")
-    for goal in GOALS:
-        worst, verdict = judged(goal, rows)
-        sign = ">=" if goal.at_least else "<="
-        table.add_row(goal.what, f"{sign} {goal.bound:g}", "" if worst is None else f"{worst:.3g}", verdict)
+def cells(goal: Goal, verdict: Verdict) -> list[str]:
+    """Under `HEADER`: the range over all settings."""
+    values = [figure for figure, _ in verdict.figures]
+    span = dict.fromkeys(f"{figure:.3g}" for figure in (min(values), max(values))) if values else {}
+    return [goal.what, f"{'>=' if goal.at_least else '<='} {goal.bound:g}", " - ".join(span), str(verdict)]
+
+
+def goals_table(goals: Sequence[Goal], rows: Sequence[Row]) -> Table:
+    """A line for each goal, those that were not measured too."""
+    table = Table(*HEADER, title="goals", box=None, title_justify="left")
+    verdicts = [judged(goal, rows) for goal in goals]
+    for goal, verdict in zip(goals, verdicts, strict=True):
+        table.add_row(*cells(goal, verdict))
+    table.caption = summary(verdicts)
+    table.caption_justify = "left"
     return table
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many goals, and how many figures, are as good as asked."""
+    known = [verdict for verdict in verdicts if verdict.figures]
+    goals = sum(verdict.met == len(verdict.figures) for verdict in known)
+    figures, met = sum(len(v.figures) for v in known), sum(v.met for v in known)
+    return f"{goals} of {len(known)} goals met; {met} of {figures} figures"

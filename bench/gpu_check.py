@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from .goals import goals_table
+from .gpu_goals import GPU_GOALS
 from .ledger import LedgerError, Row, read
 from .report import write
 
@@ -54,9 +55,9 @@ def parts(results: Path) -> dict[str, Part]:
             ],
             60,
         ),
-        "attention": Part([[*bench, "attention", *kept, "--no-compile"]], 70),
-        "decode": Part([[*bench, "decode", *kept, "--no-compile"]], 40),
-        "memory": Part([[*bench, "memory", *kept, "--no-compile"]], 20),
+        "attention": Part([[*bench, "attention", *kept, "--compile=none"]], 70),
+        "decode": Part([[*bench, "decode", *kept, "--compile=none"]], 40),
+        "memory": Part([[*bench, "memory", *kept, "--compile=none"]], 20),
         "train": Part([[*bench, "train", *kept]], 50),
         "generate": Part([[*bench, "generate", *kept]], 40),
         "tune": Part(
@@ -67,7 +68,7 @@ def parts(results: Path) -> dict[str, Part]:
                     *kept,
                     "--provider",
                     "zinit triton",
-                    "--no-compile",
+                    "--compile=none",
                     "--shape",
                     "LLaMA-7B",
                 ]
@@ -148,7 +149,7 @@ def main() -> int:
         if rows:
             write(results, out)
             for target in (console, Console(file=log, width=140)):
-                target.print(goals_table(rows))
+                target.print(goals_table(GPU_GOALS, rows))
     console.print(f"everything is in {out}", highlight=False, soft_wrap=True)
     return 0 if all(done) else 1
 

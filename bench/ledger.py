@@ -2,6 +2,7 @@
 
     {"kind": "run", "run": ID, conditions...}
     {"kind": "row", "run": ID, "suite": ..., ...}
+    {"kind": "job", "run": ID, "title": ...}          after the last row of a job: --resume skips it
 
 Every line holds a digest of the one before it, so that a line changed, lost or moved is found, and named, when the
 ledger is read. A run that was interrupted keeps the rows it had.
@@ -28,7 +29,7 @@ class LedgerError(Exception):
 class Row:
     """One figure: who computed what, and how long it took. Times in ms, rates in 10^12 and 10^9 per second."""
 
-    suite: str  # attention | decode | memory | train | generate
+    suite: str  # attention | decode | memory | train | generate | bars | dropins | verify
     shape: str  # its name in bench/shapes.py
     sizes: Mapping[str, int]
     mode: str  # forward | backward | forward+backward | decode | training step | ...
@@ -61,6 +62,7 @@ class Run:
     identity: str
     conditions: Mapping[str, Any]
     rows: tuple[Row, ...]
+    jobs: tuple[str, ...] = ()  # titles of those that were done
 
 
 def digest(line: str) -> str:
@@ -81,6 +83,10 @@ class Ledger:
     def add(self, row: Row) -> None:
         self._append({"kind": "row", "run": self.identity, **asdict(row)})
 
+    def finish(self, title: str) -> None:
+        """All rows of this job are there."""
+        self._append({"kind": "job", "run": self.identity, "title": title})
+
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps({"after": self._after, **entry}, separators=(",", ":"), allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
@@ -95,18 +101,23 @@ def read(path: Path) -> list[Run]:
     lines = _lines(path)
     _check_chain(path, lines)
     names = {entry.name for entry in fields(Row)}
-    runs: dict[str, tuple[dict[str, Any], list[Row]]] = {}
+    runs: dict[str, tuple[dict[str, Any], list[Row], list[str]]] = {}
     for number, line in enumerate(lines, 1):
         entry = json.loads(line)
         kind, identity = entry.pop("kind", None), entry.pop("run", None)
         entry.pop("after")
         if kind == "run":
-            runs[identity] = (entry, [])
+            runs[identity] = (entry, [], [])
         elif kind == "row" and identity in runs and entry.keys() <= names:
             runs[identity][1].append(Row(**entry))
+        elif kind == "job" and identity in runs:
+            runs[identity][2].append(entry["title"])
         else:
-            raise LedgerError(f"{path}, line {number}: neither a run nor a row of a run before it.")
-    return [Run(identity, conditions, tuple(rows)) for identity, (conditions, rows) in runs.items()]
+            raise LedgerError(f"{path}, line {number}: neither a run nor a row or a job of a run before it.")
+    return [
+        Run(identity, conditions, tuple(rows), tuple(jobs))
+        for identity, (conditions, rows, jobs) in runs.items()
+    ]
 
 
 def _lines(path: Path) -> list[str]:

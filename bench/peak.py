@@ -40,10 +40,10 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
     return resident("VmHWM") - before
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """function(*arguments) in a process whose malloc returns what is freed; its exceptions are raised here."""
+def in_fresh_process(function: Callable[..., Any], *arguments: object, malloc: str = RETURN_AT_ONCE) -> Any:
+    """function(*arguments) in a process whose malloc is told so when it starts; its exceptions are raised here."""
     saved = os.environ.get("GLIBC_TUNABLES")
-    os.environ["GLIBC_TUNABLES"] = RETURN_AT_ONCE
+    os.environ["GLIBC_TUNABLES"] = malloc
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()

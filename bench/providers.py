@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +24,9 @@ from .problem import Problem, make_problem
 
 PAGE = 64
 OURS = ("cpu", "triton", "cuda")
+ALONE = ", no prompts"  # ends the name of one of ours that does the token branch alone
+PAGED = ", paged"
+EACH = ", an adapter each"  # and of one whose sequences have prompts of their own
 Call = Callable[[], Tensor]
 
 
@@ -36,6 +40,12 @@ class Provider:
     prompted: bool = True  # False: plain attention, which does less than is asked
     heads_first: bool = True  # out is [B, H, T, D]; False: [B, T, H, D]
     compiles: bool = False  # starts with a minute of compilation
+    batches_only: bool = False  # the same as another provider for one sequence
+
+    @property
+    def family(self) -> str:
+        """The backend, where it is one of ours: what keeps one variant from running keeps them all."""
+        return self.name.partition(",")[0] if self.name.startswith("zinit") else self.name
 
 
 def repeated(tensor: Tensor, problem: Problem) -> Tensor:
@@ -124,6 +134,11 @@ def fused(backend: str, problem: Problem) -> Call:
     return partial(zero_init_attention, *problem.tensors, is_causal=problem.shape.causal, backend=backend)
 
 
+def fused_alone(backend: str, problem: Problem) -> Call:
+    """The same kernel without prompts."""
+    return partial(zero_init_attention, *problem.tensors[:3], is_causal=problem.shape.causal, backend=backend)
+
+
 def fused_why_not(backend: str, problem: Problem, backward: bool) -> str:
     try:
         reason = explain(*problem.tensors, is_causal=problem.shape.causal).get(backend, "no such backend")
@@ -140,13 +155,20 @@ def written_out(problem: Problem) -> Call:
     return partial(official, *problem.tensors, mask=causal_mask(problem))
 
 
+def fixed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile for the very shapes of the first call."""
+    # dynamo counts compilations by function: after 8 it would run it eagerly, and only log that
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(function, dynamic=False)
+
+
 def compiled(prepare: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
     """The call under torch.compile, compiled anew for each problem as its shapes are fixed."""
 
     def prepare_compiled(problem: Problem) -> Call:
         call = prepare(problem)
         assert isinstance(call, partial)
-        return partial(torch.compile(call.func, dynamic=False), *call.args, **call.keywords)
+        return partial(fixed(call.func), *call.args, **call.keywords)
 
     return prepare_compiled
 
@@ -161,7 +183,7 @@ def flex_twice(problem: Problem) -> Call:
     """FlexAttention over the tokens, SDPA over the prompts."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    shape, attend = problem.shape, torch.compile(flex_attention, dynamic=False)
+    shape, attend = problem.shape, fixed(flex_attention)
     block_mask = None
     if shape.causal:
         block_mask = create_block_mask(
@@ -225,8 +247,9 @@ def xformers_twice(problem: Problem) -> Call:
     return run
 
 
-def cached(backend: str, prompted: bool, paged: bool, problem: Problem) -> Call:
+def cached(backend: str, variant: str, problem: Problem) -> Call:
     """The cache function, its caches and lengths in place before the clock starts."""
+    prompted = variant != ALONE
     shape, device = problem.shape, problem.device
     query, key, value, prompt_key, prompt_value = (t.transpose(1, 2) for t in problem.tensors[:5])
     options: dict[str, Tensor | None] = {
@@ -235,7 +258,12 @@ def cached(backend: str, prompted: bool, paged: bool, problem: Problem) -> Call:
         "prompt_v": prompt_value if prompted else None,
         "gate": problem.gate if prompted else None,
     }
-    if paged:
+    if variant == EACH:  # equal values in memory of their own
+        options["prompt_k"], options["prompt_v"] = (
+            t.repeat(shape.batch, 1, 1, 1) for t in (prompt_key, prompt_value)
+        )
+        options["gate"] = problem.gate.repeat(shape.batch, 1)
+    if variant == PAGED:
         key, value = (paged_copy(t) for t in (key, value))
         pages = key.shape[0] // shape.batch
         table = torch.arange(shape.batch * pages, dtype=torch.int32, device=device)
@@ -295,8 +323,8 @@ def library(module: str, prepare: Callable[[Problem], Call]) -> Callable[[Proble
     return lambda problem, backward: why_missing(module) or cannot_run(prepare, problem, backward)
 
 
-def cached_why_not(backend: str, prompted: bool, paged: bool, problem: Problem, backward: bool) -> str:
-    call = cached(backend, prompted, paged, problem)
+def cached_why_not(backend: str, variant: str, problem: Problem, backward: bool) -> str:
+    call = cached(backend, variant, problem)
     assert isinstance(call, partial)
     keywords = {name: value for name, value in call.keywords.items() if name != "backend"}
     reason = explain(*call.args, **keywords).get(backend, "no such backend")
@@ -318,6 +346,15 @@ def prefill_providers() -> tuple[Provider, ...]:
     """For whole sequences, forward and backward."""
     return (
         *(Provider(f"zinit {name}", partial(fused, name), partial(fused_why_not, name)) for name in OURS),
+        *(
+            Provider(
+                f"zinit {name}{ALONE}",
+                partial(fused_alone, name),
+                partial(fused_why_not, name),
+                prompted=False,
+            )
+            for name in OURS
+        ),
         *(Provider(name, make, by_trying(make), prompted=False) for name, make in FLOORS.items()),
         Provider(TWICE, twice),
         Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
@@ -338,14 +375,15 @@ def decode_providers() -> tuple[Provider, ...]:
     """For one new token per sequence against a cache."""
     ours = [
         Provider(
-            f"zinit {name}{', paged' if paged else ''}{'' if prompted else ', no prompts'}",
-            partial(cached, name, prompted, paged),
-            partial(cached_why_not, name, prompted, paged),
-            prompted=prompted,
+            f"zinit {name}{variant}",
+            partial(cached, name, variant),
+            partial(cached_why_not, name, variant),
+            prompted=variant != ALONE,
             heads_first=False,
+            batches_only=variant == EACH,
         )
         for name in OURS
-        for paged, prompted in ((False, True), (False, False), (True, True))
+        for variant in ("", ALONE, PAGED, EACH)
     ]
     return (
         *ours,

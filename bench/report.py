@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .cpu_goals import CPU_GOALS
+from .goals import Goal
+from .gpu_goals import GPU_GOALS
 from .ledger import Row, Run, read
 from .plots import draw
 from .tables import columns_of, number
 
+GOALS = {"cpu": CPU_GOALS, "cuda": GPU_GOALS}
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("zinit cpu", "zinit triton", "zinit cuda")
 PROBES = ("torch.mm, square", "plain read of the cache", "copy of as many bytes")
@@ -158,6 +162,11 @@ def chapters(results: Path) -> dict[str, list[Measured]]:
     for path in sorted(results.glob("*/*.jsonl")):
         found.setdefault(path.parent.name, []).extend(newest(read(path)))
     return found
+
+
+def goals_of(rows: Sequence[Measured]) -> Sequence[Goal]:
+    """Those that were set for the kind of chip the rows were measured on."""
+    return GOALS[str(rows[0].run.conditions["device"])]
 
 
 def page(results: Path, pictures: dict[str, list[str]]) -> str:

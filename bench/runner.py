@@ -19,7 +19,8 @@ from rich.progress import (
 )
 
 from .conditions import conditions, folder_name
-from .ledger import Ledger, Row
+from .ledger import Ledger, Row, read
+from .shapes import COMPILED
 
 Note = Callable[[str], None]  # tells the user, once, what was left out and why
 
@@ -32,10 +33,15 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     seconds: float = 3.0  # of rounds per setting
     smoke: bool = False  # tiny shapes
-    compiled: bool = True  # providers that torch.compile first are timed too
+    compiled: str = "few"  # where providers that torch.compile first are timed too: none | few | all shapes
     cold: tuple[bool, ...] = (False,)
     only_shapes: tuple[str, ...] = ()  # parts of names; empty = all
     only_providers: tuple[str, ...] = ()
+    only_jobs: tuple[str, ...] = ()
+    resume: bool = False  # without the jobs that this commit has done under the same conditions
+
+    def compiles(self, name: str) -> bool:
+        return self.compiled == "all" or (self.compiled == "few" and name in COMPILED)
 
     def wants_shape(self, name: str) -> bool:
         return _matches(name, self.only_shapes)
@@ -59,6 +65,11 @@ def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, co
     """The rows of all jobs, appended to results/<chip>/<suite>.jsonl. Ctrl-C ends the run and keeps what is done."""
     facts = conditions(options.device)
     folder = results / folder_name(str(facts["chip"]))
+    suites = {
+        name: [job for job in jobs if _matches(job.title, options.only_jobs)] for name, jobs in suites.items()
+    }
+    if options.resume:
+        suites = {name: unfinished(folder / f"{name}.jsonl", facts, jobs) for name, jobs in suites.items()}
     rows: list[Row] = []
     ledgers: dict[str, Ledger] = {}
     said: set[str] = set()
@@ -83,9 +94,24 @@ def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, co
                             ledgers[name] = Ledger(folder / f"{name}.jsonl", facts)
                         ledgers[name].add(row)
                         rows.append(row)
+                    if name in ledgers:
+                        ledgers[name].finish(job.title)
                     progress.advance(task)
         except KeyboardInterrupt:
             note(f"stopped: the {len(rows)} rows measured so far are kept")
     for ledger in ledgers.values():
         console.print(f"appended to {ledger.path}", highlight=False, soft_wrap=True)
     return rows
+
+
+def unfinished(path: Path, facts: Mapping[str, object], jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that no run of the same commit, versions and machine has done."""
+    same = ("chip", "instructions", "commit", "versions", "malloc")
+    runs = read(path) if path.exists() else []
+    done = {
+        title
+        for run in runs
+        if all(run.conditions.get(name) == facts[name] for name in same)
+        for title in run.jobs
+    }
+    return [job for job in jobs if job.title not in done]

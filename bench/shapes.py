@@ -140,5 +140,20 @@ DECODE = {
         decode("Llama-3-8B", 64, 8192),
     ],
 }
+# where a minute of torch.compile is spent unless another choice is made
+COMPILED = ("LLaMA-7B, B 1, T 512", "LLaMA-7B, B 1, S 2048", "LLaMA-7B, B 32, T 512", "LLaMA-7B, B 8, T 2048")
+# What the CPU kernels' goals are stated for: MHA, 32/8 heads, and 8 heads of 64.
+BARS_PREFILL = [
+    shape
+    for seqlen in (128, 512, 2048)
+    for shape in (
+        prefill("LLaMA-7B", 1, seqlen),
+        prefill("Llama-3-8B", 1, seqlen),
+        prefill("CLIP-B/16 text", 1 if seqlen == 2048 else 4, seqlen),
+    )
+]
+BARS_DECODE = [
+    decode(model, 1, seqlen) for model in ("LLaMA-7B", "Llama-3-8B") for seqlen in (512, 2048, 8192)
+]
 SMOKE_PREFILL = [prefill("CLIP-B/16 text", 1), prefill("Llama-3-8B", 1, 64)]
 SMOKE_DECODE = [decode("Llama-3-8B", 1, 256)]

@@ -1,6 +1,9 @@
 """The benchmarks: no figure for a wrong kernel, a ledger that cannot be bent, pages that are what the ledgers say."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +13,19 @@ from rich.console import Console
 
 from bench import contenders, report, runner
 from bench.__main__ import main
+from bench.cpu_goals import CPU_GOALS
 from bench.goals import Goal, judged, ratio, rows_of
 from bench.ledger import Ledger, LedgerError, Row, read
 from bench.problem import make_problem
-from bench.providers import Provider, prefill_providers, twice
-from bench.shapes import Shape, prefill
-from bench.suites import attention, generate
+from bench.providers import TWICE, Provider, prefill_providers, twice
+from bench.shapes import BARS_DECODE, BARS_PREFILL, Shape, prefill
+from bench.suites import SUITES, attention, dropins, generate, verify
+from bench.suites.attention import NO_PROMPTS
+from bench.suites.decode import PROBE
 
 CPU = torch.device("cpu")
 FACTS = {
-    "chip": "a chip", "instructions": "some", "time": "2026-01-02T03:04:05Z", "commit": "abc",
+    "chip": "a chip", "device": "cpu", "instructions": "some", "time": "2026-01-02T03:04:05Z", "commit": "abc",
     "versions": {"torch": "2"}, "load": 0.1, "malloc": "default",
 }  # fmt: skip
 
@@ -108,13 +114,21 @@ def wrong(problem):
     return twice(problem.with_tensors(*problem.tensors[:5], 2 * problem.tensors[5]))
 
 
-def test_a_wrong_kernel_gets_no_figure(monkeypatch, tmp_path):
+def test_a_wrong_kernel_gets_no_figure():
     providers = (Provider("honest", twice), Provider("zinit broken", wrong))
-    monkeypatch.setattr(attention, "prefill_providers", lambda: providers)
     notes = []
-    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled=False)
+    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
     rows = list(
-        attention.rows(options, prefill("CLIP-B/16 text", 1), torch.float32, "forward", False, notes.append)
+        attention.rows(
+            options,
+            lambda: providers,
+            prefill("CLIP-B/16 text", 1),
+            torch.float32,
+            "forward",
+            False,
+            torch.float32,
+            notes.append,
+        )  # fmt: skip
     )
     assert {r.provider for r in rows} == {"honest", attention.PRODUCT}
     assert (
@@ -176,6 +190,72 @@ def test_stopping_keeps_what_is_done(tmp_path):
     assert rows == [row()] and [r.rows for r in read(path)] == [(row(),)]
 
 
+SLOW = """
+import sys, time
+from bench import __main__ as program, runner
+from bench.ledger import Row
+
+def slow(note):
+    print("begun", flush=True)
+    time.sleep(60)
+
+def quick(note):
+    yield Row("attention", "a shape", {}, "forward", "float32", "zinit cpu")
+
+program.SUITES["attention"] = lambda options: [runner.Job("quick", quick), runner.Job("slow", slow)]
+sys.exit(program.main(["attention", "--results", sys.argv[1]]))
+"""
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    """The real signal, sent to a process in the middle of its second job."""
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if "begun" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.communicate(timeout=60)[0]
+    (path,) = tmp_path.glob("*/attention.jsonl")
+    (run,) = read(path)
+    assert "stopped: the 1 rows measured so far are kept" in said and "Traceback" not in said
+    assert len(run.rows) == 1 and run.jobs == ("quick",)
+
+
+def test_a_stopped_run_is_resumed_where_it_was(tmp_path, monkeypatch):
+    ran = []
+
+    def job(title):
+        def rows(note):
+            ran.append(title)
+            yield row(shape=title)
+            if title == "second" and ran.count("second") == 1:
+                raise KeyboardInterrupt
+
+        return runner.Job(title, rows)
+
+    suites = {"attention": [job("first"), job("second"), job("third")]}
+    options = runner.Options(CPU, (torch.float32,), resume=True)
+    console = Console(quiet=True)
+    for _ in range(2):
+        runner.run(suites, options, tmp_path, console)
+    assert ran == ["first", "second", "second", "third"]
+    monkeypatch.setattr("bench.conditions.commit", lambda: "another")
+    runner.run(suites, options, tmp_path, console)
+    assert ran[4:] == ["first", "second", "third"]
+
+
+def test_two_runs_are_compared(ledger, capsys):
+    results = str(ledger.parent.parent)
+    assert main(["agree", "--results", results]) == 1  # 0.5 and 1.5 times plain SDPA's
+    assert "200.0 %" in capsys.readouterr().out
+    assert main(["agree", "--results", results, "--within", "2"]) == 0
+    assert main(["agree", "decode", "--results", results]) == 2
+    assert "was measured twice" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 7), (3, 9), (1, 5)])
 def test_pairs_are_counted_as_the_mask_leaves_them(causal, seqlen_q, seqlen_k):
@@ -225,11 +305,42 @@ def test_a_base_that_is_no_commit_is_said_in_a_sentence(capsys):
     assert "could not check out no-such-revision" in capsys.readouterr().out
 
 
-def test_a_goal_is_judged_by_the_worst_row():
+def test_a_goal_is_judged_by_every_row():
     select = rows_of("zinit cpu", "attention", "forward", "T 128")
     rows = [row(dtype="bfloat16", ratios={"plain SDPA": r}) for r in (0.9, 1.2)]
     goal = Goal("", select, ratio("plain SDPA"), 1.0)
-    assert judged(goal, rows) == (1.2, "missed by 20 %")
-    assert judged(goal, rows[:1]) == (0.9, "met")
-    assert judged(goal._replace(at_least=True), rows)[1] == "missed by 11 %"
-    assert judged(goal, [row()]) == (None, "not measured")  # float32 is another goal's
+    assert str(judged(goal, rows)) == "missed by 20 % at worst (LLaMA-7B, B 1, T 128); 1 of 2 met"
+    assert str(judged(goal, rows[1:])) == "missed by 20 %"
+    assert str(judged(goal, rows[:1])) == "met"
+    assert str(judged(goal._replace(at_least=True), rows[:1])) == "missed by 11 %"
+    assert str(judged(goal, [row()])) == "not measured"  # float32 is another goal's
+
+
+def test_every_goal_of_a_cpu_has_its_rows():
+    """The suites' settings, filled with figures, leave no goal unmeasured."""
+    options = runner.Options(CPU, (torch.float32, torch.bfloat16))
+    titles = [job.title for suite in ("bars", "dropins", "verify") for job in SUITES[suite](options)]
+    for mode, shapes in (
+        ("forward", BARS_PREFILL),
+        ("forward+backward", BARS_PREFILL),
+        ("decode", BARS_DECODE),
+    ):
+        for dtype in ("float32", "bfloat16"):
+            assert {s.name for s in shapes} == {s.name for s in shapes if f"bars, {mode}, {dtype}, {s.name}" in
+                                                "\n".join(titles)}  # fmt: skip
+    rows = [
+        row(suite="bars", shape=shape.name, dtype=dtype, mode=mode, figures={attention.PRODUCT_SHARE: 1.0},
+            ratios=dict.fromkeys(("plain SDPA", TWICE, NO_PROMPTS, PROBE["cpu"]), 1.0))
+        for dtype in ("float32", "bfloat16")
+        for shapes, modes in ((BARS_PREFILL, ("forward", "forward+backward")), (BARS_DECODE, ("decode",)))
+        for shape in shapes
+        for mode in modes
+    ]  # fmt: skip
+    rows += [
+        row(dropins.ACCELERATED, suite="dropins", mode=mode, ratios={dropins.PEFT: 1.0, dropins.BASE: 1.0})
+        for mode in dropins.WIDTH
+    ]
+    rows.append(row("plain SDPA", suite="verify", ratios={verify.THEIRS: 1.0}))
+    verdicts = [judged(goal, rows) for goal in CPU_GOALS]
+    assert [len(verdict.figures) for verdict in verdicts] == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [
+        3, 3, 6, 6, 4, 4, 1, 1, 1, 1, 1]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..runner import Job, Options
-from . import attention, decode, generate, memory, train
+from . import attention, bars, decode, dropins, generate, memory, train, verify
 
 SUITES: dict[str, Callable[[Options], list[Job]]] = {
     "attention": attention.jobs,
@@ -13,4 +13,7 @@ SUITES: dict[str, Callable[[Options], list[Job]]] = {
     "memory": memory.jobs,
     "train": train.jobs,
     "generate": generate.jobs,
+    "bars": bars.jobs,
+    "dropins": dropins.jobs,
+    "verify": verify.jobs,
 }

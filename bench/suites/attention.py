@@ -14,12 +14,14 @@ from ..interleave import Times, measure
 from ..ledger import Row
 from ..probes import matrix_product
 from ..problem import Problem, make_problem
-from ..providers import OURS, TWICE, Provider, prefill_providers
+from ..providers import ALONE, OURS, TWICE, Provider, prefill_providers
 from ..runner import Job, Note, Options
 from ..shapes import PREFILL, SMOKE_PREFILL, Shape
 
 PROMPTS_ONLY = "backward, prompts only"  # what the lowest adapted layer of a frozen model wants
 PRODUCT = "torch.mm, square"  # what the chip's arithmetic can do, measured in the same rounds
+NO_PROMPTS = "no prompts"  # the ratio to the same kernel without them
+PRODUCT_SHARE = "rate / torch.mm's"
 MODES = {
     "cpu": ("forward", "forward+backward"),
     "cuda": ("forward", "backward", "forward+backward", PROMPTS_ONLY),
@@ -38,7 +40,8 @@ def jobs(options: Options) -> list[Job]:
             for mode in MODES[kind]:
                 for cold in options.cold:
                     title = f"attention, {shape.name}, {name_of(dtype)}, {mode}{', cold' if cold else ''}"
-                    found.append(Job(title, partial(rows, options, shape, dtype, mode, cold)))
+                    run = partial(rows, options, prefill_providers, shape, dtype, mode, cold, dtype)
+                    found.append(Job(title, run))
     return found
 
 
@@ -51,10 +54,14 @@ def usable(
 ) -> Iterator[Provider]:
     """Those that can run the problem and are right on its sibling; the others are named with their reason."""
     for provider in providers:
-        if not options.wants_provider(provider.name) or (provider.compiles and not options.compiled):
+        if not options.wants_provider(provider.name):
+            continue
+        if provider.batches_only and problem.shape.batch == 1:
+            continue
+        if provider.compiles and not options.compiles(problem.shape.name):
             continue
         if reason := provider.why_not(problem, backward):
-            note(f"{provider.name} left out: {reason}")
+            note(f"{provider.family} left out: {reason}")
         elif wrong := why_wrong(provider, problem, backward):
             note(f"{provider.name}, {problem.shape.name}, {name_of(problem.dtype)}: no figure, {wrong}")
         else:
@@ -64,8 +71,7 @@ def usable(
 def timed_call(provider: Provider, problem: Problem, mode: str) -> Callable[[], object]:
     """What the clock runs for a mode."""
     if mode in ("forward", "decode"):
-        call = provider.prepare(problem)
-        return torch.no_grad()(lambda: call())
+        return provider.prepare(problem)
     tensors = [
         t.detach().requires_grad_(mode != PROMPTS_ONLY or i >= 3) for i, t in enumerate(problem.tensors)
     ]
@@ -99,16 +105,28 @@ def prepared(
 
 
 def rows(
-    options: Options, shape: Shape, dtype: torch.dtype, mode: str, cold: bool, note: Note
+    options: Options,
+    providers: Callable[[], Sequence[Provider]],
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    cold: bool,
+    product_dtype: torch.dtype,
+    note: Note,
 ) -> Iterator[Row]:
     problem = make_problem(shape, dtype, options.device)
     backward = mode != "forward"
-    calls = prepared(usable(prefill_providers(), problem, backward, options, note), problem, mode, note)
+    calls = prepared(usable(providers(), problem, backward, options, note), problem, mode, note)
     if calls:
-        product, product_flops = matrix_product(dtype, options.device)
+        product, product_flops = matrix_product(product_dtype, options.device)
         functions = {**{p.name: call for p, call in calls.items()}, PRODUCT: product}
         times = measure(functions, options.seconds, Clock(options.device, cold))
-        yield from figures("attention", problem, mode, list(calls), times, cold)
+        for row in figures("attention", problem, mode, list(calls), times, cold):
+            if row.tflops:  # in the same rounds: median of times, not of rates
+                work = row.tflops * 1e9 * (row.p50_ms or 0.0)
+                share = work / product_flops / times.ratio(row.provider, PRODUCT)
+                row.figures[PRODUCT_SHARE] = share  # type: ignore[index]
+            yield row
         seconds = times.median(PRODUCT)
         yield Row(
             suite="attention", shape=shape.name, sizes=shape.sizes, mode=mode, dtype=name_of(dtype), provider=PRODUCT,
@@ -156,6 +174,8 @@ def figures(
         for other in (TWICE, f"{TWICE}, compiled", *(f"zinit {backend}" for backend in OURS)):
             if other in times.seconds and other != name:
                 ratios[other] = times.ratio(name, other)
+        if f"{name}{ALONE}" in times.seconds:
+            ratios[NO_PROMPTS] = times.ratio(name, f"{name}{ALONE}")
         yield Row(
             suite=suite,
             shape=shape.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from ..interleave import measure
 from ..ledger import Row
 from ..probes import device_copy, plain_read
 from ..problem import Problem, make_problem
-from ..providers import decode_providers
+from ..providers import Provider, decode_providers
 from ..runner import Job, Note, Options
 from ..shapes import DECODE, SMOKE_DECODE, Shape
 from .attention import figures, graph_rows, name_of, prepared, usable
@@ -31,7 +31,8 @@ def jobs(options: Options) -> list[Job]:
             for layout in LAYOUTS:
                 for cold in options.cold:
                     title = f"decode, {shape.name}, {name_of(dtype)}, {layout}{', cold' if cold else ''}"
-                    found.append(Job(title, partial(rows, options, shape, dtype, layout, cold)))
+                    run = partial(rows, options, decode_providers, shape, dtype, layout, cold)
+                    found.append(Job(title, run))
     return found
 
 
@@ -46,11 +47,16 @@ def probe(problem: Problem) -> Callable[[], object]:
 
 
 def rows(
-    options: Options, shape: Shape, dtype: torch.dtype, layout: str, cold: bool, note: Note
+    options: Options,
+    providers: Callable[[], Sequence[Provider]],
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    cold: bool,
+    note: Note,
 ) -> Iterator[Row]:
     problem = make_problem(shape, dtype, options.device, layout)
-    providers = usable(decode_providers(), problem, False, options, note)
-    calls = prepared(providers, problem, "decode", note)
+    calls = prepared(usable(providers(), problem, False, options, note), problem, "decode", note)
     if not calls:
         return
     name = PROBE[options.device.type]
@@ -65,9 +71,6 @@ def rows(
     )  # fmt: skip
     for row in figures("decode", problem, "decode", list(calls), times, cold):
         row.ratios[name] = times.ratio(row.provider, name)  # type: ignore[index]
-        for ours in (p.name for p in calls if p.name.endswith(", no prompts")):
-            if row.provider == ours.removesuffix(", no prompts"):
-                row.ratios["no prompts"] = times.ratio(row.provider, ours)  # type: ignore[index]
         yield row
     if options.device.type == "cuda" and not cold:
         yield from graph_rows(options, problem, calls, note)

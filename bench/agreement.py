@@ -1,0 +1,68 @@
+"""Two runs of the same settings: how far their ratios differ. `python -m bench agree attention`"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
+
+from .ledger import LedgerError, Row, read
+
+
+class Pair(NamedTuple):
+    """One ratio by two runs."""
+
+    where: str
+    provider: str
+    other: str
+    first: float
+    second: float
+
+    @property
+    def difference(self) -> float:
+        """As a share: 0.1 where one is 1.1 times the other."""
+        return max(self.first, self.second) / min(self.first, self.second) - 1
+
+
+def last_two(results: Path, suite: str) -> Iterator[tuple[Row, Row]]:
+    """Every row that at least two runs hold, of the last two of them."""
+    for path in sorted(results.glob(f"*/{suite}.jsonl")):
+        found: dict[tuple[str, ...], list[Row]] = {}
+        for run in read(path):
+            for row in run.rows:
+                found.setdefault((*row.setting, row.provider), []).append(row)
+        yield from ((rows[-2], rows[-1]) for rows in found.values() if len(rows) > 1)
+
+
+def pairs(results: Path, suite: str) -> list[Pair]:
+    """This package's ratios to everything else, by both runs."""
+    return [
+        Pair(", ".join(filter(None, row.setting[1:5])), row.provider, other, row.ratios[other], ratio)
+        for row, later in last_two(results, suite)
+        if row.provider.startswith("zinit")
+        for other, ratio in later.ratios.items()
+        if other in row.ratios
+    ]
+
+
+def agreement(results: Path, suites: Sequence[str], within: float) -> tuple[Table, bool]:
+    """A line for each suite, and whether all ratios are `within` a share of each other."""
+    table = Table("suite", "ratios", f"within {100 * within:.0f} %", "median", "worst", "where", box=None)
+    worst = -1.0
+    for suite in suites:
+        found = sorted(pairs(results, suite), key=lambda pair: pair.difference)
+        if not found:
+            continue
+        last = found[-1]
+        worst = max(worst, last.difference)
+        table.add_row(
+            suite, str(len(found)), str(sum(pair.difference <= within for pair in found)),
+            f"{100 * statistics.median(pair.difference for pair in found):.1f} %", f"{100 * last.difference:.1f} %",
+            f"{last.where}: {last.provider} / {last.other} {last.first:.3g}, {last.second:.3g}",
+        )  # fmt: skip
+    if worst < 0:
+        raise LedgerError(f"no setting in {results} was measured twice: run the same suite again.")
+    return table, worst <= within

@@ -42,7 +42,10 @@ format: $(VENV)/.ready
 bench: build
 	$(PYTHON) -m bench.cpu
 
-# OUT= the folder of the records, PART= one part; PY=python3 takes the torch that is there, without a network
+# OUT= the folder of the records, PART= one part; PY=python3 takes what that interpreter has, and downloads nothing
+ifdef PY
+gpu-check: export PIP_NO_INDEX := 1
+endif
 gpu-check: $(VENV)/.ready
 	$(PYTHON) -m bench.gpu_check $(if $(OUT),--out $(OUT)) $(if $(PART),--part $(PART))
 

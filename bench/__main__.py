@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import profile, report, runner
+from . import page, profile, report, runner
 from .agreement import agreement
+from .chapters import chapters
 from .compare import CompareError, compare
 from .goals import goals_table, judged
 from .ledger import LedgerError
@@ -149,7 +150,7 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
             "nothing was measured: no shape, or no provider, has such a name or can run here", style="red"
         )
         return 1
-    goals = [goal for goal in report.GOALS[device.type] if judged(goal, rows).figures]
+    goals = [goal for goal in page.GOALS[device.type] if judged(goal, rows).figures]
     if goals and not arguments.smoke:
         console.print(goals_table(goals, rows))
     return 0
@@ -161,9 +162,9 @@ def goals_command(command_line: list[str], console: Console) -> int:
         "--results", type=Path, default=RESULTS, help="the ledgers' folder (default bench/results)"
     )
     arguments = parser.parse_args(command_line)
-    for folder, measured in report.chapters(arguments.results).items():
+    for folder, measured in chapters(arguments.results).items():
         console.print(f"{folder}:", highlight=False)
-        console.print(goals_table(report.goals_of(measured), [m.row for m in measured]))
+        console.print(goals_table(page.goals_of(measured), [m.row for m in measured]))
     return 0
 
 

@@ -81,7 +81,7 @@ class Ledger:
         self._append({"kind": "run", "run": self.identity, **conditions})
 
     def add(self, row: Row) -> None:
-        self._append({"kind": "row", "run": self.identity, **asdict(row)})
+        self._append({"kind": "row", "run": self.identity, **_short(asdict(row))})
 
     def finish(self, title: str) -> None:
         """All rows of this job are there."""
@@ -118,6 +118,13 @@ def read(path: Path) -> list[Run]:
         Run(identity, conditions, tuple(rows), tuple(jobs))
         for identity, (conditions, rows, jobs) in runs.items()
     ]
+
+
+def _short(value: Any) -> Any:
+    """Six significant digits of every float: more than a clock has, and half the file."""
+    if isinstance(value, dict):
+        return {name: _short(part) for name, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,16 +1,23 @@
-"""Pictures of a chip's rows: speed against length, bytes per second against the cache, roofline, memory."""
+"""Pictures of a chip's rows: speed against length, bandwidth against the cache, roofline, memory, whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .ledger import Row
 
 FAMILY = "LLaMA-7B"  # the model whose lengths are swept
-INK = {"zinit cpu": "#d1495b", "zinit triton": "#d1495b", "zinit cuda": "#8f2d56"}
-MUTED = ("#30638e", "#66a182", "#edae49", "#7a7a7a", "#9c6ade", "#2e86ab", "#b08968", "#4d908e", "#adb5bd")
+OURS, FAINT, FLOOR = "#c8324b", "#e8a0ab", "#222222"
+KNOWN = {
+    "SDPA twice + add": "#30638e", "official formula": "#4f9d69", "FlexAttention + SDPA + add": "#d98e04",
+    "flash-attn twice + add": "#7d5ba6", "xformers twice + add": "#8c6d46", "flashinfer twice + add": "#2a9d8f",
+    "plain SDPA, flash": "#6b6b6b", "plain SDPA, cuDNN": "#8a8a8a", "plain SDPA, efficient": "#a5a5a5",
+    "plain SDPA, math": "#bdbdbd",
+}  # fmt: skip
+OTHERS = "#9aa5b1"
+PROBES = ("torch.mm, square", "plain read of the cache", "copy of as many bytes")
 
 
 def draw(rows: Sequence[Row], folder: Path, chip: str) -> list[str]:
@@ -18,51 +25,81 @@ def draw(rows: Sequence[Row], folder: Path, chip: str) -> list[str]:
     import matplotlib
 
     matplotlib.use("Agg")
+    chosen = [row for row in rows if row.launch == "eager" and row.cache == "warm"]
     names = []
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        chosen = [row for row in rows if row.dtype == dtype and row.launch == "eager" and row.cache == "warm"]
-        for kind, picture in (
-            ("attention", attention),
-            ("decode", decode),
-            ("memory", memory),
-            ("roofline", roofline),
-        ):
+    pictures: dict[str, Callable[[Sequence[Row]], Any | None]] = {
+        "time": lambda rows: attention(rows, "p50_ms", "ms"),
+        "rate": lambda rows: attention(rows, "tflops", "useful TFLOP/s"),
+        "decode": decode,
+        "roofline": roofline,
+        "memory": memory,
+        "train": train,
+        "generate": generate,
+    }
+    for kind, picture in pictures.items():
+        with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
             figure = picture(chosen)
             if figure is not None:
-                name = f"{chip}-{kind}-{dtype}.png"
-                figure.suptitle(f"{kind}, {dtype}, {chip}")
-                figure.savefig(folder / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
+                name = f"{chip}-{kind}.png"
+                figure.savefig(folder / name, dpi=100, bbox_inches="tight", metadata={"Software": None})
                 names.append(name)
     return names
 
 
-def subplots(count: int) -> tuple[Any, Any]:
+def subplots(rows: int, columns: int, width: float = 4.6, height: float = 3.1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * count, 3.9), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis in axes:
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        axis.grid(alpha=0.2)
+        axis.set_axisbelow(True)
     return figure, axes
 
 
-def colour(provider: str, providers: Sequence[str]) -> str:
-    others = [name for name in providers if name not in INK]
-    return INK.get(provider) or MUTED[others.index(provider) % len(MUTED)]
+def colour(provider: str) -> str:
+    if provider.startswith(("zinit", "PEFT adaption prompt, accelerated")):
+        return OURS if provider.count(",") == 0 or "adapted" in provider else FAINT
+    if provider == "plain SDPA" or provider in PROBES:
+        return FLOOR
+    return next((c for name, c in KNOWN.items() if provider in (name, f"{name}, compiled")), OTHERS)
 
 
-def lines(axis: Any, rows: Sequence[Row], x: str, y: str, title: str) -> None:
+def style(provider: str) -> dict[str, Any]:
+    """Ours thick, the floor dashed, what was compiled dotted."""
+    ours = colour(provider) == OURS
+    line = "--" if colour(provider) == FLOOR else ":" if provider.endswith("compiled") else "-"
+    return {
+        "color": colour(provider),
+        "linestyle": line,
+        "linewidth": 2.6 if ours else 1.3,
+        "zorder": 4 if ours else 3,
+    }
+
+
+def dtypes_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.dtype for row in rows))
+
+
+def lines(axis: Any, rows: Sequence[Row], x: str, y: str) -> None:
     """One line per provider over the swept length."""
-    providers = list(dict.fromkeys(row.provider for row in rows))
-    for provider in providers:
+    for provider in dict.fromkeys(row.provider for row in rows):
         points = sorted((row.sizes[x], getattr(row, y)) for row in rows if row.provider == provider)
-        style = {"linewidth": 2.4, "zorder": 3} if provider in INK else {"linewidth": 1.2, "alpha": 0.9}
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=provider,
-                  color=colour(provider, providers), **style)  # fmt: skip
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=provider, **style(provider))
+    ticks = sorted({row.sizes[x] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xlabel("tokens T" if x == "seqlen_q" else "keys in the cache S")
-    axis.set_title(title, fontsize=10)
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """One for all axes, to their right, without repetition."""
+    known: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    figure.legend(known.values(), known.keys(), loc="outside right center", frameon=False, fontsize=8)
 
 
 def swept(rows: Sequence[Row], suite: str) -> list[Row]:
@@ -70,23 +107,29 @@ def swept(rows: Sequence[Row], suite: str) -> list[Row]:
         row
         for row in rows
         if row.suite == suite and row.shape.startswith(f"{FAMILY},") and row.sizes["prompt_length"] == 10
-        and (suite != "decode" or (row.layout == "head-major" and row.sizes["batch"] == 1))
+        and (suite != "decode" or row.sizes["batch"] == 1)
     ]  # fmt: skip
 
 
-def attention(rows: Sequence[Row]) -> Any | None:
-    """Time, and useful TFLOP/s, against T."""
-    chosen = swept(rows, "attention")
+def attention(rows: Sequence[Row], y: str, unit: str) -> Any | None:
+    """Time, or useful TFLOP/s, against T: a row for each mode, a column for each dtype."""
+    chosen = [row for row in swept(rows, "attention") if getattr(row, y) is not None]
+    if y == "p50_ms":
+        chosen = [row for row in chosen if row.provider not in PROBES]
     modes = [m for m in ("forward", "forward+backward") if any(row.mode == m for row in chosen)]
     if not modes:
         return None
-    figure, axes = subplots(2 * len(modes))
+    dtypes = dtypes_of(chosen)
+    figure, axes = subplots(len(modes), len(dtypes))
     for i, mode in enumerate(modes):
-        part = [row for row in chosen if row.mode == mode]
-        lines(axes[2 * i], part, "seqlen_q", "p50_ms", f"{mode}, ms")
-        axes[2 * i].set_yscale("log")
-        lines(axes[2 * i + 1], part, "seqlen_q", "tflops", f"{mode}, TFLOP/s")
-    axes[-1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+        for j, dtype in enumerate(dtypes):
+            axis = axes[i, j]
+            lines(axis, [row for row in chosen if (row.mode, row.dtype) == (mode, dtype)], "seqlen_q", y)
+            axis.set_title(f"{mode}, {dtype}", loc="left")
+            axis.set_yscale("log") if y == "p50_ms" else axis.set_ylim(bottom=0)
+            axis.set_ylabel(unit if j == 0 else "")
+            axis.set_xlabel(f"tokens T, heads of {FAMILY}" if i == len(modes) - 1 else "")
+    legend(figure, axes)
     return figure
 
 
@@ -95,59 +138,150 @@ def decode(rows: Sequence[Row]) -> Any | None:
     chosen = swept(rows, "decode")
     if not chosen:
         return None
-    figure, axes = subplots(1)
-    lines(axes[0], chosen, "seqlen_k", "gbps", f"one token of {FAMILY}, GB/s of cache")
-    axes[0].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    dtypes, layouts = dtypes_of(chosen), list(dict.fromkeys(row.layout for row in chosen))
+    figure, axes = subplots(len(layouts), len(dtypes))
+    for i, layout in enumerate(layouts):
+        for j, dtype in enumerate(dtypes):
+            axis = axes[i, j]
+            lines(
+                axis,
+                [row for row in chosen if (row.layout, row.dtype) == (layout, dtype)],
+                "seqlen_k",
+                "gbps",
+            )
+            axis.set_title(f"one token, {layout} cache, {dtype}", loc="left")
+            axis.set_ylim(bottom=0)
+            axis.set_ylabel("GB/s of cache" if j == 0 else "")
+            axis.set_xlabel(f"keys S in the cache, heads of {FAMILY}" if i == len(layouts) - 1 else "")
+    legend(figure, axes)
     return figure
 
 
+def bars(axis: Any, names: Sequence[str], values: Sequence[float], digits: str = ".3g") -> None:
+    """Horizontal, the value written at the end of each."""
+    axis.barh(names, values, color=[colour(name) for name in names], height=0.7)
+    for i, value in enumerate(values):
+        axis.annotate(
+            f"{value:{digits}}",
+            (value, i),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlim(right=(max(values) or 1.0) * (4 if axis.get_xscale() == "log" else 1.15))
+
+
 def memory(rows: Sequence[Row]) -> Any | None:
-    """Peak memory beyond the inputs, beside what outputs and gradients need."""
+    """Peak memory of the longest shape beyond the inputs, beside what outputs and gradients need."""
     chosen = [row for row in rows if row.suite == "memory"]
-    groups = list(dict.fromkeys((row.shape, row.mode) for row in chosen))
-    if not groups:
+    if not chosen:
         return None
-    figure, axes = subplots(len(groups))
-    for axis, (shape, mode) in zip(axes, groups, strict=True):
-        part = [row for row in chosen if (row.shape, row.mode) == (shape, mode)]
+    shape = max((row.sizes["seqlen_k"], row.shape) for row in chosen)[1]
+    modes = list(dict.fromkeys(row.mode for row in chosen))
+    dtypes = dtypes_of(chosen)
+    figure, axes = subplots(len(modes), len(dtypes), height=2.6)
+    for i, mode in enumerate(modes):
+        for j, dtype in enumerate(dtypes):
+            part = [row for row in chosen if (row.shape, row.mode, row.dtype) == (shape, mode, dtype)]
+            if not part:
+                continue
+            axis, (peak, needed) = axes[i, j], part[0].figures  # in the order they were written
+            most = max(row.figures[needed] for row in part)
+            bars(axis, [row.provider for row in part], [row.figures[peak] for row in part])
+            axis.axvline(
+                most, color="black", linewidth=1, linestyle=":", label=f"outputs and gradients: {most:.3g} MB"
+            )
+            axis.set_title(f"{mode}, {dtype}: peak MB beyond the inputs", loc="left")
+            axis.set_xlabel(shape if i == len(modes) - 1 else "")
+            axis.legend(fontsize=8, frameon=False, loc="lower right")
+            if j:
+                axis.set_yticklabels([])
+    return figure
+
+
+def train(rows: Sequence[Row]) -> Any | None:
+    """Tokens per second and peak memory of every way to fine-tune."""
+    chosen = [row for row in rows if row.suite == "train"]
+    bases = list(dict.fromkeys((row.shape, row.dtype) for row in chosen))
+    if not bases:
+        return None
+    figure, axes = subplots(len(bases), 2, width=5)
+    for i, base in enumerate(bases):
+        part = [row for row in chosen if (row.shape, row.dtype) == base]
         names = [row.provider for row in part]
-        peak, needed = part[0].figures  # in the order they were written
-        axis.barh(names, [row.figures[peak] for row in part], color=[colour(n, names) for n in names])
-        axis.axvline(part[0].figures[needed], color="black", linewidth=1, linestyle=":", label=needed)
-        axis.set_xscale("log")
-        axis.invert_yaxis()
-        axis.tick_params(labelsize=7)
-        axis.set_title(f"{shape}\n{mode}, MB", fontsize=9)
-    axes[0].legend(fontsize=7)
+        bars(axes[i, 0], names, [row.figures["tokens/s"] for row in part])
+        axes[i, 0].set_title(f"training, tokens/s: {', '.join(base)}", loc="left")
+        bars(axes[i, 1], names, [row.figures.get("peak GB", 0.0) for row in part])
+        axes[i, 1].set_title("peak GB", loc="left")
+        axes[i, 1].set_yticklabels([])
+    return figure
+
+
+def generate(rows: Sequence[Row]) -> Any | None:
+    """Tokens per second by number of sequences."""
+    chosen = [row for row in rows if row.suite == "generate"]
+    modes, dtypes = list(dict.fromkeys(row.mode for row in chosen)), dtypes_of(chosen)
+    if not chosen:
+        return None
+    figure, axes = subplots(len(modes), len(dtypes), height=2.3)
+    for i, mode in enumerate(modes):
+        for j, dtype in enumerate(dtypes):
+            part = [row for row in chosen if (row.mode, row.dtype) == (mode, dtype)]
+            if not part:
+                continue
+            bars(axes[i, j], [row.provider for row in part], [row.figures["tokens/s"] for row in part])
+            axes[i, j].set_title(f"tokens/s, {mode}, {dtype}", loc="left")
+            if j:
+                axes[i, j].set_yticklabels([])
     return figure
 
 
 def roofline(rows: Sequence[Row]) -> Any | None:
     """Useful arithmetic against arithmetic per byte of inputs and outputs, under the measured roof."""
-    product = [row.tflops for row in rows if row.provider.startswith("torch.mm") and row.tflops]
-    probes = ("plain read of the cache", "copy of as many bytes")
-    read = [row.gbps for row in rows if row.provider in probes and row.gbps]
+    read = [row.gbps for row in rows if row.provider in PROBES[1:] and row.gbps]
     ours = [
-        row for row in rows if row.provider in INK and row.tflops and row.suite in ("attention", "decode")
+        row
+        for row in rows
+        if colour(row.provider) == OURS and row.tflops and row.suite in ("attention", "decode")
     ]
-    if not (product and read and ours):
+    dtypes = [
+        dtype for dtype in dtypes_of(ours) if any(r.provider == PROBES[0] and r.dtype == dtype for r in rows)
+    ]
+    if not (read and dtypes):
         return None
-    peak, bandwidth = max(product), max(read) / 1e3
-    figure, (axis,) = subplots(1)
-    intensities = [2.0**k for k in range(-2, 14)]
-    axis.plot(intensities, [min(peak, bandwidth * i) for i in intensities], color="black", linewidth=1,
-              label=f"torch.mm {peak:.3g} TFLOP/s, read {bandwidth * 1e3:.0f} GB/s")  # fmt: skip
-    for mode in dict.fromkeys(row.mode for row in ours):
-        part = [row for row in ours if row.mode == mode]
-        points = [
-            (1e12 * (row.tflops or 0) * (row.p50_ms or 0) / 1e3 / moved(row), row.tflops) for row in part
-        ]
-        axis.scatter(*zip(*points, strict=True), s=22, label=mode)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("operations per byte of inputs and outputs")
-    axis.set_title("zinit_kernels under the roof, TFLOP/s", fontsize=10)
-    axis.legend(fontsize=7)
+    bandwidth = max(read) / 1e3
+    figure, axes = subplots(1, len(dtypes))
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        peak = max(
+            row.tflops or 0.0
+            for row in rows
+            if (row.provider, row.dtype, row.suite) == (PROBES[0], dtype, "attention")
+        )
+        here = [row for row in ours if row.dtype == dtype]
+        intensities = [1e12 * (row.tflops or 0) * (row.p50_ms or 0) / 1e3 / moved(row) for row in here]
+        ends = (min(intensities) / 2, max(max(intensities), peak / bandwidth) * 2)
+        corner = peak / bandwidth
+        axis.plot([ends[0], corner, ends[1]], [ends[0] * bandwidth, peak, peak], color=FLOOR, linewidth=1.2,
+                  label=f"roof: torch.mm {peak:.2g} TFLOP/s, plain read {bandwidth * 1e3:.0f} GB/s")  # fmt: skip
+        for mode, shade in (
+            ("decode", "#30638e"),
+            ("forward", OURS),
+            ("backward", "#d98e04"),
+            ("forward+backward", "#7d5ba6"),
+        ):
+            points = [(x, row.tflops) for x, row in zip(intensities, here, strict=True) if row.mode == mode]
+            if points:
+                axis.scatter(*zip(*points, strict=True), s=16, label=mode, color=shade, alpha=0.8, zorder=3)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("operations per byte of inputs and outputs")
+        axis.set_ylabel("useful TFLOP/s")
+        axis.set_title(f"this package under the roof, {dtype}", loc="left")
+        axis.legend(fontsize=8, frameon=False)
     return figure
 
 

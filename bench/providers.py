@@ -41,6 +41,7 @@ class Provider:
     heads_first: bool = True  # out is [B, H, T, D]; False: [B, T, H, D]
     compiles: bool = False  # starts with a minute of compilation
     batches_only: bool = False  # the same as another provider for one sequence
+    quadratic: bool = False  # keeps all T x S scores
 
     @property
     def family(self) -> str:
@@ -355,11 +356,20 @@ def prefill_providers() -> tuple[Provider, ...]:
             )
             for name in OURS
         ),
-        *(Provider(name, make, by_trying(make), prompted=False) for name, make in FLOORS.items()),
+        *(
+            Provider(name, make, by_trying(make), prompted=False, quadratic="math" in name)
+            for name, make in FLOORS.items()
+        ),
         Provider(TWICE, twice),
         Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
-        Provider("official formula", written_out),
-        Provider("official formula, compiled", compiled(written_out), compiler_why_not, compiles=True),
+        Provider("official formula", written_out, quadratic=True),
+        Provider(
+            "official formula, compiled",
+            compiled(written_out),
+            compiler_why_not,
+            compiles=True,
+            quadratic=True,
+        ),
         Provider("FlexAttention + SDPA + add", flex_twice, flex_why_not, compiles=True),
         Provider(
             "flash-attn twice + add", flash_twice, library("flash_attn", flash_twice), heads_first=False

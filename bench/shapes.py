@@ -32,6 +32,11 @@ class Shape:
         hidden = self.seqlen_q * (self.seqlen_q - 1) / 2 if self.causal else 0.0
         return self.seqlen_q * self.seqlen_k - hidden + self.seqlen_q * self.prompt_length
 
+    @property
+    def scores(self) -> int:
+        """Of all heads of all sequences, the hidden ones too."""
+        return self.batch * self.heads_q * self.seqlen_q * self.seqlen_k
+
     def flops(self, mode: str) -> float:
         """Useful floating-point operations: two products forward, five backward (one of them recomputes the scores)."""
         products = {"forward": 2, "decode": 2, "backward": 5, "forward+backward": 7}[mode]
@@ -72,7 +77,7 @@ MODELS = {
     "Llama-3-8B": Heads(32, 8, 128),
     "Llama-3.2-1B": Heads(32, 8, 64),
     "Llama-3.2-3B": Heads(24, 8, 128),
-    "Mistral-7B": Heads(32, 8, 128),
+    "Mistral-7B": Heads(32, 8, 128),  # the same as Llama-3-8B, which stands for both
     "ViT-B/16": Heads(12, 12, 64, causal=False, seqlen=197),
     "RoBERTa-large": Heads(16, 16, 64, causal=False, seqlen=512),
     "CLIP-B/16 vision": Heads(12, 12, 64, causal=False, seqlen=197),
@@ -109,8 +114,9 @@ def decode(model: str, batch: int, seqlen: int, prompt_length: int = PROMPTS) ->
 PREFILL = {
     "cpu": [
         *(prefill("LLaMA-7B", 1, seqlen) for seqlen in (128, 512, 1024, 2048)),
-        *(prefill("Llama-3-8B", 1, seqlen) for seqlen in (128, 512, 2048)),
+        prefill("Llama-3-8B", 1, 512),
         prefill("Llama-3.2-1B", 2, 512),
+        prefill("Llama-3.2-3B", 1, 512),
         prefill("ViT-B/16", 8),
         prefill("RoBERTa-large", 2),
         prefill("CLIP-B/16 text", 8),

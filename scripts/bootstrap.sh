@@ -33,7 +33,8 @@ if outer_torch; then
     > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer.pth"
   if ! pip "${this[@]}" '.[dev]'; then
     say "not everything could be installed: going on with what $PY has"
-    pip --no-deps "${this[@]}" .
+    # without pip, or with a setuptools too old for pyproject.toml: the checkout itself on the path
+    pip --no-deps "${this[@]}" . || pwd >> "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer.pth"
   fi
 else
   [ -x "$python" ] || "${PY:-python3}" -m venv "$venv"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import contenders, report, runner
+from bench import chapters, contenders, gpu_check, report, runner
 from bench.__main__ import main
 from bench.cpu_goals import CPU_GOALS
 from bench.goals import Goal, judged, ratio, rows_of
@@ -44,7 +44,7 @@ def ledger(tmp_path):
     """Two runs of two rows each."""
     path = tmp_path / "results" / "a-chip" / "attention.jsonl"
     for i in range(2):
-        book = Ledger(path, {**FACTS, "time": f"2026-01-0{i + 1}"})
+        book = Ledger(path, {**FACTS, "time": f"2026-01-0{i + 1}T03:04:05Z"})
         book.add(row(p50=1.0 + i, ratios={"plain SDPA": 0.5 + i}))
         book.add(row("plain SDPA", p50=2.0, ratios={"zinit cpu": 2.0}))
     return path
@@ -52,7 +52,7 @@ def ledger(tmp_path):
 
 def test_a_ledger_is_read_as_it_was_written(ledger):
     first, second = read(ledger)
-    assert first.conditions["time"] == "2026-01-01" and len(first.rows) == 2
+    assert first.conditions["time"].startswith("2026-01-01") and len(first.rows) == 2
     assert second.rows[0] == row(p50=2.0, ratios={"plain SDPA": 1.5})
 
 
@@ -90,21 +90,25 @@ def test_the_program_says_so_in_a_sentence(ledger, capsys):
 
 
 def test_the_newest_run_counts(ledger):
-    measured = report.newest(read(ledger))
+    measured = chapters.newest(read(ledger))
     assert [m.row.p50_ms for m in measured] == [2.0, 2.0] and measured[0].run.conditions[
         "time"
-    ] == "2026-01-02"
+    ] == "2026-01-02T03:04:05Z"
 
 
 def test_the_page_and_the_readme_are_what_the_ledger_says(ledger, tmp_path):
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    bars = Ledger(ledger.with_name("bars.jsonl"), FACTS)
+    bars.add(row(suite="bars", ratios={"plain SDPA": 1.5}))
     report.write(ledger.parent.parent, tmp_path)
     page, readme = ((tmp_path / name).read_text() for name in ("docs/benchmarks.md", "README.md"))
     assert (
-        "| LLaMA-7B, B 1, T 128 | **2** | **2 (2.00x)** |" in page and "commit abc, torch 2, load 0.1" in page
+        "| LLaMA-7B, B 1, T 128 | 2 | 2 - 2 | 1 |  | 2.00x |" in page
+        and "commit abc, torch 2, 2026-01-02, load" in page
     )
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "| forward, T = 128: time / plain SDPA | 1.50 - 1.50 |" in readme
+    assert "| forward, 128 to 512 tokens / plain SDPA, which has no prompts | 1.50 |" in readme
+    assert "`bars.jsonl` in `bench/results/a-chip/`" in readme
     for picture in page.split("figures/")[1:]:
         assert (tmp_path / "docs" / "figures" / picture.partition(")")[0]).stat().st_size > 1000
 
@@ -344,3 +348,39 @@ def test_every_goal_of_a_cpu_has_its_rows():
     verdicts = [judged(goal, rows) for goal in CPU_GOALS]
     assert [len(verdict.figures) for verdict in verdicts] == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [
         3, 3, 6, 6, 4, 4, 1, 1, 1, 1, 1]  # fmt: skip
+
+
+def test_gpu_check_goes_on_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
+    """Parts that fail, are missing or take too long; the goals come whatever happened."""
+    python = [sys.executable, "-c"]
+    chosen = {
+        "build": gpu_check.Part([[*python, "print('built')"]], 20),
+        "test": gpu_check.Part([[*python, "raise SystemExit(3)"], [*python, "print('second')"]], 20),
+        "sanitize": gpu_check.Part([["/no/such/tool"]], 1),
+        "train": gpu_check.Part([[*python, "import time; print('begun', flush=True); time.sleep(60)"]], -37),
+    }
+    monkeypatch.setattr(gpu_check, "parts", lambda results: chosen)
+    assert gpu_check.check(tmp_path, tmp_path, None, Console(width=140)) == 1
+    out = capsys.readouterr().out
+    (log,) = tmp_path.glob("*/gpu-check.log")
+    for text in (out, log.read_text()):
+        assert "test: failed with exit code 3" in text
+        assert "sanitize: /no/such/tool cannot be run: No such file or directory" in text
+        assert "train: stopped after its" in text and "what it had is kept" in text
+        assert "Triton forward, T = 512: TFLOP/s" in text and "not measured" in text
+    assert "build: done in" in out and "built" in log.read_text() and "second" in log.read_text()
+    assert gpu_check.check(tmp_path, tmp_path, "build", Console(quiet=True)) == 0
+
+
+def test_gpu_check_takes_less_than_nine_minutes():
+    parts = gpu_check.parts(Path("results"))
+    limits = [part.limit for name, part in parts.items() if name not in gpu_check.ALONE]
+    assert sum(limits) <= 525
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("part", [None, *gpu_check.parts(Path("results"))])
+def test_gpu_check_says_what_it_needs(part, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *(["--part", part] if part else [])])
+    assert gpu_check.main() == 2
+    assert "needs an NVIDIA GPU that torch can use" in capsys.readouterr().out

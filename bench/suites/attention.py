@@ -18,6 +18,10 @@ from ..providers import ALONE, OURS, TWICE, Provider, prefill_providers
 from ..runner import Job, Note, Options
 from ..shapes import PREFILL, SMOKE_PREFILL, Shape
 
+SCORE_BYTES, SCORES_AT_MOST = (
+    24,
+    16e9,
+)  # of a formula that keeps all its scores, in half and in full precision
 PROMPTS_ONLY = "backward, prompts only"  # what the lowest adapted layer of a frozen model wants
 PRODUCT = "torch.mm, square"  # what the chip's arithmetic can do, measured in the same rounds
 NO_PROMPTS = "no prompts"  # the ratio to the same kernel without them
@@ -60,7 +64,10 @@ def usable(
             continue
         if provider.compiles and not options.compiles(problem.shape.name):
             continue
-        if reason := provider.why_not(problem, backward):
+        scores = SCORE_BYTES * problem.shape.scores
+        if provider.quadratic and scores > SCORES_AT_MOST:
+            note(f"{provider.name} left out of {problem.shape.name}: its scores take {scores / 1e9:.0f} GB")
+        elif reason := provider.why_not(problem, backward):
             note(f"{provider.family} left out: {reason}")
         elif wrong := why_wrong(provider, problem, backward):
             note(f"{provider.name}, {problem.shape.name}, {name_of(problem.dtype)}: no figure, {wrong}")

@@ -37,7 +37,7 @@ class Base(NamedTuple):
 
 
 BASES = {
-    "cpu": Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 128, 32, (1, 8)),
+    "cpu": Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 64, 32, (1, 4)),
     "cuda": Base("LLaMA-7B", SEVEN_BILLION, 128, 32, (1, 32)),
 }
 SMOKE = Base("tiny LLaMA", TINY, 8, 4, (1,))

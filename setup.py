@@ -62,9 +62,11 @@ CPU_ISAS = {  # one object file each; dispatch.cpp picks at run time among those
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 
-CUDA_BINDINGS = ["csrc/cuda/bindings_decode.cpp"]
+CUDA_BINDINGS = ["csrc/cuda/bindings_attention.cpp", "csrc/cuda/bindings_decode.cpp"]
 CUDA_KERNELS = [
-    f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")
+    *(f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")),
+    *(f"csrc/cuda/prefill/{name}.cu" for name in ("prefill", "prefill_bf16", "prefill_fp16")),
+    "csrc/cuda/prompt/prompt.cu",
 ]
 # A100; 30 and 40 series, L40S; H100, H200; B200; 50 series. Those that nvcc does not know are left out.
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"

@@ -93,4 +93,18 @@ struct DecodeParams : AttentionParams {
   float* lse;          // [B, Hq, T]
 };
 
+// Many queries by the CUDA kernels: over a cache, as above and appended to before, or over fresh keys, which
+// then stand in key_cache and value_cache, without cache_seqlens.
+struct PrefillParams : DecodeParams {
+  int64_t total_q;  // rows of a packed query, all sequences together; else T
+  int64_t total_k;
+};
+
+// out += act(gate) softmax(scale * q pk^T) pv, for whoever computed the token branch elsewhere.
+struct PromptParams : AttentionParams {
+  View query;       // [B, Hq, T, D]
+  View out;         // [B, Hq, T, D], dtype of query, read and written
+  int64_t total_q;  // as in PrefillParams
+};
+
 }  // namespace zinit

@@ -12,18 +12,19 @@ struct Device {
                     ", where the query is");
   }
 
-  // [batch, token, head, D] through its strides.
-  View view(const Tensor& tensor, const char* name) const {
+  // A tensor of four dimensions through its strides.
+  View view(const Tensor& tensor, const char* name, Layout layout = Layout::kTokenMajor) const {
     STD_TORCH_CHECK(tensor.dim() == 4, name, " must have 4 dimensions, got shape ", shape_string(tensor));
     check(tensor, name);
     STD_TORCH_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, name,
                     " must be contiguous in its last dimension, got stride ", tensor.stride(3));
-    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(2), tensor.stride(1), dtype_of(tensor, name)};
+    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(head_dimension(layout)),
+            tensor.stride(token_dimension(layout)), dtype_of(tensor, name)};
   }
 
   // As above, for what is read 16 bytes at a time.
-  View aligned_view(const Tensor& tensor, const char* name) const {
-    const View v = view(tensor, name);
+  View aligned_view(const Tensor& tensor, const char* name, Layout layout = Layout::kTokenMajor) const {
+    const View v = view(tensor, name, layout);
     const auto element_bytes = static_cast<int64_t>(tensor.element_size());
     for (int64_t i = 0; i < 3; ++i) {
       STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) * element_bytes % 16 == 0, name,
@@ -50,6 +51,11 @@ struct Device {
   Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype) const {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+    return empty_strided(sizes, strides, dtype);
+  }
+
+  Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                       ScalarType dtype) const {
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),

@@ -1,51 +1,11 @@
 // zinit::decode_cuda: the arguments are checked, the call is planned, the kernels are launched on torch's
 // current stream. Nothing waits for the device, so a CUDA graph can capture it.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include "arguments.h"
+#include "bindings.h"
 #include "decode/decode.h"
-
-// It lies in libtorch_cuda; weak, so that this file loads into a torch without CUDA too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "prefill/prefill.h"
 
 namespace zinit::cuda {
 namespace {
-
-void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
-
-cudaStream_t current_stream(int32_t device) {
-  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void set_prompt(DecodeParams& p, const Device& device, const OptionalTensor& key, const OptionalTensor& value,
-                const OptionalTensor& gate, const OptionalTensor& index) {
-  STD_TORCH_CHECK(key.has_value() == value.has_value() && key.has_value() == gate.has_value(),
-                  "prompt_key, prompt_value and gate must be given together or not at all");
-  if (!key.has_value()) return;
-  p.prompt_key = device.view(*key, "prompt_key");
-  p.prompt_value = device.view(*value, "prompt_value");
-  p.prompt_rows = key->size(0), p.prompt_length = key->size(1);
-  check_shape(*key, "prompt_key", {p.prompt_rows, p.prompt_length, p.num_heads_kv, p.head_dim});
-  check_shape(*value, "prompt_value", {p.prompt_rows, p.prompt_length, p.num_heads_kv, p.head_dim});
-  STD_TORCH_CHECK(p.prompt_length <= 128, "prompt_key must hold at most 128 prompts, got ", p.prompt_length);
-  const bool has_rows = gate->dim() == 2;
-  p.gate_rows = has_rows ? gate->size(0) : 1;
-  p.gate = has_rows ? device.array<float>(gate, "gate", ScalarType::Float, {p.gate_rows, p.num_heads_q})
-                    : device.array<float>(gate, "gate", ScalarType::Float, {p.num_heads_q});
-  STD_TORCH_CHECK(p.gate_rows == 1 || p.gate_rows == p.prompt_rows,
-                  "gate must have 1 row or one per prompt table row (", p.prompt_rows, "), got ",
-                  p.gate_rows);
-  p.prompt_index = device.array<int32_t>(index, "prompt_index", ScalarType::Int, {p.num_sequences});
-  STD_TORCH_CHECK(index.has_value() || p.prompt_rows == 1 || p.prompt_rows == p.num_sequences,
-                  "prompt_key must have 1 row or one per sequence (", p.num_sequences,
-                  ") where no prompt_index is given, got ", p.prompt_rows);
-}
 
 void set_rotary(DecodeParams& p, const Device& device, const OptionalTensor& cos, const OptionalTensor& sin,
                 bool interleaved) {
@@ -101,21 +61,6 @@ void set_new_tokens(DecodeParams& p, const Device& device, const OptionalTensor&
                   "new_key and new_value must have the query's dtype");
 }
 
-// What the kernels were compiled for; decode.h.
-void check_limits(const DecodeParams& p) {
-  const int64_t D = p.head_dim, tokens = std::max(p.seqlen_q, p.seqlen_new);
-  STD_TORCH_CHECK(D == 64 || D == 80 || D == 96 || D == 128 || D == 256,
-                  "head_dim must be 64, 80, 96, 128 or 256, got ", D);
-  STD_TORCH_CHECK(tokens <= kNewTokensAtMost, "at most ", kNewTokensAtMost, " new tokens a sequence, got ",
-                  tokens);
-  STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads_q > 0 && p.num_heads_q % p.num_heads_kv == 0, "the ",
-                  p.num_heads_q, " query heads must be a multiple of the ", p.num_heads_kv,
-                  " key/value heads");
-  STD_TORCH_CHECK(p.num_sequences <= 65535 && p.num_heads_q * p.seqlen_q <= 65535,
-                  "at most 65535 sequences, and query heads times tokens");
-  STD_TORCH_CHECK(p.num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", p.num_splits);
-}
-
 std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
                                        OptionalTensor new_key, OptionalTensor new_value,
                                        OptionalTensor prompt_key, OptionalTensor prompt_value,
@@ -136,15 +81,24 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
   p.window_left = window_left, p.window_right = window_right;
   set_cache(p, device, key_cache, value_cache, cache_seqlens, block_table);
   set_new_tokens(p, device, new_key, new_value);
-  set_prompt(p, device, prompt_key, prompt_value, gate, prompt_index);
+  set_prompt(p, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
   set_rotary(p, device, rotary_cos, rotary_sin, rotary_interleaved);
+  STD_TORCH_CHECK(num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", num_splits);
   check_limits(p);
 
   Tensor out = device.empty_contiguous({B, T, Hq, D}, query.scalar_type());
   Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
   p.out = device.view(out, "out");
   p.lse = static_cast<float*>(lse.data_ptr());
+  if (std::max(p.seqlen_q, p.seqlen_new) > kNewTokensAtMost) {
+    device.aligned_view(query, "query");
+    check_half_precision(p.query);
+    prefill(prefill_params(p), current_stream(device.index));
+    check_launch("decode_cuda");
+    return {out, lse};
+  }
 
+  STD_TORCH_CHECK(Hq * T <= 65535, "at most 65535 query heads times tokens");
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index),
              "cudaDeviceGetAttribute");
@@ -152,7 +106,7 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
                                       p.seqlen_k, p.page_size, p.query.dtype != DType::kFloat32, num_splits);
   Tensor workspace = device.empty_contiguous({workspace_floats(plan, B, Hq, T, D)}, ScalarType::Float);
   decode(p, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index));
-  check_cuda(cudaGetLastError(), "decode_cuda was not launched");
+  check_launch("decode_cuda");
   return {out, lse};
 }
 

@@ -41,6 +41,44 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, both 16-byte aligned, there after the wait for their group; zeros
+// where not wanted, and then nothing is read.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
+
+// What this thread has begun to copy becomes a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Until at most the newest GROUPS groups of this thread are on their way.
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(GROUPS) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix
+// l / 8 and gets of each matrix elements [l / 4][l % 4 * 2, +1].
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same matrices transposed: elements [l % 4 * 2, +1][l / 4].
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // c [16, 8] += a [16, 16] b [16, 8] over a warp; T is __nv_bfloat16 or __half. With group = lane / 4 and
 // pair = lane % 4 * 2, a lane holds a[group (+8)][pair, +1 (+8, +9)], b[pair, +1 (+8, +9)][group] and
 // c[group (+8)][pair, +1].

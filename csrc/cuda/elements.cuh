@@ -1,5 +1,6 @@
 // Elements in memory and the floats that are computed with.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "../params.h"
@@ -55,6 +56,11 @@ __device__ __forceinline__ float load_any(const void* data, int64_t index, DType
     default:
       return to_float(static_cast<const fp16*>(data)[index]);
   }
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const View& view, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + token * view.token;
 }
 
 }  // namespace zinit::cuda

@@ -4,9 +4,8 @@
 // sequence; the caches have the query's dtype, and their rows start at multiples of 16 bytes.
 #pragma once
 #include "../../params.h"
+#include "../stream.h"
 #include "plan.h"
-
-using cudaStream_t = struct CUstream_st*;  // as CUDA's headers have it, so that none is needed here
 
 namespace zinit::cuda {
 

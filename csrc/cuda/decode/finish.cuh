@@ -1,5 +1,6 @@
 // The end of a query row: its token branch divided by its sum, the gated prompt term added exactly once.
 #pragma once
+#include "../prompt_table.cuh"
 #include "work.cuh"
 
 namespace zinit::cuda {
@@ -14,13 +15,6 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
   return x;
-}
-
-// The row of the prompt table that a sequence takes; -1 = none, which an index outside the table also means.
-__device__ __forceinline__ int prompt_row(const DecodeWork& w, int sequence) {
-  if (!w.prompt_key.data || w.prompt_length == 0) return -1;
-  const int row = w.prompt_index ? w.prompt_index[sequence] : w.prompt_rows == 1 ? 0 : sequence;
-  return row >= 0 && row < w.prompt_rows ? row : -1;
 }
 
 // shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk).
@@ -49,8 +43,7 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row
     for (int p = lane; p < prompts; p += 32) sum += fast_exp2(scores[p] - largest);
     sum = warp_sum(sum);
     const int head = kv_head * w.group + (first + row) % w.group;
-    const float raw = w.gate[(w.gate_rows > 1 ? table_row : 0) * w.num_heads_q + head];
-    const float weight = (w.tanh_gate ? tanhf(raw) : raw) / sum;
+    const float weight = prompt_weight(w, table_row, head) / sum;
     for (int p = lane; p < prompts; p += 32) scores[p] = weight * fast_exp2(scores[p] - largest);
   }
   __syncthreads();

@@ -6,7 +6,6 @@
 
 namespace zinit::cuda {
 
-constexpr int kThreads = 128;
 constexpr int kSplitsAtMost = 128;
 constexpr int kNewTokensAtMost = 16;
 

@@ -5,20 +5,6 @@
 
 namespace zinit::cuda {
 
-// Dimension d of a row, turned by the angles of `position`, rounded to the dtype that the cache would hold.
-template <class T>
-__device__ __forceinline__ T rotated(const DecodeWork& w, const T* row, int d, int position) {
-  if (!w.rotary_cos || d >= w.rotary_dim) return row[d];
-  const int half = static_cast<int>(w.rotary_dim) / 2;
-  const bool second = w.rotary_interleaved ? d % 2 : d >= half;
-  const int pair = w.rotary_interleaved ? d / 2 : second ? d - half : d;
-  const int partner = w.rotary_interleaved ? d ^ 1 : second ? d - half : d + half;
-  const int64_t at = min(static_cast<int64_t>(position), w.rotary_positions - 1) * w.rotary_stride + pair;
-  const float cosine = load_any(w.rotary_cos, at, w.rotary_dtype);
-  const float sine = load_any(w.rotary_sin, at, w.rotary_dtype);
-  return from_float<T>(to_float(row[d]) * cosine + to_float(row[partner]) * (second ? sine : -sine));
-}
-
 // Query rows first .. first + count of a key head, zeros up to `rows` rows and behind D.
 template <class T>
 __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequence& s, int kv_head, int first,
@@ -50,16 +36,7 @@ __device__ __forceinline__ void stage_new_tokens(const DecodeWork& w, const Shar
     const T value = row_of<T>(w.new_value, s.index, share.kv_head, token)[d];
     shared.new_keys[i] = key;
     shared.new_values[i] = value;
-    if (!share.appends) continue;
-    int page = s.index, slot = position;
-    if (w.block_table) {
-      const int index = w.by_page.quotient(position);
-      page = page_of(w, s.index, index);
-      slot = position - index * static_cast<int>(w.page_size);
-    }
-    if (page < 0) continue;  // a table entry outside the pool: written nowhere
-    row_of<T>(w.key_cache, page, share.kv_head, slot)[d] = key;
-    row_of<T>(w.value_cache, page, share.kv_head, slot)[d] = value;
+    if (share.appends) write_to_cache(w, s.index, share.kv_head, position, d, key, value);
   }
 }
 

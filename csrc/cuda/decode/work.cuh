@@ -1,54 +1,18 @@
 // What a decode block works on: its query rows, the keys of its split, where a key lies, what is in shared
 // memory.
 #pragma once
-#include "../elements.cuh"
+#include "../cache.cuh"
 #include "plan.h"
 
 namespace zinit::cuda {
 
-constexpr int kWarps = kThreads / 32;
-constexpr unsigned kAllLanes = ~0u;
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-// n / divisor for 0 <= n < 2^31 by one multiplication: pages have any size.
-struct Divider {
-  unsigned magic, shift;
-
-  static Divider by(int64_t divisor) {
-    unsigned shift = 0;
-    while ((int64_t{1} << shift) < divisor) ++shift;
-    const uint64_t rest = (uint64_t{1} << shift) - static_cast<uint64_t>(divisor);
-    return {static_cast<unsigned>((rest << 32) / static_cast<uint64_t>(divisor) + 1), shift};
-  }
-  __device__ __forceinline__ int quotient(int n) const {
-    const auto u = static_cast<unsigned>(n);
-    return static_cast<int>((__umulhi(u, magic) + u) >> shift);
-  }
-};
-
-struct DecodeWork : DecodeParams {
+struct DecodeWork : CacheWork {
   int group;       // Hq / Hkv
   int query_rows;  // T * group; row r is token r / group and head r % group of its key head
   int row_blocks;
   int splits;
-  Divider by_page;
   float* partials;  // [B, Hkv, T * group, splits, D]: sums of weighted values
   float* states;    // [B, Hkv, T * group, splits, 2]: maximum (base 2) and sum of weights
-};
-
-struct Sequence {
-  int index;
-  int length;    // keys before the append
-  int appended;  // new keys that fit
-  int total;
-
-  __device__ Sequence(const DecodeWork& w, int b) : index(b) {
-    const auto capacity = static_cast<int>(w.seqlen_k);
-    length = min(max(w.cache_seqlens[b], 0), capacity);
-    appended = w.new_key.data ? min(static_cast<int>(w.seqlen_new), capacity - length) : 0;
-    total = length + appended;
-  }
 };
 
 // Which keys the query of a token sees.
@@ -99,22 +63,11 @@ struct CacheRow {
   int slot;
 };
 
-// The page that the table names; one outside the pool gives -1.
-__device__ __forceinline__ int page_of(const DecodeWork& w, int sequence, int index) {
-  const int page = w.block_table[sequence * w.block_table_stride + index];
-  return page >= 0 && page < w.num_pages ? page : -1;
-}
-
 __device__ __forceinline__ CacheRow locate(const DecodeWork& w, const Sequence& s, int key) {
   if (key >= s.length) return {-1, key - s.length};
   if (!w.block_table) return {s.index, key};
   const int page = w.by_page.quotient(key);
   return {max(page_of(w, s.index, page), 0), key - page * static_cast<int>(w.page_size)};
-}
-
-template <class T>
-__device__ __forceinline__ T* row_of(const View& view, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + token * view.token;
 }
 
 // The dynamic shared memory of a block, in bytes from its start.

@@ -1,0 +1,12 @@
+// What every kernel of this folder agrees on.
+#pragma once
+
+namespace zinit::cuda {
+
+constexpr int kThreads = 128;  // of a block
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = ~0u;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+}  // namespace zinit::cuda

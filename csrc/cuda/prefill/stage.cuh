@@ -1,0 +1,69 @@
+// From global into shared memory: a block's queries, its tiles of keys and values.
+#pragma once
+#include "work.cuh"
+
+namespace zinit::cuda {
+
+constexpr int kStages = 2;  // tiles of keys at once: one is computed with, the next on its way
+
+template <class T, class Shape>
+struct PrefillShared {
+  static constexpr int kBytes =
+      (Shape::kQueryElements + kStages * 2 * Shape::kKeyElements) * static_cast<int>(sizeof(T));
+  T* queries;
+
+  __device__ explicit PrefillShared(unsigned char* memory) : queries(reinterpret_cast<T*>(memory)) {}
+  __device__ T* keys(int tile) const {
+    return queries + Shape::kQueryElements + tile % kStages * 2 * Shape::kKeyElements;
+  }
+  __device__ T* values(int tile) const { return keys(tile) + Shape::kKeyElements; }
+};
+
+template <class T, class Shape>
+__device__ __forceinline__ void stage_queries(const PrefillWork& w, const QueryBlock& block, T* queries) {
+  const int first = block.first_q + block.first;
+  if (!w.rotary_cos) {
+    return each_vector<Shape>(Shape::kQueries, [&](int row, int d) {
+      const bool wanted = row < block.count;
+      const T* from = row_of<T>(w.query, block.batch, block.head, first + (wanted ? row : 0)) + d;
+      copy_async(queries + row * Shape::kStride + d, from, wanted);
+    });
+  }
+  const bool by_token =
+      w.window_left >= 0 || w.window_right >= 0;  // else all queries turn by the first position
+  each_vector<Shape>(Shape::kQueries, [&](int row, int d) {
+    const int token = block.first + row;
+    for (int i = d; i < d + 8; ++i) {
+      T element = from_float<T>(0.f);
+      if (row < block.count) {
+        element = rotated(w, row_of<T>(w.query, block.batch, block.head, token), i,
+                          block.rotary_start + (by_token ? token : 0));
+      }
+      queries[row * Shape::kStride + i] = element;
+    }
+  });
+}
+
+// Keys first .. first + kKeys, zeros from `end` on and where the bias masks: what stands there may be NaN.
+template <class T, class Shape>
+__device__ __forceinline__ void stage_keys(const PrefillWork& w, const QueryBlock& block, int first, int end,
+                                           T* keys, T* values) {
+  each_vector<Shape>(Shape::kKeys, [&](int row, int d) {
+    int key = first + row;
+    bool wanted = key < end;
+    if (!wanted) key = first;
+    if (w.key_bias) wanted = wanted && w.key_bias[block.batch * w.seqlen_k + key] != -INFINITY;
+    int64_t batch = block.batch;
+    int slot = block.first_k + key;
+    if (w.block_table) {
+      const int page = w.by_page.quotient(key);
+      batch = max(page_of(w, block.sequence, page), 0);
+      slot = key - page * static_cast<int>(w.page_size);
+    }
+    const int to = row * Shape::kStride + d;
+    copy_async(keys + to, row_of<T>(w.key_cache, batch, block.kv_head, slot) + d, wanted);
+    copy_async(values + to, row_of<T>(w.value_cache, batch, block.kv_head, slot) + d, wanted);
+  });
+}
+
+}  // namespace zinit::cuda

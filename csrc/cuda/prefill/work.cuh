@@ -1,0 +1,61 @@
+// What a prefill block works on: some queries of one head of one sequence, and the keys that any of them
+// sees.
+#pragma once
+#include "../cache.cuh"
+#include "../tiles/prompts.cuh"
+
+namespace zinit::cuda {
+
+template <int D>
+using PrefillShape = TileShape<D, D <= 128 ? 2 : 1, D <= 64 ? 64 : 32>;  // what fits into 255 registers
+
+constexpr int kFarthest = (1 << 30) - 1;  // as good as unlimited, and sums with positions stay int
+
+struct PrefillWork : CacheWork {
+  int64_t total_q, total_k;
+  int group;                    // Hq / Hkv
+  int reach_left, reach_right;  // the windows, kFarthest where unlimited
+  bool prompt_vectors;
+};
+
+struct QueryBlock {
+  int sequence, head, kv_head;
+  int batch;             // of the tensors: 0 where sequences are packed
+  int first_q, queries;  // rows of the sequence
+  int first_k, keys;
+  int first, count;  // queries of the block
+  int offset;        // position of the sequence's query 0 among its keys
+  int rotary_start;  // position of the first new token
+
+  __device__ static QueryBlock of_block(const PrefillWork& w, int queries_at_most) {
+    QueryBlock b;
+    b.sequence = static_cast<int>(blockIdx.z), b.head = static_cast<int>(blockIdx.y);
+    b.kv_head = b.head / w.group;
+    b.batch = b.sequence, b.first_q = b.first_k = b.rotary_start = 0;
+    b.queries = static_cast<int>(w.seqlen_q), b.keys = static_cast<int>(w.seqlen_k);
+    if (w.cu_seqlens_q) {
+      const PackedRows q(w.cu_seqlens_q, b.sequence, w.total_q), k(w.cu_seqlens_k, b.sequence, w.total_k);
+      b.batch = 0, b.first_q = q.first, b.queries = q.count, b.first_k = k.first, b.keys = k.count;
+    } else if (w.cache_seqlens) {
+      const Sequence s(w, b.sequence);
+      b.keys = s.total, b.rotary_start = s.length;
+    }
+    b.offset = b.keys - b.queries;
+    // the last queries see the most keys: they begin, so that no long block comes last
+    const int blocks = (b.queries + queries_at_most - 1) / queries_at_most;
+    b.first = (blocks - 1 - static_cast<int>(blockIdx.x)) * queries_at_most;
+    b.count = min(b.queries - b.first, queries_at_most);
+    return b;
+  }
+  __device__ bool is_empty() const { return first < 0; }
+
+  // The keys that a query of the block sees.
+  __device__ int begin(const PrefillWork& w, int row) const {
+    return max(first + row + offset - w.reach_left, 0);
+  }
+  __device__ int end(const PrefillWork& w, int row) const {
+    return min(first + row + offset + w.reach_right + 1, keys);
+  }
+};
+
+}  // namespace zinit::cuda

@@ -141,8 +141,11 @@ def fused_alone(backend: str, problem: Problem) -> Call:
 
 
 def fused_why_not(backend: str, problem: Problem, backward: bool) -> str:
+    tensors = problem.tensors
+    if backward:
+        tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
     try:
-        reason = explain(*problem.tensors, is_causal=problem.shape.causal).get(backend, "no such backend")
+        reason = explain(*tensors, is_causal=problem.shape.causal).get(backend, "no such backend")
     except ValueError as error:
         return str(error)
     return "" if reason == "usable" else reason

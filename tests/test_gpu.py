@@ -1,12 +1,21 @@
-"""The Triton kernels on an NVIDIA GPU, wherever there is one: the named cases, and what only a chip can show.
+"""The Triton and CUDA kernels on an NVIDIA GPU, where there is one: the named cases, and what only a chip can show.
 
 Skipped elsewhere; what has run on which chip stands in the results, not here.
 """
 
+import re
+
 import pytest
 import torch
 
-from zinit_kernels import prompt_attention_, zero_init_attention, zero_init_attention_with_kvcache
+from zinit_kernels import (
+    dispatch,
+    explain,
+    prompt_attention_,
+    zero_init_attention,
+    zero_init_attention_with_kvcache,
+)
+from zinit_kernels.backends import extension
 from zinit_kernels.testing import (
     CACHE_CASES,
     CASES,
@@ -20,6 +29,9 @@ from zinit_kernels.testing import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_cuda_kernels = pytest.mark.skipif(
+    not extension.available("cuda"), reason=extension.why_unavailable("cuda")
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRAINING = Case("training", batch=4, heads_q=8, heads_kv=2, seqlens_q=(1024,), head_dim=128)
 
@@ -34,6 +46,63 @@ def test_attention(case, dtype):
 @pytest.mark.parametrize("case", CACHE_CASES, ids=str)
 def test_cache(case, dtype):
     check_cache_case(case, dtype, "triton", device="cuda")
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_attention(case, dtype):
+    with torch.no_grad():
+        run_or_hear_why(
+            dispatch.why_not("cuda", make_inputs(case, dtype, device="cuda").canonical(), True),
+            lambda: check_case(case, dtype, "cuda", backward=False, device="cuda"),
+        )
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CACHE_CASES, ids=str)
+def test_cuda_cache(case, dtype):
+    reason = explain(**make_cache_arguments(case, dtype, device="cuda"))["cuda"]
+    run_or_hear_why(
+        reason.removeprefix("usable"), lambda: check_cache_case(case, dtype, "cuda", device="cuda")
+    )
+
+
+def run_or_hear_why(reason, run):
+    """A named backend runs the call, or raises with the reason that `explain` gives."""
+    if not reason:
+        return run()
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        run()
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("head_dim", dispatch.CUDA_HEAD_DIMS)
+def test_cuda_prefill_of_many_tiles(head_dim):
+    case = Case(
+        "long", batch=1, heads_q=4, heads_kv=2, seqlens_q=(1500,), head_dim=head_dim, window=(700, -1)
+    )
+    with torch.no_grad():
+        check_case(case, torch.bfloat16, "cuda", backward=False, device="cuda")
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize("head_dim", dispatch.CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("prompt_length", [10, 128])
+def test_cuda_prompt_attention(head_dim, prompt_length):
+    case = Case("prompt", seqlens_q=(300,), head_dim=head_dim, heads_kv=2, prompt_length=prompt_length)
+    query, _, _, prompt_key, prompt_value, gate = make_inputs(
+        case, torch.bfloat16, device="cuda"
+    ).tensors.values()
+    given = query.transpose(1, 2), prompt_key.transpose(1, 2), prompt_value.transpose(1, 2), gate
+    before = torch.randn(given[0].shape, device="cuda").bfloat16()
+    with torch.no_grad():
+        ours = prompt_attention_(before.clone(), *given, backend="cuda")
+        expected = prompt_attention_(
+            before.double(), *(t.double() for t in given[:3]), gate, backend="reference"
+        )
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
@@ -85,12 +154,13 @@ def test_lowest_adapted_layer_runs_the_prompt_kernels_alone():
     assert not names & {"grad_key_value_kernel", "grad_query_kernel"}
 
 
+@pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda_kernels)])
 @pytest.mark.parametrize("page_size", [0, 16])
-@pytest.mark.parametrize("num_splits", [1, 0])
-def test_decode_in_a_graph_follows_the_lengths_on_the_device(page_size, num_splits):
+@pytest.mark.parametrize("num_splits, tokens", [(1, 1), (0, 1), (0, 40)])
+def test_a_graph_follows_the_lengths_on_the_device(backend, page_size, num_splits, tokens):
     case = CacheCase(
         "graph", heads_q=8, heads_kv=2, head_dim=128, seqlens=(5, 700, 1023), capacity=1536, page_size=page_size,
-        rotary_dim=128,
+        rotary_dim=128, seqlen_q=tokens,
     )  # fmt: skip
     given = make_cache_arguments(case, torch.bfloat16, device="cuda") | {"num_splits": num_splits}
     if page_size:  # the captured graph outlives the pages used now
@@ -100,16 +170,16 @@ def test_decode_in_a_graph_follows_the_lengths_on_the_device(page_size, num_spli
         ].view(3, -1)
     for name in ("k_cache", "v_cache"):
         given[name] = torch.randn_like(given[name])
-    zero_init_attention_with_kvcache(**given, backend="triton")  # compiles
+    zero_init_attention_with_kvcache(**given, backend=backend)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = zero_init_attention_with_kvcache(**given, backend="triton")
+        out = zero_init_attention_with_kvcache(**given, backend=backend)
     for step in range(1, 4):
-        given["cache_seqlens"] += 1
+        given["cache_seqlens"] += tokens
         for name in ("q", "k", "v"):
             given[name].copy_(torch.randn_like(given[name]))
         copies = {name: t.clone() if torch.is_tensor(t) else t for name, t in given.items()}
-        expected = zero_init_attention_with_kvcache(**copies, backend="triton")
+        expected = zero_init_attention_with_kvcache(**copies, backend=backend)
         graph.replay()
         assert torch.equal(out, expected), f"step {step}"
         assert torch.equal(given["k_cache"], copies["k_cache"])

@@ -247,7 +247,7 @@ def prompt_attention_(
             q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens), q.shape[0], 0,
             softmax_scale, False, None, gate_activation, prompt_index,
         )  # fmt: skip
-        branch = dispatch.run(backend, call, False)[0].squeeze(0).transpose(0, 1)
+        head_major = out.transpose(0, 1).unsqueeze(0)
     elif cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
@@ -258,8 +258,9 @@ def prompt_attention_(
             q.transpose(1, 2), no_keys, no_keys, prompt_k.transpose(-3, -2), prompt_v.transpose(-3, -2), gate,
             None, False, None, softmax_scale, gate_activation, prompt_index,
         )  # fmt: skip
-        branch = dispatch.run(backend, call, False)[0].transpose(1, 2)
-    return out.add_(branch)
+        head_major = out.transpose(1, 2)
+    dispatch.add_prompt_branch(backend, head_major, call)
+    return out
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

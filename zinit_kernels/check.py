@@ -42,25 +42,44 @@ def versions() -> str:
     )
 
 
+Stage = tuple[str, str, Callable[[], None]]  # what is run, why it cannot be, how
+
+
+def attention_stage(backend: str, device: str, dtype: torch.dtype) -> Stage:
+    call = make_inputs(CASE, dtype, device=device).canonical()
+    if not (reason := dispatch.why_not(backend, call, False)):
+        return "forward and backward", "", lambda: check_case(CASE, dtype, backend, device=device)
+    with torch.no_grad():  # a backend may have no backward
+        reason_forward = dispatch.why_not(backend, call, False)
+    stage = "forward and backward" if reason_forward else "forward"
+    return stage, reason if reason_forward else "", lambda: check_forward(backend, device, dtype)
+
+
+@torch.no_grad()
+def check_forward(backend: str, device: str, dtype: torch.dtype) -> None:
+    check_case(CASE, dtype, backend, backward=False, device=device)
+
+
+def cache_stage(backend: str, device: str, dtype: torch.dtype) -> Stage:
+    reason = explain(**make_cache_arguments(CACHE_CASE, dtype, device=device))[backend]
+    said = "" if reason == "usable" else reason
+    return "decode", said, lambda: check_cache_case(CACHE_CASE, dtype, backend, device=device)
+
+
 def results(backend: str, device: str) -> Iterator[tuple[str, str]]:
-    """(what was run, "right", or why it is not or cannot be)."""
-    stages: dict[str, tuple[str, Callable[[torch.dtype], None]]] = {
-        "forward and backward": (
-            dispatch.why_not(backend, make_inputs(CASE, DTYPES[0], device=device).canonical(), False),
-            lambda dtype: check_case(CASE, dtype, backend, device=device),
-        ),
-        "decode": (
-            explain(**make_cache_arguments(CACHE_CASE, DTYPES[0], device=device))[backend],
-            lambda dtype: check_cache_case(CACHE_CASE, dtype, backend, device=device),
-        ),
-    }
-    for stage, (reason, run) in stages.items():
-        if reason not in ("", "usable"):
-            yield stage, f"not usable: {reason}"
-            continue
+    """(what was run, "right", or why it is not or cannot be); a reason that all dtypes share is said once."""
+    for stage_of in (attention_stage, cache_stage):
+        said = None
         for dtype in DTYPES:
+            stage, reason, run = stage_of(backend, device, dtype)
+            if reason and reason == said:
+                continue
+            if reason:
+                said = reason
+                yield stage, f"not usable: {reason}"
+                continue
             try:
-                run(dtype)
+                run()
             except Exception as error:
                 yield f"{stage}, {dtype}", f"WRONG: {type(error).__name__}: {error}"
             else:

@@ -27,7 +27,7 @@ BACKENDS = ("cpu", "triton", "cuda", "composed", "reference")
 MAX_FUSED_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 CUDA_HEAD_DIMS = (64, 80, 96, 128, 256)
-MAX_CUDA_TOKENS = 16
+MAX_CUDA_DECODE_TOKENS = 16  # more are attention on tensor cores
 _FUSED_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -97,9 +97,21 @@ def run(backend: str, call: Call | CacheCall, return_lse: bool) -> tuple[Tensor,
     return out, lse if return_lse else None
 
 
+def add_prompt_branch(backend: str, out: Tensor, call: Call) -> None:
+    """out [B, Hq, T, D] += the prompt branch of a canonical call that has no keys."""
+    if select(backend, call, False) != "cuda":
+        out.add_(run(backend, call, False)[0])
+        return
+    if reason := _no_gradients(ops.records(out)) or _misaligned("out", out):
+        raise ValueError(f"backend 'cuda' cannot run this call: {reason}; use backend='auto'")
+    check_values(call)
+    ops.add_prompt_branch(out, call, "cuda")
+
+
 _RUN: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
     "cpu": partial(ops.attention, backend="cpu"),
     "triton": partial(ops.attention, backend="triton"),
+    "cuda": partial(ops.attention, backend="cuda"),
     "composed": lambda call: (composed.attention(call), None),
     "reference": reference.attention,
 }
@@ -165,22 +177,41 @@ def _why_not_on_gpu(call: Call | CacheCall) -> str:
 
 
 def _why_not_cuda(call: Call | CacheCall) -> str:
-    if isinstance(call, Call):
-        return "the CUDA kernels are for decoding against a cache; attention over whole sequences is Triton's"
-    query, new = call.query, call.new_key
+    query = call.query
     if query.shape[-1] not in CUDA_HEAD_DIMS:
         return f"head_dim must be one of {CUDA_HEAD_DIMS}, got {query.shape[-1]}"
-    tokens = max(query.shape[1], 0 if new is None else new.shape[1])
-    if tokens > MAX_CUDA_TOKENS:
-        return f"at most {MAX_CUDA_TOKENS} new tokens a sequence, got {tokens}"
-    for name, cache in (("k_cache", call.key_cache), ("v_cache", call.value_cache)):
-        strides = [
-            n * cache.element_size() for n, size in zip(cache.stride(), cache.shape, strict=True) if size > 1
-        ]
-        if any(stride % 16 for stride in strides[:-1]):
-            return f"the rows of {name} must start at multiples of 16 bytes, got strides {cache.stride()}"
-        if not torch.compiler.is_compiling() and cache.data_ptr() % 16:
-            return f"{name} must start at a multiple of 16 bytes, got address {cache.data_ptr():#x}"
+    if isinstance(call, Call):
+        if reason := _no_gradients(ops.records(*call[:6])):
+            return reason
+        tokens, read = None, {"query": query, "key": call.key, "value": call.value}
+    else:
+        tokens = max(query.shape[1], 0 if call.new_key is None else call.new_key.shape[1])
+        read = {"k_cache": call.key_cache, "v_cache": call.value_cache}
+        if tokens > MAX_CUDA_DECODE_TOKENS:
+            read["q"] = query
+    if query.dtype == torch.float32 and (tokens is None or tokens > MAX_CUDA_DECODE_TOKENS):
+        return (
+            f"its attention of more than {MAX_CUDA_DECODE_TOKENS} tokens runs on tensor cores, which take bfloat16 and "
+            "float16; the tensors are float32 (backend='triton' takes them)"
+        )
+    return next(filter(None, (_misaligned(name, tensor) for name, tensor in read.items())), "")
+
+
+def _no_gradients(recorded: bool) -> str:
+    if not recorded:
+        return ""
+    return "the CUDA kernels have no backward: call them under torch.no_grad(), or use backend='triton'"
+
+
+def _misaligned(name: str, tensor: Tensor) -> str:
+    """Why a tensor cannot be read 16 bytes at a time; '' if it can."""
+    steps = [
+        n * tensor.element_size() for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ]
+    if any(step % 16 for step in steps[:-1]):
+        return f"the rows of {name} must start at multiples of 16 bytes, got strides {tensor.stride()}"
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
+        return f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}"
     return ""
 
 

@@ -56,7 +56,7 @@ class _WhenImported:
 
 
 def _register(counter: ModuleType) -> None:
-    formulas = {"forward": _forward, "backward": _backward, "decode": _decode}
+    formulas = {"forward": _forward, "backward": _backward, "decode": _decode, "prompt": _prompt}
     for backend, stages in STAGES.items():
         for stage in stages:
             operator = getattr(torch.ops.zinit, f"{stage}_{backend}")
@@ -108,6 +108,10 @@ def _decode(
         lengths = [min(length + appended, capacity) for length in cache_seqlens.tolist()]
     pairs = sum(_pairs(seqlen_q, length, window_left, window_right) for length in lengths)
     return 4 * head_dim * heads_q * (pairs + batch * seqlen_q * prompt_length)
+
+
+def _prompt(out: Tensor, query: Tensor, prompt_key: Tensor, *rest: Any, **ignored: Any) -> int:
+    return 4 * query.shape[3] * query.shape[1] * _prompt_pairs(query, prompt_key)
 
 
 def _lengths(

@@ -21,7 +21,7 @@ from .calls import CacheCall, Call
 STAGES = {
     "cpu": ("forward", "backward", "decode"),
     "triton": ("forward", "backward", "decode"),
-    "cuda": ("decode",),
+    "cuda": ("forward", "decode", "prompt"),
 }
 _OPERATORS: dict[tuple[str, str], Any] = {
     (stage, backend): getattr(torch.ops.zinit, f"{stage}_{backend}").default
@@ -35,7 +35,7 @@ INTERPRETED = (
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a canonical call by a fused backend, differentiable in its six tensors and through both outputs."""
-    if _records(call.query, call.key, call.value, call.prompt_key, call.prompt_value, call.gate):
+    if records(call.query, call.key, call.value, call.prompt_key, call.prompt_value, call.gate):
         args = _flatten(call)
         return _Attention.apply(backend, *(_unaliased(args) if torch.compiler.is_compiling() else args))
     return _OPERATORS["forward", backend](*_flatten(call))
@@ -44,7 +44,7 @@ def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
 def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse), no gradient; the caches are written in place and their version counters move on."""
     # entering no_grad costs 1.5 us, so only where it is needed
-    if _records(call.query, call.new_key, call.new_value, call.prompt_key, call.prompt_value, call.gate):
+    if records(call.query, call.new_key, call.new_value, call.prompt_key, call.prompt_value, call.gate):
         with torch.no_grad():
             return attention_with_cache(call, backend)
     out, lse = _OPERATORS["decode", backend](*call)
@@ -55,7 +55,17 @@ def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]
     return out, lse
 
 
-def _records(*tensors: Tensor | None) -> bool:
+def add_prompt_branch(out: Tensor, call: Call, backend: str) -> None:
+    """out [B, Hq, T, D] += the prompt branch of a canonical call, no gradient; its keys are not looked at."""
+    _OPERATORS["prompt", backend](
+        out, call.query, call.prompt_key, call.prompt_value, call.gate, call.prompt_index, call.cu_seqlens_q,
+        call.max_seqlen_q, call.scale, call.tanh_gate,
+    )  # fmt: skip
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+def records(*tensors: Tensor | None) -> bool:
     """Whether autograd would record an operation on these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -193,6 +203,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "forward": _forward_fake,
     "backward": _backward_fake,
     "decode": _decode_fake,
+    "prompt": lambda *args: None,
 }
 for _backend, _stages in STAGES.items():
     for _stage in _stages:

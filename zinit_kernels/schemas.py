@@ -43,10 +43,17 @@ DECODE = (
     "float scale, SymInt window_left, SymInt window_right, bool tanh_gate, SymInt num_splits) "
     "-> (Tensor out, Tensor lse)"
 )
+# Adds the prompt branch onto out [B, Hq, T, D], in any strides as query; prompts as forward's.
+PROMPT = (
+    "(Tensor(a!) out, Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate, Tensor? prompt_index, "
+    "Tensor? cu_seqlens, SymInt max_seqlen, float scale, bool tanh_gate) -> ()"
+)
 
 library = torch.library.Library(NAMESPACE, "DEF")
 for _backend in ("cpu", "triton"):
     library.define(f"forward_{_backend}{FORWARD}")
     library.define(f"backward_{_backend}{BACKWARD}")
     library.define(f"decode_{_backend}{DECODE}")
+library.define(f"forward_cuda{FORWARD}")
 library.define(f"decode_cuda{DECODE}")
+library.define(f"prompt_cuda{PROMPT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -14,10 +15,15 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from toolchain import find_cuda  # noqa: E402 (needs the line above)
 
 HERE = "tests/simt"
-KERNELS = [f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")]
+KERNELS = [
+    *(f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")),
+    *(f"csrc/cuda/prefill/{name}.cu" for name in ("prefill", "prefill_bf16", "prefill_fp16")),
+    "csrc/cuda/prompt/prompt.cu",
+]
 ENTRY_POINTS = [f"{HERE}/entry_points.cpp", f"{HERE}/selftest.cu"]
 ALL = [*KERNELS, *ENTRY_POINTS]
-RUNTIME = [f"{HERE}/simt_rt.cpp", f"{HERE}/simt_mma.cpp"]  # never instrumented: it is not what is judged
+# never instrumented: it is not what is judged
+RUNTIME = [f"{HERE}/{name}.cpp" for name in ("simt_rt", "simt_mma", "simt_copies")]
 
 CFLAGS = [
     "-std=c++20",
@@ -71,9 +77,11 @@ def build(target: str, sources: list[str], sanitizer: str = "plain") -> Path:
         ]
     lines.append(f"build {target}: link {' '.join(objects)}")
     graph = folder / f"{target}.ninja"
-    graph.write_text("\n".join(lines) + "\n")
     ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
     command = [*ninja, "-C", str(folder), "-f", graph.name, "-j", os.environ.get("MAX_JOBS", "2"), target]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:  # one test process builds, the others find it built
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        graph.write_text("\n".join(lines) + "\n")
+        result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / target

@@ -30,7 +30,13 @@ def register(monkeypatch):
     library = torch.library.Library("zinit", "IMPL")
     monkeypatch.setattr(dispatch, "_CUDA_UNAVAILABLE", "")
     monkeypatch.setattr(dispatch, "_why_not_on_gpu", lambda call: "")
-    yield lambda emulator: library.impl("decode_cuda", emulator.decode, "CPU")
+
+    def implement(emulator):
+        library.impl("decode_cuda", emulator.decode, "CPU")
+        library.impl("forward_cuda", emulator.forward, "CPU")
+        library.impl("prompt_cuda", emulator.add_prompt_branch, "CPU")
+
+    yield implement
     library._destroy()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zinit_kernels.calls import CacheCall
+from zinit_kernels.calls import CacheCall, Call
 
 MULTIPROCESSORS = 4  # of the imagined chip
 
@@ -29,20 +29,29 @@ def _fields(**groups: str) -> list[tuple[str, type]]:
     return [(name, kinds[key[0]]) for key, names in groups.items() for name in names.split()]
 
 
-class DecodeParams(ctypes.Structure):
-    """csrc/params.h, field by field; the library confirms the size."""
+_ATTENTION_FIELDS = _fields(
+    i1="num_sequences num_heads_q num_heads_kv head_dim seqlen_q seqlen_k",
+    p1="cu_seqlens_q cu_seqlens_k key_bias",
+    i2="window_left window_right",
+    f1="scale",
+    v1="prompt_key prompt_value",
+    i3="prompt_length prompt_rows",
+    p2="prompt_index gate",
+    i4="gate_rows",
+    b1="tanh_gate",
+)
 
+
+class PromptParams(ctypes.Structure):
+    """csrc/params.h, field by field, as the other two; the library confirms the sizes."""
+
+    _fields_ = [*_ATTENTION_FIELDS, *_fields(v1="query out", i1="total_q")]
+
+
+class DecodeParams(ctypes.Structure):
     _fields_ = [
+        *_ATTENTION_FIELDS,
         *_fields(
-            i1="num_sequences num_heads_q num_heads_kv head_dim seqlen_q seqlen_k",
-            p1="cu_seqlens_q cu_seqlens_k key_bias",
-            i2="window_left window_right",
-            f1="scale",
-            v1="prompt_key prompt_value",
-            i3="prompt_length prompt_rows",
-            p2="prompt_index gate",
-            i4="gate_rows",
-            b1="tanh_gate",
             v2="query key_cache value_cache new_key new_value",
             i5="seqlen_new",
             p3="cache_seqlens block_table",
@@ -55,14 +64,18 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
+class PrefillParams(DecodeParams):
+    _fields_ = _fields(i10="total_q total_k")
+
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _view(tensor: Tensor | None) -> View:
+def _view(tensor: Tensor | None, head_major: bool = False) -> View:
     if tensor is None:
         return View()
     assert tensor.stride(3) == 1 or tensor.numel() == 0
-    batch, token, head, _ = tensor.stride()
+    batch, token, head, _ = tensor.transpose(1, 2).stride() if head_major else tensor.stride()
     return View(tensor.data_ptr(), batch, head, token, _DTYPES[tensor.dtype])
 
 
@@ -105,6 +118,48 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
     return params, out, lse
 
 
+def _attention_fields(call: Call) -> dict:
+    prompted = call.prompt_key is not None
+    return dict(
+        num_sequences=call.batch_size, num_heads_q=call.query.shape[1], num_heads_kv=call.key.shape[1],
+        head_dim=call.query.shape[3], seqlen_q=call.max_seqlen_q, seqlen_k=call.max_seqlen_k,
+        cu_seqlens_q=_pointer(call.cu_seqlens_q), cu_seqlens_k=_pointer(call.cu_seqlens_k),
+        key_bias=_pointer(call.key_bias), window_left=call.window_left, window_right=call.window_right,
+        scale=call.scale, prompt_key=_view(call.prompt_key, True), prompt_value=_view(call.prompt_value, True),
+        prompt_length=call.prompt_key.shape[2] if prompted else 0,
+        prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
+        gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted else 1, tanh_gate=call.tanh_gate,
+    )  # fmt: skip
+
+
+def prefill_params(call: Call) -> tuple[PrefillParams, Tensor, Tensor]:
+    """The parameters of a call of whole sequences, and the out and lse that they point to, full of NaN."""
+    batch, heads_q, total_q, head_dim = call.query.shape
+    out = torch.full((batch, total_q, heads_q, head_dim), float("nan"), dtype=call.query.dtype).transpose(
+        1, 2
+    )
+    lse = torch.full((batch, heads_q, total_q), float("nan"))
+    params = PrefillParams(
+        **_attention_fields(call), query=_view(call.query, True), key_cache=_view(call.key, True),
+        value_cache=_view(call.value, True), out=_view(out, True), lse=_pointer(lse), total_q=total_q,
+        total_k=call.key.shape[2],
+    )  # fmt: skip
+    return params, out, lse
+
+
+def prompt_params(
+    out, query, prompt_key, prompt_value, gate, prompt_index, cu_seqlens, max_seqlen, scale, tanh
+):
+    """The parameters of `prompt_attention_`, from the operator's arguments."""
+    no_keys = prompt_key[:1, :, :0]
+    call = Call(
+        query, no_keys, no_keys, prompt_key, prompt_value, gate, prompt_index, None, None, cu_seqlens, None, max_seqlen,
+        0, scale, -1, -1, tanh,
+    )  # fmt: skip
+    views = {"query": _view(query, True), "out": _view(out, True)}
+    return PromptParams(**_attention_fields(call), **views, total_q=query.shape[2])
+
+
 class Emulator:
     """The library that `build` made."""
 
@@ -112,6 +167,8 @@ class Emulator:
         self.library = ctypes.CDLL(str(library))
         self.library.simt_error.restype = ctypes.c_char_p
         assert self.library.simt_sizeof_decode_params() == ctypes.sizeof(DecodeParams)
+        assert self.library.simt_sizeof_prefill_params() == ctypes.sizeof(PrefillParams)
+        assert self.library.simt_sizeof_prompt_params() == ctypes.sizeof(PromptParams)
 
     def _checked(self, code: int) -> None:
         if code:
@@ -139,3 +196,17 @@ class Emulator:
         params, out, lse = decode_params(CacheCall(*canonical))
         self._checked(self.library.simt_decode(ctypes.byref(params), MULTIPROCESSORS))
         return out, lse
+
+    def forward(self, *canonical) -> tuple[Tensor, Tensor]:
+        """zinit::forward_cuda on host memory."""
+        params, out, lse = prefill_params(Call._make((*canonical[:8], None, *canonical[8:])))
+        self._checked(self.library.simt_prefill(ctypes.byref(params)))
+        return out, lse
+
+    def add_prompt_branch(self, *arguments) -> None:
+        """zinit::prompt_cuda on host memory."""
+        self._checked(self.library.simt_prompt(ctypes.byref(prompt_params(*arguments))))
+
+    def bank_conflicts(self) -> int:
+        """Of the matrices loaded from shared memory since the last question."""
+        return self.library.simt_bank_conflicts()

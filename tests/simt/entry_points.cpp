@@ -7,6 +7,9 @@
 
 #include "../../csrc/cuda/decode/decode.h"
 #include "../../csrc/cuda/decode/launch.cuh"
+#include "../../csrc/cuda/prefill/launch.cuh"
+#include "../../csrc/cuda/prefill/prefill.h"
+#include "../../csrc/cuda/prompt/prompt.h"
 #include "selftest.h"
 
 namespace {
@@ -50,6 +53,9 @@ int64_t simt_sizeof_decode_work() { return sizeof(zinit::cuda::DecodeWork); }
 
 int simt_decode(const zinit::DecodeParams* p, int multiprocessors) {
   return guarded([&] {
+    if (std::max(p->seqlen_q, p->seqlen_new) > zinit::cuda::kNewTokensAtMost) {
+      return zinit::cuda::prefill(zinit::cuda::prefill_params(*p), nullptr);
+    }
     const auto plan = plan_of(*p, multiprocessors);
     const auto workspace = nan_floats(
         zinit::cuda::workspace_floats(plan, p->num_sequences, p->num_heads_q, p->seqlen_q, p->head_dim));
@@ -73,6 +79,26 @@ void simt_plan(const zinit::DecodeParams* p, int multiprocessors, float* workspa
 int simt_shared_bytes(int rows, int head_dim, int element_bytes, int prompt_length, int new_tokens) {
   return zinit::cuda::SharedLayout(rows, head_dim, element_bytes, prompt_length, new_tokens).bytes;
 }
+
+int64_t simt_sizeof_prefill_params() { return sizeof(zinit::PrefillParams); }
+
+int64_t simt_sizeof_prompt_params() { return sizeof(zinit::PromptParams); }
+
+int64_t simt_sizeof_prefill_work() { return sizeof(zinit::cuda::PrefillWork); }
+
+int simt_prefill(const zinit::PrefillParams* p) {
+  return guarded([&] { zinit::cuda::prefill(*p, nullptr); });
+}
+
+int simt_prompt(const zinit::PromptParams* p) {
+  return guarded([&] { zinit::cuda::add_prompt_branch(*p, nullptr); });
+}
+
+void simt_prefill_work(const zinit::PrefillParams* p, zinit::cuda::PrefillWork* work) {
+  *work = zinit::cuda::prefill_work(*p);
+}
+
+int64_t simt_bank_conflicts() { return static_cast<int64_t>(simt::bank_conflicts()); }
 
 int simt_selftest(const char* name) {
   return guarded([&] { selftest(name); });

@@ -19,6 +19,26 @@ struct Mma {
 void compute_mma_bf16(void** slots, unsigned mask);
 void compute_mma_fp16(void** slots, unsigned mask);
 
+struct Matrices {
+  uint4 row;  // 8 elements
+  const void* address;
+  uint32_t to[4];
+};
+uint64_t bank_conflicts();  // of the ldmatrix since the last question
+void compute_matrices(void** slots, unsigned mask);
+void compute_matrices_transposed(void** slots, unsigned mask);
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool wanted;
+  unsigned group;
+};
+bool copies_land_late();
+void note_copy(const Copy& copy);
+void commit_copies();
+bool next_copy(unsigned groups_on_their_way, Copy* copy);
+
 }  // namespace simt
 
 namespace zinit::cuda {
@@ -29,6 +49,47 @@ inline uint4 load_streaming(const void* address, bool wanted) {
   if (reinterpret_cast<uintptr_t>(address) % 16)
     simt::fail("16-byte load from %p, which is misaligned", address);
   return *static_cast<const uint4*>(address);
+}
+
+// In the kernel's translation unit too. Late, a copy lands only when it is waited for; otherwise at once.
+// Both are what a GPU may do: one finds a missing wait, the other a buffer that is overwritten too early.
+// Under the thread sanitizer both happen.
+inline void land(const simt::Copy& copy) {
+  *static_cast<uint4*>(copy.to) =
+      copy.wanted ? *static_cast<const uint4*>(copy.from) : make_uint4(0, 0, 0, 0);
+}
+
+inline void copy_async(void* to, const void* from, bool wanted) {
+  simt::require_shared(to, 16, "cp.async");
+  if (reinterpret_cast<uintptr_t>(from) % 16) {
+    simt::fail("16-byte copy from %p, which is misaligned", from);
+  }
+  const simt::Copy copy{to, from, wanted, 0};
+  if (!simt::copies_land_late() || SIMT_TSAN) land(copy);
+  if (simt::copies_land_late()) simt::note_copy(copy);
+}
+
+inline void commit_copies() { simt::commit_copies(); }
+
+template <int GROUPS>
+void wait_for_copies() {
+  for (simt::Copy copy; simt::next_copy(GROUPS, &copy);) land(copy);
+}
+
+inline void load_matrices_with(uint32_t (&to)[4], const void* row, const char* kind,
+                               void (*compute)(void**, unsigned), const char* file, int line) {
+  simt::require_shared(row, 16, kind);
+  simt::Matrices slot{*static_cast<const uint4*>(row), row, {}};
+  simt::run_collective({kind, ~0u, false, file, line}, &slot, compute);
+  for (int i = 0; i < 4; ++i) to[i] = slot.to[i];
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row, SIMT_HERE) {
+  load_matrices_with(to, row, "ldmatrix", simt::compute_matrices, file, line);
+}
+
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row, SIMT_HERE) {
+  load_matrices_with(to, row, "ldmatrix.trans", simt::compute_matrices_transposed, file, line);
 }
 
 inline float fast_exp2(float x) { return exp2f(x); }

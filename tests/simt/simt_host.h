@@ -61,6 +61,8 @@ struct Collective {
 void sync_block(const char* file, int line);
 void run_collective(const Collective& what, void* arguments, void (*compute)(void**, unsigned));
 void* dynamic_shared();
+void require_shared(const void* pointer, size_t bytes, const char* what);
+void forget_copies();
 void allow_shared(const void* kernel, size_t bytes);
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             void (*body)(void*), void* call);

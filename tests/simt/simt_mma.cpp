@@ -1,5 +1,7 @@
-// mma.m16n8k16 on the registers of 32 lanes, layouts as in the PTX ISA; compiled without sanitizers.
+// mma.m16n8k16 and ldmatrix on the registers of 32 lanes, layouts as in the PTX ISA; compiled without
+// sanitizers.
 #include <cstring>
+#include <utility>
 
 #include "simt_device.h"
 
@@ -40,8 +42,33 @@ void compute_mma(void** slots) {
   }
 }
 
+uint64_t g_bank_conflicts;
+
+void load(void** slots, bool transposed) {
+  const auto slot = [&](int lane) { return static_cast<Matrices*>(slots[lane]); };
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int times_met[8] = {};  // 16-byte columns of the banks
+    for (int row = 0; row < 8; ++row) {
+      const auto address = reinterpret_cast<uintptr_t>(slot(matrix * 8 + row)->address);
+      if (times_met[address / 16 % 8]++) ++g_bank_conflicts;
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      uint16_t pair[2];
+      for (int i = 0; i < 2; ++i) {
+        const int group = lane / 4, place = lane % 4 * 2 + i;
+        const int row = transposed ? place : group, column = transposed ? group : place;
+        std::memcpy(&pair[i], reinterpret_cast<const char*>(&slot(matrix * 8 + row)->row) + column * 2, 2);
+      }
+      slot(lane)->to[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+    }
+  }
+}
+
 }  // namespace
 
+uint64_t bank_conflicts() { return std::exchange(g_bank_conflicts, 0); }
+void compute_matrices(void** slots, unsigned) { load(slots, false); }
+void compute_matrices_transposed(void** slots, unsigned) { load(slots, true); }
 void compute_mma_bf16(void** slots, unsigned) { compute_mma<from_bf16>(slots); }
 void compute_mma_fp16(void** slots, unsigned) { compute_mma<from_fp16>(slots); }
 

@@ -289,6 +289,7 @@ void run_block(uint3 block, dim3 block_dim, dim3 grid_dim) {
   R.head = R.count = 0;
   R.favours = next_random();
   fresh_shared();
+  forget_copies();
   for (Warp& warp : R.warps) {
     warp.alive = 0;
     warp.count = 0;
@@ -416,6 +417,12 @@ void run_collective(const Collective& what, void* arguments, void (*compute)(voi
 void* dynamic_shared() {
   if (!R.shared_bytes) fail("the kernel uses shared memory, it was launched with 0 bytes");
   return R.shared;
+}
+
+void require_shared(const void* pointer, size_t bytes, const char* what) {
+  const auto offset = static_cast<const char*>(pointer) - R.shared;
+  if (offset < 0 || offset + bytes > R.shared_bytes) fail("%s: outside the shared memory", what);
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail("%s: misaligned shared address", what);
 }
 
 void allow_shared(const void* kernel, size_t bytes) {

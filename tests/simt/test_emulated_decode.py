@@ -5,12 +5,12 @@ import torch
 
 from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.dispatch import CUDA_HEAD_DIMS, MAX_CUDA_TOKENS
+from zinit_kernels.dispatch import CUDA_HEAD_DIMS, MAX_CUDA_DECODE_TOKENS
 from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ("forward", "reverse", "random1")
-FITTING = [c for c in CACHE_CASES if c.head_dim in CUDA_HEAD_DIMS and c.seqlen_q <= MAX_CUDA_TOKENS]
+FITTING = [c for c in CACHE_CASES if c.head_dim in CUDA_HEAD_DIMS and c.seqlen_q <= MAX_CUDA_DECODE_TOKENS]
 REFUSED = [c for c in CACHE_CASES if c not in FITTING]
 OWN_CASES = [
     CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), heads_q=4, heads_kv=2, num_splits=2),
@@ -134,7 +134,7 @@ def test_a_nan_that_is_seen_is_not_hidden(emulator):
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_what_is_not_supported_is_said(cuda, case):
     with pytest.raises(
-        ValueError, match="backend 'cuda' cannot run .*(head_dim must be one of|at most 16 new)"
+        ValueError, match="backend 'cuda' cannot run .*(head_dim must be one of|which take bfloat16 and)"
     ):
         zero_init_attention_with_kvcache(**make_cache_arguments(case, torch.float32), backend="cuda")
 

@@ -1,9 +1,14 @@
-"""The net itself is tested: each planted bug must be caught, by a wrong value or an error, in one of the schedules."""
+"""The net itself is tested: each planted bug must be caught, by a wrong value or an error, in one of the orders.
 
+All bugs are in one copy of the sources, and a number says which of them is there: a compilation for each took minutes.
+"""
+
+import ctypes
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,124 +17,196 @@ import compile_host as simt
 import pytest
 import torch
 from emulator import Emulator
+from orders import ORDERS
 
-from zinit_kernels.testing import CacheCase, check_cache_case
+from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case
 
-BARRIER = "  __syncthreads();\n"
+BARRIER = "__syncthreads();"
 GROUPED = CacheCase(
     "grouped", heads_q=8, heads_kv=2, seqlens=(0, 17, 100), seqlen_q=2, num_splits=2, page_size=16
 )
 TWO_ROW_BLOCKS = CacheCase("two_row_blocks", heads_q=20, heads_kv=1, seqlens=(40,))
 WITHOUT_KEYS = CacheCase("without_keys", append=False, seqlens=(0, 5), num_splits=2)
-SCHEDULES = ("forward", "reverse", "random1", "random2")
 ALONE = CacheCase("alone", heads_q=2, heads_kv=2, seqlens=(0, 17, 100), num_splits=2, rotary_dim=32)
+CAUSAL = Case("causal", batch=1, heads_q=4, heads_kv=2, seqlens_q=(200,))
+WINDOW = Case("window", batch=1, heads_q=1, heads_kv=1, seqlens_q=(150,), window=(70, -1))
+PADDED = Case("padded", heads_q=1, heads_kv=1, mask="padding")
+PROMPTS = Case("prompts", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), prompt_length=128)
+CHUNK = CacheCase("chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, page_size=16, rotary_dim=32)
 
 
 class Bug(NamedTuple):
     file: str
-    correct: str
+    correct: str  # in the text around it, where @ stands
     wrong: str
-    case: CacheCase = GROUPED
+    around: str = "@"
+    case: Case | CacheCase = GROUPED
+
+
+def prefill(file: str, correct: str, wrong: str, around: str = "@", case: Case | CacheCase = CAUSAL) -> Bug:
+    return Bug(f"prefill/{file}", correct, wrong, around, case)
+
+
+def tiles(file: str, correct: str, wrong: str, around: str = "@", case: Case | CacheCase = CAUSAL) -> Bug:
+    return Bug(f"tiles/{file}", correct, wrong, around, case)
 
 
 BUGS = {
-    "no_barrier_before_states_are_read": Bug("finish.cuh", f"ROWS * 2;\n{BARRIER}", "ROWS * 2;\n"),
-    "no_barrier_after_prompt_scores": Bug("finish.cuh", f"kLog2E);\n  }}\n{BARRIER}", "kLog2E);\n  }\n"),
-    "no_barrier_after_staging": Bug("tensor_cores.cuh", f"shared);\n{BARRIER}", "shared);\n"),
-    "no_barrier_between_turns": Bug("finish.cuh", f"  {BARRIER}  }}\n  const int b", "  }\n  const int b"),
-    "one_key_too_many": Bug("work.cuh", "position + w.window_right + 1", "position + w.window_right + 2"),
+    "no_barrier_before_states_are_read": Bug("decode/finish.cuh", BARRIER, "", "kWarps * ROWS * 2;\n  @"),
+    "no_barrier_after_prompt_scores": Bug("decode/finish.cuh", BARRIER, "", "kLog2E);\n  }\n  @"),
+    "no_barrier_after_staging": Bug("decode/tensor_cores.cuh", BARRIER, "", "shared);\n  @"),
+    "no_barrier_between_turns": Bug("decode/finish.cuh", BARRIER, "", "  @\n  }\n  const int b"),
+    "one_key_too_many": Bug("decode/work.cuh", "1", "2", "position + w.window_right + @, int64_t"),
     "wrong_head_of_the_group": Bug(
-        "stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
+        "decode/stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
     ),
-    "gate_without_its_activation": Bug("finish.cuh", "w.tanh_gate ? tanhf(raw) : raw", "raw"),
-    "one_split_for_all": Bug("combine.cuh", "w.partials[(at + s) * head_dim + d]", "w.partials[at * head_dim + d]"),
-    "splits_without_keys_are_read": Bug("combine.cuh", "states[2 * s + 1] == 0.f ? 0.f : ", "", WITHOUT_KEYS),
-    "new_keys_from_the_cache": Bug(
-        "work.cuh", "if (key >= s.length) return {-1, key - s.length};", "", TWO_ROW_BLOCKS
+    "gate_without_its_activation": Bug("prompt_table.cuh", "tanhf(raw)", "raw", "w.tanh_gate ? @ : raw"),
+    "one_split_for_all": Bug("decode/combine.cuh", "(at + s)", "at", "w.partials[@ * head_dim + d]"),
+    "splits_without_keys_are_read": Bug(
+        "decode/combine.cuh", "states[2 * s + 1] == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS
     ),
-    "slot_of_another_page": Bug("work.cuh", "{max(page_of(w, s.index, page), 0), key - page", "{0, key - page"),
-    "appended_in_no_split": Bug("work.cuh", "split == w.splits - 1", "split == w.splits"),
-    "values_from_the_keys": Bug("stage.cuh", "shared.new_values[i] = value;", "shared.new_values[i] = key;", ALONE),
-    "keys_not_rotated": Bug("stage.cuh", "kv_head, token), d, position);", "kv_head, token), d, 0);", ALONE),
+    "new_keys_from_the_cache": Bug("decode/work.cuh", "key >= s.length", "false", "if (@) return", TWO_ROW_BLOCKS),
+    "slot_of_another_page": Bug("decode/work.cuh", "max(page_of(w, s.index, page), 0)", "0"),
+    "appended_in_no_split": Bug("decode/work.cuh", "w.splits - 1", "w.splits", "split == @"),
+    "values_from_the_keys": Bug("decode/stage.cuh", "value", "key", "shared.new_values[i] = @;", ALONE),
+    "keys_not_rotated": Bug("decode/stage.cuh", "position", "0", "share.kv_head, token), d, @);", ALONE),
     "shuffle_in_a_branch": Bug(
-        "cuda_cores.cuh", "    float weights[ROWS][kUnroll];\n",
-        "    float weights[ROWS][kUnroll];\n    if (first + lane_group >= share.end) continue;\n", ALONE,
+        "decode/cuda_cores.cuh", "", "if (first + lane_group >= share.end) continue;",
+        "    float weights[ROWS][kUnroll];@\n", ALONE,
     ),
-    "values_of_other_keys": Bug("tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i"),
-    "dimensions_out_of_order": Bug("tensor_cores.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
-    "no_shared_memory": Bug("launch.cuh", "dim3(kThreads), shared_bytes, stream", "dim3(kThreads), 0, stream"),
+    "values_of_other_keys": Bug("decode/tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i"),
+    "dimensions_out_of_order": Bug("decode/tensor_cores.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
+    "no_shared_memory": Bug("decode/launch.cuh", "shared_bytes", "0", "dim3(kThreads), @, stream"),
+    "tile_read_before_all_have_copied": prefill("kernel.cuh", BARRIER, "", "@  // this tile"),
+    "tile_read_before_it_lands": prefill("kernel.cuh", "wait_for_copies<0>();", "", "++tile) {\n    @"),
+    "prompts_read_before_they_land": prefill("kernel.cuh", "wait_for_copies<0>();", "", "}\n  @\n  __sync"),
+    "next_tile_over_this_one": prefill("stage.cuh", "kStages", "1", "tile % @ * 2"),
+    "not_committed": prefill("kernel.cuh", "commit_copies();", "", "    @\n  };"),
+    "one_causal_key_too_many": prefill("work.cuh", "1", "2", "w.reach_right + @"),
+    "one_window_key_too_few": prefill("work.cuh", "w.reach_left", "w.reach_left + 1", "offset - @", WINDOW),
+    "cut_tile_taken_as_whole": prefill("kernel.cuh", "first + Shape::kKeys", "first", "@ <= seen_by_all_to"),
+    "wrong_key_head": prefill("work.cuh", "b.head / w.group", "b.head % 2"),
+    "not_rescaled": prefill("kernel.cuh", "multiply_rows<Shape>(out, correction);", ""),
+    "not_divided": prefill("kernel.cuh", "multiply_rows<Shape>(out, inverse);", ""),
+    "lse_without_its_sum": prefill("kernel.cuh", "logf(sum)", "0.f", "kLn2 + @"),
+    "masked_keys_are_read": prefill("stage.cuh", "w.key_bias[block.batch * w.seqlen_k + key] != -INFINITY", "true",
+                                    "wanted && @;", PADDED),
+    "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", CHUNK),
+    "keys_of_another_page": prefill("stage.cuh", "max(page_of(w, block.sequence, page), 0)", "0", "@", CHUNK),
+    "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(by_token ? @ : 0)", CHUNK),
+    "appended_elsewhere": prefill("append.cuh", "sequence.length + token", "token", "position = @", CHUNK),
+    "values_not_transposed": tiles(
+        "tile.cuh", "load_matrices_transposed(b, value + n * 8 * Shape::kStride + d);",
+        "load_matrices(b, value + n * 8 * Shape::kStride + d);",
+    ),
+    "rows_written_before_all_are_staged": tiles("tile.cuh", "__syncwarp();", "", "@\n  constexpr int kVectors"),
+    "maximum_of_one_lane": tiles("softmax.cuh", "row_max(most)", "most"),
+    "more_prompts_than_there_are": tiles("prompts.cuh", "exists", "true", "= @ ?"),
+    "prompts_without_their_sum": tiles("prompts.cuh", "row_sum(softmax.sum[m][half])", "1.f", "branch.weight / @"),
+    "prompts_over_those_in_use": tiles("prompts.cuh", BARRIER, "", "(int first) {\n    @", PROMPTS),
+    "prompts_used_before_all_are_there": tiles("prompts.cuh", BARRIER, "", "    @\n  };\n  float", PROMPTS),
+    "first_prompts_only": tiles("prompts.cuh", "first > 0", "false", "if (@) restage", PROMPTS),
 }  # fmt: skip
 
 
-def replace(folder: Path, name: str, pattern: str, wrong: str) -> None:
-    file = folder / "csrc" / "cuda" / "decode" / name
-    text, found = re.subn(pattern, lambda match: wrong, file.read_text(), flags=re.DOTALL)
-    assert found == 1, f"{pattern!r} stands {found} times in {name}: plant the bug elsewhere"
-    file.write_text(text)
+def choice(number: int, bug: Bug) -> str:
+    """The correct text, or the wrong one while the bug of that number is asked for."""
+    asked = f"simt_planted == {number}"
+    if bug.correct and ";" not in bug.correct:
+        return f"({asked} ? {bug.wrong} : {bug.correct})"
+    return f"if ({asked}) {{ {bug.wrong} }} else {{ {bug.correct} }}"
 
 
-def copy_with(bug: Bug, folder: Path) -> None:
-    """The kernels' sources with the bug."""
+def plant(texts: Iterable[tuple[Bug, str]], folder: Path) -> None:
+    """The kernels' sources into `folder`, with a text in place of each bug's correct one."""
     shutil.copytree(simt.ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
     shutil.copy(simt.ROOT / "csrc" / "params.h", folder / "csrc")
-    replace(folder, bug.file, re.escape(bug.correct), bug.wrong)
+    for bug, text in texts:
+        file = folder / "csrc" / "cuda" / bug.file
+        before, after = bug.around.split("@")
+        source, whole = file.read_text(), before + bug.correct + after
+        found = source.count(whole)
+        assert found == 1, f"{whole!r} stands {found} times in {bug.file}: plant the bug elsewhere"
+        file.write_text(source.replace(whole, before + text + after))
 
 
-def plant(bug: Bug, folder: Path) -> Emulator:
-    """The bfloat16 kernels with the bug, for head_dim 64 alone, beside the other files as they are."""
+def edit(file: Path, pattern: str, text: str) -> None:
+    edited, found = re.subn(pattern, lambda match: text, file.read_text(), count=1, flags=re.DOTALL)
+    assert found, f"{pattern!r} is not in {file.name}"
+    file.write_text(edited)
+
+
+def compile_planted(folder: Path) -> Path:
+    """The bfloat16 kernels with all bugs, for head_dim 64 alone, beside the other files as they are."""
     library = simt.build("kernels.so", simt.ALL)
-    copy_with(bug, folder)
-    replace(
-        folder,
-        "launch.cuh",
-        r"switch \(w.head_dim\) \{.*?\n  \}\n",
-        "launch_attention<T, 64>(w, plan, stream);\n",
-    )
-    objects = [
-        str(library.parent / f"{source}.o") for source in [*simt.ALL, *simt.RUNTIME] if "bf16" not in source
+    plant([(bug, choice(number, bug)) for number, bug in enumerate(BUGS.values(), 1)], folder)
+    cuda = folder / "csrc" / "cuda"
+    edit(cuda / "elements.cuh", "#pragma once\n", '#pragma once\nextern "C" int simt_planted;\n')
+    only_64 = r"switch \(w.head_dim\) \{.*?\n  \}\n"
+    edit(cuda / "decode" / "launch.cuh", only_64, "launch_attention<T, 64>(w, plan, stream);\n")
+    edit(cuda / "prefill" / "launch.cuh", only_64, "launch_attention_of<T, 64>(w, stream);\n")
+    (folder / "planted.cpp").write_text('extern "C" { int simt_planted = 0; }\n')
+    sources = [
+        cuda / "decode" / "decode_bf16.cu",
+        cuda / "prefill" / "prefill_bf16.cu",
+        folder / "planted.cpp",
     ]
-    source = folder / "csrc" / "cuda" / "decode" / "decode_bf16.cu"
-    flags = [*simt.CFLAGS, "-Wno-error", "-O1", *simt.includes()]
-    subprocess.run(
-        ["g++", *flags, "-x", "c++", "-c", source, "-o", folder / "bug.o"], check=True, capture_output=True
-    )
-    subprocess.run(["g++", "-shared", *objects, folder / "bug.o", "-o", folder / "bug.so"], check=True)
-    return Emulator(folder / "bug.so")
+
+    def compile_one(source: Path) -> Path:
+        command = ["g++", *simt.CFLAGS, "-Wno-error", "-O1", *simt.includes(), "-x", "c++", "-c", source]
+        subprocess.run([*command, "-o", source.with_suffix(".o")], check=True, capture_output=True)
+        return source.with_suffix(".o")
+
+    with ThreadPoolExecutor(2) as pool:
+        planted = list(pool.map(compile_one, sources))
+    others = [library.parent / f"{source}.o" for source in [*simt.ALL, *simt.RUNTIME] if "bf16" not in source]
+    subprocess.run(["g++", "-shared", *planted, *others, "-o", folder / "planted.so"], check=True)
+    return folder / "planted.so"
 
 
 @pytest.fixture(scope="module")
 def planted(emulator, tmp_path_factory):
-    with ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda name: plant(BUGS[name], tmp_path_factory.mktemp(name)), BUGS)
-        return dict(zip(BUGS, built, strict=True))
+    return Emulator(compile_planted(tmp_path_factory.mktemp("planted")))
 
 
-def caught(case: CacheCase, schedule: str, monkeypatch) -> bool:
-    monkeypatch.setenv("SIMT_SCHEDULE", schedule)
+@pytest.fixture
+def ask(planted, register):
+    """ask(name): that bug, and no other, is there."""
+    register(planted)
+    number = ctypes.c_int.in_dll(planted.library, "simt_planted")
+    yield lambda name: setattr(number, "value", list(BUGS).index(name) + 1)
+    number.value = 0
+
+
+def caught(case: Case | CacheCase, order: tuple[str, str], monkeypatch) -> bool:
+    monkeypatch.setenv("SIMT_SCHEDULE", order[0])
+    monkeypatch.setenv("SIMT_COPIES", order[1])
     try:
-        check_cache_case(case, torch.bfloat16, "cuda")
+        if isinstance(case, CacheCase):
+            check_cache_case(case, torch.bfloat16, "cuda")
+        else:
+            with torch.no_grad():
+                check_case(case, torch.bfloat16, "cuda", backward=False)
     except (AssertionError, RuntimeError):
         return True
     return False
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_is_caught(planted, register, monkeypatch, name):
-    register(planted[name])
-    assert any(caught(BUGS[name].case, schedule, monkeypatch) for schedule in SCHEDULES)
+def test_is_caught(ask, monkeypatch, name):
+    ask(name)
+    assert any(caught(BUGS[name].case, order, monkeypatch) for order in ORDERS)
 
 
-@pytest.mark.parametrize("case", [GROUPED, ALONE, TWO_ROW_BLOCKS, WITHOUT_KEYS], ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_without_a_bug_nothing_is_caught(cuda, monkeypatch, case, schedule):
-    assert not caught(case, schedule, monkeypatch)
+@pytest.mark.parametrize("case", sorted({bug.case for bug in BUGS.values()}, key=str), ids=str)
+def test_without_a_bug_nothing_is_caught(planted, register, monkeypatch, case):
+    register(planted)
+    assert not any(caught(case, order, monkeypatch) for order in ORDERS)
 
 
 SANITIZED = {  # caught whatever the values are
-    "thread": Bug("finish.cuh", f"kLog2E);\n  }}\n{BARRIER}", "kLog2E);\n  }\n"),
-    "address": Bug(
-        "launch.cuh", "dim3(kThreads), shared_bytes, stream", "dim3(kThreads), shared_bytes - 16, stream"
-    ),
+    "thread": Bug("decode/finish.cuh", BARRIER, "", "kLog2E);\n  }\n  @"),
+    "address": Bug("decode/launch.cuh", "shared_bytes", "shared_bytes - 16", "dim3(kThreads), @, stream"),
 }
 
 
@@ -137,7 +214,7 @@ SANITIZED = {  # caught whatever the values are
 def test_the_sanitizers_catch_theirs(tmp_path, sanitizer):
     if reason := simt.why_not_here():
         pytest.skip(reason)
-    copy_with(SANITIZED[sanitizer], tmp_path)
+    plant([(SANITIZED[sanitizer], SANITIZED[sanitizer].wrong)], tmp_path)
     (tmp_path / simt.HERE).mkdir(parents=True)
     driver = shutil.copy(simt.ROOT / simt.HERE / "check_decode.cpp", tmp_path / simt.HERE)
     flags, defines = simt.SANITIZERS[sanitizer]

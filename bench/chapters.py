@@ -63,6 +63,12 @@ def span(values: Iterable[float | int], digits: str = "") -> str:
     return " to ".join(dict.fromkeys(f"{value:{digits}}" for value in (known[0], known[-1]))) if known else ""
 
 
+def rounds_of(rows: Sequence[Measured]) -> str:
+    """ ", 3 to 41 rounds"; "" for what is no time."""
+    known = span(m.row.rounds for m in rows if m.row.rounds)
+    return f", {known} rounds" if known else ""
+
+
 def conditions_of(rows: Sequence[Measured]) -> list[str]:
     """A sentence for every commit, machine and set of versions that the rows were measured with."""
     alike: dict[str, list[Measured]] = {}
@@ -74,6 +80,6 @@ def conditions_of(rows: Sequence[Measured]) -> list[str]:
         alike.setdefault(same, []).append(measured)
     return [
         f"{same}, {span(m.run.conditions['time'][:10] for m in found)}, load of the minute before "
-        f"{span((m.run.conditions['load'] for m in found), '.1f')}, {span(m.row.rounds for m in found)} rounds."
+        f"{span((m.run.conditions['load'] for m in found), '.1f')}{rounds_of(found)}."
         for same, found in alike.items()
     ]

@@ -96,7 +96,7 @@ def long_table(rows: Sequence[Measured]) -> list[str]:
     extra = columns_of(plain)
     timed = any(row.p50_ms for row in plain)
     header = ["shape", "provider", *(["ms", "p20 - p80"] if timed else [])]
-    header += [f"time / {name[2:]}'s" if name.startswith("x ") else name for name in extra]
+    header += [f"time / {name[2:]}" if name.startswith("x ") else name for name in extra]
     lines = []
     before = ""
     for row in plain:

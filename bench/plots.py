@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import Row
+from .tables import number
 
 FAMILY = "LLaMA-7B"  # the model whose lengths are swept
 OURS, FAINT, FLOOR = "#c8324b", "#e8a0ab", "#222222"
@@ -37,7 +38,7 @@ def draw(rows: Sequence[Row], folder: Path, chip: str) -> list[str]:
         "generate": generate,
     }
     for kind, picture in pictures.items():
-        with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold"}):
+        with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold"}):
             figure = picture(chosen)
             if figure is not None:
                 name = f"{chip}-{kind}.png"
@@ -59,17 +60,19 @@ def subplots(rows: int, columns: int, width: float = 4.6, height: float = 3.1) -
 
 
 def colour(provider: str) -> str:
-    if provider.startswith(("zinit", "PEFT adaption prompt, accelerated")):
-        return OURS if provider.count(",") == 0 or "adapted" in provider else FAINT
+    if provider.startswith("zinit") or provider.endswith(", accelerated"):
+        return FAINT if provider.endswith(("no prompts", "paged", "an adapter each", "base alone")) else OURS
     if provider == "plain SDPA" or provider in PROBES:
         return FLOOR
     return next((c for name, c in KNOWN.items() if provider in (name, f"{name}, compiled")), OTHERS)
 
 
 def style(provider: str) -> dict[str, Any]:
-    """Ours thick, the floor dashed, what was compiled dotted."""
+    """Ours thick, the floor dashed, what the machine can do dotted."""
     ours = colour(provider) == OURS
-    line = "--" if colour(provider) == FLOOR else ":" if provider.endswith("compiled") else "-"
+    line = "--" if colour(provider) == FLOOR else "-"
+    if provider in PROBES or provider.endswith(("compiled", "paged")):
+        line = ":"
     return {
         "color": colour(provider),
         "linestyle": line,
@@ -91,6 +94,14 @@ def lines(axis: Any, rows: Sequence[Row], x: str, y: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
+
+
+def in_powers(axis: Any, which: str) -> None:
+    """Logarithmic, the powers of ten written out."""
+    axis.set(**{f"{which}scale": "log"})
+    scale = getattr(axis, f"{which}axis")
+    scale.set_major_formatter(lambda value, _: f"{value:g}")
+    scale.set_minor_formatter(lambda value, _: "")
 
 
 def legend(figure: Any, axes: Any) -> None:
@@ -126,7 +137,7 @@ def attention(rows: Sequence[Row], y: str, unit: str) -> Any | None:
             axis = axes[i, j]
             lines(axis, [row for row in chosen if (row.mode, row.dtype) == (mode, dtype)], "seqlen_q", y)
             axis.set_title(f"{mode}, {dtype}", loc="left")
-            axis.set_yscale("log") if y == "p50_ms" else axis.set_ylim(bottom=0)
+            in_powers(axis, "y") if y == "p50_ms" else axis.set_ylim(bottom=0)
             axis.set_ylabel(unit if j == 0 else "")
             axis.set_xlabel(f"tokens T, heads of {FAMILY}" if i == len(modes) - 1 else "")
     legend(figure, axes)
@@ -157,22 +168,17 @@ def decode(rows: Sequence[Row]) -> Any | None:
     return figure
 
 
-def bars(axis: Any, names: Sequence[str], values: Sequence[float], digits: str = ".3g") -> None:
+def bars(axis: Any, names: Sequence[str], values: Sequence[float]) -> None:
     """Horizontal, the value written at the end of each."""
     axis.barh(names, values, color=[colour(name) for name in names], height=0.7)
     for i, value in enumerate(values):
         axis.annotate(
-            f"{value:{digits}}",
-            (value, i),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
+            number(value), (value, i), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
         )
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0)
-    axis.set_xlim(right=(max(values) or 1.0) * (4 if axis.get_xscale() == "log" else 1.15))
+    axis.set_xlim(right=(max(values) or 1.0) * 1.15)
 
 
 def memory(rows: Sequence[Row]) -> Any | None:
@@ -183,7 +189,8 @@ def memory(rows: Sequence[Row]) -> Any | None:
     shape = max((row.sizes["seqlen_k"], row.shape) for row in chosen)[1]
     modes = list(dict.fromkeys(row.mode for row in chosen))
     dtypes = dtypes_of(chosen)
-    figure, axes = subplots(len(modes), len(dtypes), height=2.6)
+    figure, axes = subplots(len(modes), len(dtypes), height=2.3)
+    figure.supxlabel(f"{shape}, beyond the inputs; dotted: what outputs and gradients need", fontsize=9)
     for i, mode in enumerate(modes):
         for j, dtype in enumerate(dtypes):
             part = [row for row in chosen if (row.shape, row.mode, row.dtype) == (shape, mode, dtype)]
@@ -192,12 +199,8 @@ def memory(rows: Sequence[Row]) -> Any | None:
             axis, (peak, needed) = axes[i, j], part[0].figures  # in the order they were written
             most = max(row.figures[needed] for row in part)
             bars(axis, [row.provider for row in part], [row.figures[peak] for row in part])
-            axis.axvline(
-                most, color="black", linewidth=1, linestyle=":", label=f"outputs and gradients: {most:.3g} MB"
-            )
-            axis.set_title(f"{mode}, {dtype}: peak MB beyond the inputs", loc="left")
-            axis.set_xlabel(shape if i == len(modes) - 1 else "")
-            axis.legend(fontsize=8, frameon=False, loc="lower right")
+            axis.axvline(most, color="black", linewidth=1, linestyle=":")
+            axis.set_title(f"{mode}, {dtype}: peak MB", loc="left")
             if j:
                 axis.set_yticklabels([])
     return figure
@@ -214,7 +217,8 @@ def train(rows: Sequence[Row]) -> Any | None:
         part = [row for row in chosen if (row.shape, row.dtype) == base]
         names = [row.provider for row in part]
         bars(axes[i, 0], names, [row.figures["tokens/s"] for row in part])
-        axes[i, 0].set_title(f"training, tokens/s: {', '.join(base)}", loc="left")
+        axes[i, 0].set_title("training, tokens/s", loc="left")
+        axes[i, 0].set_xlabel(", ".join(base))
         bars(axes[i, 1], names, [row.figures.get("peak GB", 0.0) for row in part])
         axes[i, 1].set_title("peak GB", loc="left")
         axes[i, 1].set_yticklabels([])
@@ -276,8 +280,8 @@ def roofline(rows: Sequence[Row]) -> Any | None:
             points = [(x, row.tflops) for x, row in zip(intensities, here, strict=True) if row.mode == mode]
             if points:
                 axis.scatter(*zip(*points, strict=True), s=16, label=mode, color=shade, alpha=0.8, zorder=3)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        in_powers(axis, "x")
+        in_powers(axis, "y")
         axis.set_xlabel("operations per byte of inputs and outputs")
         axis.set_ylabel("useful TFLOP/s")
         axis.set_title(f"this package under the roof, {dtype}", loc="left")

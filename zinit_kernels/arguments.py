@@ -191,7 +191,7 @@ def from_cache(
 
 def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast all three in its dtype, as scaled_dot_product_attention has them."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
     return tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -38,6 +39,8 @@ def read_file(path: Path) -> File:
         if not inside:
             raise CheckpointError(f"{path} is a folder without {' or '.join(PEFT_WEIGHTS)}")
         path = inside[0]
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes it
+        raise CheckpointError(f"{path} is neither a file nor a folder")
     with open(path, "rb") as opened:  # a missing file is an OSError that names it
         head = opened.read(9)
     if head[8:9] == b"{":  # the length of the header, then the header
@@ -109,17 +112,25 @@ def torch_bytes(content: object) -> bytes:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """A new file beside `path`, flushed to disk, renamed over it. An OSError leaves what was there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A new file beside `path`, flushed to disk, renamed over it. An OSError names `path` and leaves what was there.
+
+    A symbolic link stays one: the file it points to is replaced. What is no file (a folder, a device) never is.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if real.exists() and not real.is_file():
+        raise FileExistsError(errno.EEXIST, "File exists and is no regular one", os.fspath(path))
+    temporary = real.with_name(f".{real.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)  # a full disk names no file
+        # never the temporary one's name; a full disk names no file at all
+        error.filename, error.filename2 = os.fspath(path), None
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -42,7 +42,8 @@ def load_adapter(
 
     Args:
         prompt_length: only for the official formats, which do not store it (default: what a training file's
-            arguments say, else 10, refused where the gates that are not 0 belong to other layers).
+            arguments say, else 10, refused where the gates that are not 0 belong to other layers); another format's
+            must agree.
         gate_activation: replaces what the format says; "identity" reproduces the published V1 inference code,
             which applied gates trained with tanh raw.
         layout: only for litgpt, which does not store it: see `AdapterCheckpoint.layout`.
@@ -67,13 +68,15 @@ def identify(
     file = read_file(Path(path))
     for name, known in FORMATS.items():
         if known.recognise(file):
-            checkpoint = known.read(file, prompt_length, layout)
+            said = known.read(file, prompt_length, layout)
             checkpoint = replace(
-                checkpoint,
-                gate_activation=gate_activation or checkpoint.gate_activation,
-                num_heads=checkpoint.num_heads or num_heads,
+                said,
+                gate_activation=gate_activation or said.gate_activation,
+                num_heads=num_heads if said.num_heads is None else said.num_heads,
             )
-            return name, _checked(checkpoint, file.path)
+            _checked(checkpoint, file.path)
+            _check_told(said, file.path, prompt_length, num_heads)
+            return name, checkpoint
     raise CheckpointError(
         f"{path} is no adapter in a known format ({', '.join(FORMATS)}): it holds {some(file.tensors)}"
     )
@@ -101,6 +104,23 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     for name, part in content.items():
         write_atomically(path / name, part)
+
+
+def _check_told(
+    checkpoint: AdapterCheckpoint, path: Path, prompt_length: int | None, num_heads: int | None
+) -> None:
+    """What the caller said about a file may not contradict it."""
+    length = checkpoint.prompts.shape[1]
+    if prompt_length not in (None, length):
+        raise CheckpointError(
+            f"{path} has {length} prompts in each layer, prompt_length says {prompt_length}"
+        )
+    if num_heads is not None and not 1 <= num_heads <= checkpoint.hidden_size:
+        raise CheckpointError(
+            f"{path}: num_heads must be 1 to the hidden size, {checkpoint.hidden_size}, got {num_heads}"
+        )
+    if None not in (num_heads, checkpoint.num_heads) and num_heads != checkpoint.num_heads:
+        raise CheckpointError(f"{path} is for {checkpoint.num_heads} heads, num_heads says {num_heads}")
 
 
 def _checked(checkpoint: AdapterCheckpoint, path: Path) -> AdapterCheckpoint:

@@ -55,11 +55,13 @@ def attention_forward(
         ([B, T, Hq, D], None).
 
     Raises:
-        ValueError: for what would be lost without a word: output_attentions, attention sinks.
+        ValueError: for what would be lost without a word: output_attentions, attention sinks, a second adapter.
     """
     prompts = zinit_prompts
-    if prompts is None and "zinit" in module._modules:
-        own: Any = module._modules["zinit"]
+    own: Any = module._modules.get("zinit")
+    if own is not None:
+        if prompts is not None:
+            raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
         prompts = own.prompts(module)
     token = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if prompts is None:

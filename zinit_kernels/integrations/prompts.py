@@ -60,7 +60,7 @@ class Prompts(NamedTuple):
 
 class _Projected(NamedTuple):
     dtype: torch.dtype
-    sources: tuple[tuple[ref[Tensor], int], ...]  # every tensor they were made from, and its version
+    sources: tuple[tuple[ref[Tensor], tuple[int, int]], ...]  # all they were made from, each with its stamp
     key: Tensor
     value: Tensor
 
@@ -72,8 +72,10 @@ def projected(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> 
     """prompt_key and prompt_value [N, Hkv, P, D] by the layer's own projections.
 
     While one token is decoded against a cache, those of the last call are taken again, as the token keys and values
-    are: only with gradients off, if every tensor they came from is the same object at the same version, and if the
-    projections are plain modules (an adapted or hooked one may answer differently by a state that no version shows).
+    are: only with gradients off, if every tensor they came from is the same object at the same version and address
+    (which `tensor.data = ...` changes), and if the projections are plain modules (an adapted or hooked one may answer
+    differently by a state that no version shows). Numbers overwritten behind PyTorch's back between two tokens, by
+    `tensor.data.mul_` or numpy, are seen from the next prompt on.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _project(module, prompts, query)
@@ -83,15 +85,20 @@ def projected(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> 
     kept = _projected_prompts.get(prompts.owner)
     if kept is not None and query.shape[2] == 1 and keys > 1 and kept.dtype == query.dtype:
         same = len(kept.sources) == len(sources) and all(
-            was() is tensor and version == tensor._version
-            for (was, version), tensor in zip(kept.sources, sources, strict=True)
+            was() is tensor and stamp == _stamp(tensor)
+            for (was, stamp), tensor in zip(kept.sources, sources, strict=True)
         )
         if same:
             return kept.key, kept.value
     key, value = _project(module, prompts, query)
-    stamped = tuple((ref(tensor), tensor._version) for tensor in sources)
+    stamped = tuple((ref(tensor), _stamp(tensor)) for tensor in sources)
     _projected_prompts[prompts.owner] = _Projected(query.dtype, stamped, key, value)
     return key, value
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Its version and address; a subclass that wraps others (quantised, sharded) has no address of its own."""
+    return tensor._version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
 def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:

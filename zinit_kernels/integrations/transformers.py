@@ -28,6 +28,7 @@ from .prompts import SPLIT, Projection, Prompts
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _CONFIG = "adapter.json"
+_batching: list[Any] = []  # for each context of continuous_batching, the "sdpa" that it found
 
 
 def _encoder_key_value(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +112,9 @@ def add_zero_init_attention(
     the fused kernels do not apply (a mask per query, dropout, Gemma 2's soft cap), transformers computes as before and
     the prompt branch is added.
 
+    `state_dict` holds prompts and gates, as do the files of the model's own `save_pretrained`; `from_pretrained` knows
+    no place for them and leaves them out with a warning: `save_adapter` and `load_adapter` are the way to keep them.
+
     Args:
         model: of one of `ARCHITECTURES`, e.g. Llama, Qwen3, Phi-3, GPT-2, RoBERTa, ViT, CLIP (both its encoders).
         prompt_length: P, 1 to 128. num_layers: L, counted from the top in each stack of layers; all where there are
@@ -120,12 +124,13 @@ def add_zero_init_attention(
         generator: for the prompts, drawn from N(0, 1); gates start at 0.
 
     Raises:
-        ValueError: an unknown architecture, a model that has prompts already, or a size out of range.
+        TypeError: no module. ValueError: an unknown architecture, a model that has prompts already (its own or PEFT's),
+            a size out of range, or a dtype without fractions.
     """
-    if not 1 <= prompt_length <= 128:
-        raise ValueError(f"prompt_length must be 1 to 128, got {prompt_length}")
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    if not isinstance(prompt_length, int) or not 1 <= prompt_length <= 128:
+        raise ValueError(f"prompt_length must be 1 to 128, got {prompt_length!r}")
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers!r}")
     if gate_activation not in ("tanh", "identity"):
         raise ValueError(f"gate_activation must be 'tanh' or 'identity', got {gate_activation!r}")
     if any(True for _ in _adapters(model)):
@@ -173,15 +178,24 @@ def continuous_batching(model: Any) -> Iterator[None]:
     """For `model.generate_batch` and transformers' other paged serving, which takes attention by a list of names.
 
     Within it "sdpa" is this package's attention function, which hands modules without prompts to transformers' own.
+    Contexts of several models may overlap.
+
+    Raises:
+        ValueError: no prompts in the model.
     """
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    _required_adapters(model)
+    before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
+    _batching.append(ALL_ATTENTION_FUNCTIONS["sdpa"])
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_forward
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
-        model.set_attn_implementation(NAME)
+        # whoever leaves last puts back what the first one found
+        if len(_batching) == 1:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _batching[0]
+        _batching.pop()
+        model.set_attn_implementation(before)
 
 
 def parameter_groups(
@@ -250,11 +264,11 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     Raises:
         ValueError: no prompts in the model.
     """
+    adapters = _required_adapters(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     lengths = {layer.stack: layer.place + 1 for layer in _attention_layers(model)}
-    adapters = _required_adapters(model)
     for stack in dict.fromkeys(layer.stack for layer, _ in adapters):
         rows = [(layer, adapter) for layer, adapter in adapters if layer.stack == stack]
         checkpoint = checkpoints.AdapterCheckpoint(
@@ -332,6 +346,12 @@ def _adapter_files(source: Path, stacks: list[str]) -> dict[str, Path]:
 def _attach(
     model: Any, made: list[tuple[_Layer, Tensor, Tensor]], gate_activation: str, dtype: torch.dtype
 ) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, got {dtype}")
+    if any("adaption_gate" in module._parameters for module in model.modules()):
+        raise ValueError(
+            "the model has PEFT's adaption prompts: accelerate(model) of zinit_kernels.integrations.peft is for those"
+        )
     before = model.config._attn_implementation
     if before != NAME:
         model.set_attn_implementation(NAME)
@@ -358,6 +378,8 @@ def _sizes(attention: Any) -> tuple[int, int]:
 
 def _attention_layers(model: nn.Module) -> list[_Layer]:
     """Every self-attention of a known architecture, bottom to top in each stack."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     layers = []
     for name, module in model.named_modules():
         projection = ARCHITECTURES.get(type(module).__name__)

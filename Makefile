@@ -8,9 +8,13 @@ export VENV PY TORCH_INDEX ZINIT_REQUIRE_NATIVE
 PUBLIC := zinit_kernels
 # beside the pinned one: the Triton of torch 2.11, and the newest
 TRITONS ?= 3.6.0 3.9.0
+# beside the pinned one: the last of the 4 series
+TRANSFORMERS ?= 4.57.6
+DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers integrations_peft integrations_quantised \
+  integrations_odd_use integrations_distributed official_parity))
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-triton lint format bench gpu-check sanitize clean
+.PHONY: build demo test test-triton test-transformers lint format bench gpu-check sanitize clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -26,6 +30,12 @@ test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
 	@for version in $(TRITONS); do \
 	  echo "triton $$version"; \
 	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/test_triton.py || exit 1; \
+	done
+
+test-transformers: build $(TRANSFORMERS:%=$(VENV)/transformers-%/.ready)
+	@for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=$(abspath $(VENV))/transformers-$$version $(PYTHON) -m pytest $(DROPINS) || exit 1; \
 	done
 
 lint: $(VENV)/.ready
@@ -59,6 +69,11 @@ clean:
 # a folder that PYTHONPATH puts before the pinned one; the interpreter of 3.6 needs a numpy before 2.4
 $(VENV)/triton-%/.ready: $(VENV)/.ready
 	@$(PYTHON) -m pip install --quiet --upgrade --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@touch $@
+
+# with what it depends on: the 4 series and the 5 series want different tokenizers and hub clients, none wants torch
+$(VENV)/transformers-%/.ready: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --upgrade --target $(@D) transformers==$*
 	@touch $@
 
 $(VENV)/.ready: constraints.txt pyproject.toml scripts/bootstrap.sh

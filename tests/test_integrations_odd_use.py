@@ -162,7 +162,10 @@ def test_made_in_inference_mode_it_still_answers():
 
 def test_shapes_on_the_meta_device():
     model = by_transformers().to("meta")
-    assert model(input_ids=torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 128)
+    attention, hidden = model.model.layers[-1].self_attn, torch.empty(2, 5, 64, device="meta")
+    position = torch.empty(2, 2, 5, 8, device="meta").unbind()
+    out = attention(hidden, position_embeddings=position, attention_mask=None)[0]
+    assert out.shape == (2, 5, 64) and out.is_meta
 
 
 def test_other_adapters_of_peft():

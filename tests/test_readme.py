@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -13,8 +14,20 @@ README = (ROOT / "README.md").read_text()
 def test_python_example_runs(code):
     names = {}
     exec(code, names)
+    if "answers" in names:
+        check_answers(names)
+        return
     gates = [names["gate"]] if "gate" in names else named_gates(names["model"])
     assert gates and all(gate.grad.isfinite().all() and gate.grad.abs().sum() > 0 for gate in gates)
+
+
+def check_answers(names):
+    """Those of the same requests, one at a time."""
+    found = [(answer.prompt_ids, answer.generated_tokens) for answer in names["answers"].values()]
+    for request in names["requests"]:
+        tokens = names["model"].generate(torch.tensor([request]), names["generation"])[0].tolist()
+        assert (request, tokens[len(request) :]) in found
+    assert len(found) == len(names["requests"])
 
 
 def named_gates(model):

@@ -257,3 +257,16 @@ def test_continuous_batching_of_two_models_at_once():
     inner.__exit__(None, None, None)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
     assert torch.equal(logits(second), expected)
+
+
+@pytest.mark.native
+@BOTH
+def test_decoding_hands_the_operator_what_it_takes(make, monkeypatch):
+    """Nothing is converted on the way: that would cost more than the attention of a small model."""
+    model = make()
+    with torch.no_grad():
+        cache = model(**inputs()).past_key_values
+        expected = model(input_ids=inputs()["input_ids"][:, :1], past_key_values=copy.deepcopy(cache)).logits
+        monkeypatch.setattr("zinit_kernels.arguments.from_cache", None)
+        found = model(input_ids=inputs()["input_ids"][:, :1], past_key_values=cache).logits
+    assert torch.equal(found, expected)

@@ -18,10 +18,10 @@ from ..providers import ALONE, OURS, TWICE, Provider, prefill_providers
 from ..runner import Job, Note, Options
 from ..shapes import PREFILL, SMOKE_PREFILL, Shape
 
-SCORE_BYTES, SCORES_AT_MOST = (
-    24,
-    16e9,
-)  # of a formula that keeps all its scores, in half and in full precision
+SCORE_BYTES = (
+    24  # of a formula that keeps all its scores, in half and in full precision; twice that for backward
+)
+SCORES_AT_MOST = {"cpu": 4e9, "cuda": 16e9}
 PROMPTS_ONLY = "backward, prompts only"  # what the lowest adapted layer of a frozen model wants
 PRODUCT = "torch.mm, square"  # what the chip's arithmetic can do, measured in the same rounds
 NO_PROMPTS = "no prompts"  # the ratio to the same kernel without them
@@ -64,8 +64,8 @@ def usable(
             continue
         if provider.compiles and not options.compiles(problem.shape.name):
             continue
-        scores = SCORE_BYTES * problem.shape.scores
-        if provider.quadratic and scores > SCORES_AT_MOST:
+        scores = SCORE_BYTES * problem.shape.scores * (2 if backward else 1)
+        if provider.quadratic and scores > SCORES_AT_MOST[problem.device.type]:
             note(f"{provider.name} left out of {problem.shape.name}: its scores take {scores / 1e9:.0f} GB")
         elif reason := provider.why_not(problem, backward):
             note(f"{provider.family} left out: {reason}")

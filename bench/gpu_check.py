@@ -32,7 +32,7 @@ from .gpu_goals import GPU_GOALS
 from .ledger import LedgerError
 from .report import ROOT, write
 
-GPU_TESTS = "tests/test_gpu.py"
+SHORT = "plain or grouped or indexed or paged"  # cases of the tests that the sanitizer has time for
 PROCESSES = 12  # of the tests, which compile most of their time
 
 
@@ -48,35 +48,30 @@ def parts(results: Path) -> dict[str, Part]:
     python = sys.executable
     bench = [python, "-m", "bench"]
     kept = ["--results", str(results), "--seconds", "0.4", "--device", "cuda"]
-    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    short = [python, "-m", "pytest", "-x", GPU_TESTS, "-k", "plain or grouped or indexed or paged"]
+    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode=9"]
+    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
     many = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-    tuned = [
-        "--results",
-        str(results / "tuned"),
-        *kept[2:],
-        "--provider",
-        "zinit triton",
-        "--shape",
-        "LLaMA-7B",
-    ]
+    tuned = ["--results", str(results / "tuned"), *kept[2:], "--provider", "zinit triton"]
     return {
-        "build": Part([[python, "setup.py", "--quiet", "build_ext", "--inplace"]], 90, this_chip()),
-        "test": Part([[python, "-m", "pytest", *many, GPU_TESTS]], 80),
+        "build": Part([[python, "setup.py", "--quiet", "build_ext", "--inplace"]], 80, this_chip()),
+        "test": Part([[python, "-m", "zinit_kernels.check"], [python, "-m", "pytest", *many, *tests]], 75),
         "sanitize": Part(
             [
-                [sanitizer, f"--tool={tool}", "--error-exitcode=9", *short]
-                for tool in ("memcheck", "racecheck")
+                [*sanitizer, "--tool=memcheck", python, "-m", "zinit_kernels.check"],
+                [*sanitizer, "--tool=racecheck", python, "-m", "zinit_kernels.check"],
+                [*sanitizer, "--tool=memcheck", python, "-m", "pytest", "-x", *tests, "-k", SHORT],
             ],
-            60,
+            50,
         ),
-        "attention": Part([[*bench, "attention", *kept]], 85),
-        "decode": Part([[*bench, "decode", *kept]], 45),
+        "attention": Part([[*bench, "attention", *kept]], 115),
+        "decode": Part([[*bench, "decode", *kept, "--compile", "none"]], 40),
         "memory": Part([[*bench, "memory", *kept, "--compile", "none"]], 15),
-        "train": Part([[*bench, "train", *kept]], 75),
-        "generate": Part([[*bench, "generate", *kept]], 65),
+        "train": Part([[*bench, "train", *kept]], 70),
+        "generate": Part([[*bench, "generate", *kept]], 60),
         "tune": Part(
-            [[*bench, "attention", *tuned]], 300, {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"}
+            [[*bench, "attention", "--shape", "LLaMA-7B", *tuned]],
+            300,
+            {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"},
         ),
     }
 

@@ -40,8 +40,10 @@ class Options:
     only_jobs: tuple[str, ...] = ()
     resume: bool = False  # without the jobs that this commit has done under the same conditions
 
-    def compiles(self, name: str) -> bool:
-        return self.compiled == "all" or (self.compiled == "few" and name in COMPILED)
+    def compiles(self, name: str, backward: bool) -> bool:
+        if self.compiled == "few":  # on a GPU of forward alone: it has more modes than minutes
+            return name in COMPILED and not (backward and self.device.type == "cuda")
+        return self.compiled == "all"
 
     def wants_shape(self, name: str) -> bool:
         return _matches(name, self.only_shapes)

@@ -62,7 +62,7 @@ def usable(
             continue
         if provider.batches_only and problem.shape.batch == 1:
             continue
-        if provider.compiles and not options.compiles(problem.shape.name):
+        if provider.compiles and not options.compiles(problem.shape.name, backward):
             continue
         scores = SCORE_BYTES * problem.shape.scores * (2 if backward else 1)
         if provider.quadratic and scores > SCORES_AT_MOST[problem.device.type]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from dataclasses import replace
 
 import pytest
@@ -16,14 +17,14 @@ ADAPTED = (2, 3, 4, 5)
 TOLD = {"prompt_length": LENGTH, "layout": "blocked", "num_heads": HEADS}
 
 
-def random(*shape, seed=0, scale=1.0, dtype=torch.float32):
+def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def official_v1():
-    state = {"adapter_query.weight": random(len(ADAPTED) * LENGTH, HIDDEN)}
+    state = {"adapter_query.weight": normal(len(ADAPTED) * LENGTH, HIDDEN)}
     for layer in range(LAYERS):
-        gate = random(1, HEADS, 1, 1, seed=layer) if layer in ADAPTED else torch.zeros(1, HEADS, 1, 1)
+        gate = normal(1, HEADS, 1, 1, seed=layer) if layer in ADAPTED else torch.zeros(1, HEADS, 1, 1)
         state[f"layers.{layer}.attention.gate"] = gate
     return state
 
@@ -32,15 +33,15 @@ def official_v2(lora=False):
     state = {name if "query" in name else f"llama.{name}": tensor for name, tensor in official_v1().items()}
     for layer in range(LAYERS):
         prefix = f"llama.layers.{layer}."
-        state[prefix + "attention.wq.bias"] = random(HIDDEN, seed=50 + layer)
-        state[prefix + "attention_norm.weight"] = random(HIDDEN, seed=60 + layer)
+        state[prefix + "attention.wq.bias"] = normal(HIDDEN, seed=50 + layer)
+        state[prefix + "attention_norm.weight"] = normal(HIDDEN, seed=60 + layer)
         if lora:
-            state[prefix + "attention.new_gate"] = random(1, 1, 1, 1, seed=70 + layer)
-            state[prefix + "attention.lora_wq_l1.weight"] = random(16, HIDDEN, seed=80 + layer)
-    state["llama.norm.weight"] = random(HIDDEN, seed=99)
-    state["visual_query.weight"] = random(10, 24, seed=98)
-    state["visual_blocks.0.attn.qkv.weight"] = random(72, 24, seed=97)
-    state["visual_proj_norm.bias"] = random(HIDDEN, seed=96)
+            state[prefix + "attention.new_gate"] = normal(1, 1, 1, 1, seed=70 + layer)
+            state[prefix + "attention.lora_wq_l1.weight"] = normal(16, HIDDEN, seed=80 + layer)
+    state["llama.norm.weight"] = normal(HIDDEN, seed=99)
+    state["visual_query.weight"] = normal(10, 24, seed=98)
+    state["visual_blocks.0.attn.qkv.weight"] = normal(72, 24, seed=97)
+    state["visual_proj_norm.bias"] = normal(HIDDEN, seed=96)
     return {"model": state, "config": {"w_bias": True, "w_lora": lora, "lora_rank": 16}}
 
 
@@ -48,21 +49,21 @@ def peft(dtype=torch.float32):
     state = {}
     for layer in ADAPTED:
         prefix = f"base_model.model.model.layers.{layer}.self_attn.adaption_"
-        state[prefix + "prompt"] = random(1, LENGTH, HIDDEN, seed=layer, dtype=dtype)
-        state[prefix + "gate"] = random(1, seed=10 + layer, dtype=dtype)
+        state[prefix + "prompt"] = normal(1, LENGTH, HIDDEN, seed=layer, dtype=dtype)
+        state[prefix + "gate"] = normal(1, seed=10 + layer, dtype=dtype)
     return state
 
 
 def litgpt(v2=False, gate_shape=(1, 1, HEADS, 1)):
     state = {}
     for layer in ADAPTED:
-        state[f"transformer.h.{layer}.attn.adapter_wte.weight"] = random(LENGTH, HIDDEN, seed=layer)
-        state[f"transformer.h.{layer}.attn.gating_factor"] = random(*gate_shape, seed=10 + layer)
+        state[f"transformer.h.{layer}.attn.adapter_wte.weight"] = normal(LENGTH, HIDDEN, seed=layer)
+        state[f"transformer.h.{layer}.attn.gating_factor"] = normal(*gate_shape, seed=10 + layer)
     if v2:
-        state["transformer.h.0.attn.qkv.adapter_bias"] = random(96)
-        state["transformer.h.0.attn.qkv.adapter_scale"] = random(96)
-        state["transformer.h.0.norm_1.weight"] = random(HIDDEN)
-        state["lm_head.adapter_scale"] = random(96)
+        state["transformer.h.0.attn.qkv.adapter_bias"] = normal(96)
+        state["transformer.h.0.attn.qkv.adapter_scale"] = normal(96)
+        state["transformer.h.0.norm_1.weight"] = normal(HIDDEN)
+        state["lm_head.adapter_scale"] = normal(96)
     return {"model": state}
 
 
@@ -79,7 +80,7 @@ def write_peft(folder, state, **changes):
 
 
 def ours():
-    prompts, gates = random(len(ADAPTED), LENGTH, HIDDEN), random(len(ADAPTED), HEADS, scale=0.3, seed=1)
+    prompts, gates = normal(len(ADAPTED), LENGTH, HIDDEN), normal(len(ADAPTED), HEADS, scale=0.3, seed=1)
     return AdapterCheckpoint(prompts, gates, "tanh", ADAPTED, LAYERS, HEADS, {"base": "tiny"})
 
 
@@ -151,7 +152,7 @@ def effective(checkpoint):
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 def test_conversions_mean_the_same(tmp_path, target, heads, activation):
-    gates = random(len(ADAPTED), 1, scale=0.3).expand(-1, heads).contiguous()
+    gates = normal(len(ADAPTED), 1, scale=0.3).expand(-1, heads).contiguous()
     source = replace(ours(), gates=gates, gate_activation=activation)
     save_adapter(tmp_path / "file", source, target)
     loaded = load_adapter(tmp_path / "file", **TOLD)
@@ -313,6 +314,29 @@ def test_malformed_checkpoints(tmp_path, monkeypatch, capsys, name, damage):
     assert destination.read_bytes() == b"before" and weights.read_bytes() == before
     assert not (tmp_path / "executed").exists()
     assert sorted(os.listdir(tmp_path)) == ["destination", "source"]
+
+
+@pytest.mark.parametrize("name", ["zinit", "official-v1", "official-v2-lora", "peft", "litgpt-v2"])
+def test_damaged_bytes(tmp_path, name):
+    """Wherever a file is hit: it is read, or one sentence says that it is damaged."""
+    if name == "zinit":
+        save_adapter(tmp_path / "source", ours())
+    else:
+        put(tmp_path / "source", name)
+    weights = tmp_path / "source" / "adapter_model.safetensors" if name == "peft" else tmp_path / "source"
+    content, chance, refused = weights.read_bytes(), random.Random(0), 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 5)):
+            place = chance.randrange(chance.choice([16, 500, 2000, len(content)]))
+            damaged[place : place + chance.randint(0, 3)] = chance.randbytes(chance.randint(1, 2))
+        weights.write_bytes(damaged)
+        try:
+            load_adapter(tmp_path / "source", layout="blocked")
+        except CheckpointError as error:
+            refused += 1
+            assert str(weights) in str(error)
+    assert refused > 50
 
 
 def test_the_shell_converts_and_inspects(tmp_path, capsys):

@@ -197,7 +197,21 @@ def test_every_row_its_own_adapter(options):
     mixed = model.generate(**inputs, adapter_names=names, max_new_tokens=6, do_sample=False, **options)
     assert mixed.tolist() == expected.tolist()
 
+    with torch.no_grad():
+        model.set_adapter("short")
+        short = model(**inputs).logits
+        with model.disable_adapter():
+            base = model(**inputs).logits
+            assert torch.equal(model(**inputs, adapter_names=["second"] * 5).logits, base)
+        for active in ("third", "short"):  # whose other layers' prompts are nobody's here
+            model.set_adapter(active)
+            assert torch.equal(model(**inputs, adapter_names=["__base__"] * 5).logits, base)
+            found = model(**inputs, adapter_names=["short"] * 5).logits
+            assert (found - short)[seen].abs().max() <= 1e-5
+
     for names, message in (
+        ([], r"must be a list of one name for each row, got \[\]"),
+        ("third", "must be a list of one name for each row, got 'third'"),
         (["second", "fourth"], r"adapter_names holds \['fourth'\]; this model has \['__base__', 'default'"),
         (["second", "third"], "2 adapter names do not go evenly into a batch of 5 rows"),
     ):

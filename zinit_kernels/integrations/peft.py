@@ -90,26 +90,31 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
             for parent, target, layer in replaced:
                 setattr(parent, target, layer)
 
-    def _mixed_layers(self, names: list[str]) -> Iterator[tuple[nn.Module, str, MixedAdaptedAttention]]:
+    def _mixed_layers(self, names: list[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """What stands in for each adapted attention; the base's own where only the active adapter has prompts."""
         known = {*self.peft_config, _BASE}
+        if not isinstance(names, (list, tuple)) or not names:
+            raise ValueError(f"adapter_names must be a list of one name for each row, got {names!r}")
         if unknown := sorted(set(names) - known):
             raise ValueError(f"adapter_names holds {unknown}; this model has {sorted(known)}")
         used = [name for name in self.peft_config if name in names]
         lengths = {name: self.peft_config[name].adapter_len for name in used}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"adapters of one batch must have one adapter_len, got {lengths}")
-        parents = {parent: None for name in used for parent in self._parents[name]}
-        for parent in parents:
-            rows, target = [], ""
-            for name in used:
-                if parent in self._parents[name]:
-                    rows.append(name)
-                    target = self.peft_config[name].target_modules
+        for parent in {parent: None for name in (*used, *self._live()) for parent in self._parents[name]}:
+            rows = [name for name in used if parent in self._parents[name]]
+            target = self.peft_config[rows[0] if rows else self._active_adapter].target_modules
+            if not rows:
+                yield parent, target, getattr(parent, target).model
+                continue
             adapted = [self._layers(name)[self._parents[name].index(parent)] for name in rows]
             order = {name: row for row, name in enumerate(rows)}
             index = torch.tensor([order.get(name, -1) for name in names], dtype=torch.int32)
             layer = MixedAdaptedAttention(adapted[0].model, adapted, index).train(False)
             yield parent, target, layer
+
+    def _live(self) -> list[str]:
+        return [self._active_adapter] if self._enabled and self._active_adapter else []
 
     def _layers(self, name: str) -> list[AdaptedAttention]:
         if name in self._cached_adapters:

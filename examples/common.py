@@ -39,6 +39,12 @@ def best(trained: Iterable[_Trained], validate: Callable[[_Trained], float]) -> 
     return max(trained, key=validate)
 
 
+def head_group(model: Any, learning_rate: float) -> dict[str, Any]:
+    """The classifier of a transformers model, to be trained, as a parameter group."""
+    model.classifier.requires_grad_(True)
+    return {"params": list(model.classifier.parameters()), "lr": learning_rate, "weight_decay": 0.01}
+
+
 def trained_numbers(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

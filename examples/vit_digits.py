@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from common import best, fit, is_quick, show, trained_numbers
+from common import best, fit, head_group, is_quick, show, trained_numbers
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -62,11 +62,6 @@ def train(model: nn.Module, groups: list[dict], pairs: Pairs, steps: int) -> nn.
 @torch.no_grad()
 def accuracy(model: nn.Module, pairs: Pairs) -> float:
     return float((model(pixel_values=pairs[0]).logits.argmax(-1) == pairs[1]).float().mean())
-
-
-def head_group(model: nn.Module, learning_rate: float) -> dict:
-    model.classifier.requires_grad_(True)
-    return {"params": list(model.classifier.parameters()), "lr": learning_rate, "weight_decay": 0.01}
 
 
 def linear_probes(base: nn.Module, pairs: Pairs, steps: int, rates: list[float]) -> Iterator[nn.Module]:
@@ -124,7 +119,7 @@ def main() -> None:
     )  # fmt: skip
     print("training a base that reads the digit pointed at ...", flush=True)
     everything = [{"params": list(base.parameters()), "lr": 2e-3, "weight_decay": 0.05}]
-    train(base, everything, digits.pairs(TRAINING, 30_000, pointer=True), 500 if quick else 2000)
+    train(base, everything, digits.pairs(TRAINING, 30_000, pointer=True), 350 if quick else 2000)
     base.requires_grad_(False)
 
     training = digits.pairs(TRAINING, 4000, pointer=False)

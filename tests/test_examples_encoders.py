@@ -36,3 +36,11 @@ def test_vit_digits():
     assert trained == 4 * (10 * 64 + 4) + 64 * 10 + 10
     assert adapted > rows["no pointer: frozen base"][1] + 0.1
     assert {"linear probe", "VPT-deep and probe"} < rows.keys()
+
+
+def test_roberta_tagging():
+    rows = table("roberta_tagging.py")
+    trained, nouns, sentences = rows["zero-init prompts and head"]
+    assert trained == 4 * (10 * 64 + 4) + 64 * 3 + 3
+    _, nouns_before, sentences_before = rows["linear head"]
+    assert nouns > nouns_before + 0.05 and sentences > sentences_before + 0.1

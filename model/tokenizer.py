@@ -66,6 +66,9 @@ def _from_json(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is not a readable tokenizer.json: {error}.") from error
     names = _special_tokens(path.with_name("tokenizer_config.json"))
+    # what the file asks for would cut a sample, or fill it up, unseen: the samples' length is the caller's
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     ids = []
     for kind, usual in (("bos_token", _BOS_TOKENS), ("eos_token", _EOS_TOKENS)):
         candidates = [names[kind]] if names.get(kind) else usual

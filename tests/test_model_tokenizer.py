@@ -21,6 +21,15 @@ def test_tokenizer_json(tmp_path):
     assert tokenizer.vocab_size <= 300
 
 
+def test_truncation_and_padding_of_the_file_are_left_alone(tmp_path):
+    tokenizer = word_tokenizer(tmp_path, 300)
+    expected = tokenizer.encode(TEXT).ids
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=40)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(TEXT, bos=False) == expected
+
+
 def test_tokenizer_config_names_the_special_tokens(tmp_path):
     word_tokenizer(tmp_path)
     config = {"bos_token": {"content": "</s>"}, "eos_token": "<s>"}

@@ -18,7 +18,7 @@ _MAX_PADDING = 1024
 
 @dataclass(frozen=True)
 class Tokenizer:
-    vocab_size: int
+    vocab_size: int  # one above the highest id; a vocabulary may have gaps
     bos_id: int | None
     eos_id: int | None
     _encode: Callable[[str], list[int]]
@@ -26,7 +26,7 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids; bos and eos put the beginning and end of sequence around them where the tokenizer has
-        them.
+        them. Whatever the text holds is text: no special token comes from it.
         """
         before = [self.bos_id] if bos and self.bos_id is not None else []
         after = [self.eos_id] if eos and self.eos_id is not None else []
@@ -40,7 +40,7 @@ class Tokenizer:
         """Itself if its ids fit an embedding of `vocab_size` rows."""
         if not self.vocab_size <= vocab_size <= self.vocab_size + _MAX_PADDING:
             raise UserError(
-                f"the tokenizer has {self.vocab_size} tokens and the model a vocabulary of {vocab_size}: "
+                f"the tokenizer has ids below {self.vocab_size} and the model a vocabulary of {vocab_size}: "
                 "they belong to different models."
             )
         return self
@@ -69,12 +69,14 @@ def _from_json(path: Path) -> Tokenizer:
     # what the file asks for would cut a sample, or fill it up, unseen: the samples' length is the caller's
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # a special token's name inside a text is text, as it is to sentencepiece: "</s>" ends no sample from within
+    tokenizer.encode_special_tokens = True
     ids = []
     for kind, usual in (("bos_token", _BOS_TOKENS), ("eos_token", _EOS_TOKENS)):
         candidates = [names[kind]] if names.get(kind) else usual
         ids.append(next((i for i in map(tokenizer.token_to_id, candidates) if i is not None), None))
     return Tokenizer(
-        tokenizer.get_vocab_size(),
+        max(tokenizer.get_vocab().values(), default=-1) + 1,
         *ids,
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),

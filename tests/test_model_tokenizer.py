@@ -70,8 +70,29 @@ def test_vocabulary_must_fit(tmp_path):
         tokenizer.check_vocabulary(size) is tokenizer and tokenizer.check_vocabulary(size + 64) is tokenizer
     )
     for vocab_size in (size - 1, 32000):
-        with pytest.raises(UserError, match=f"has {size} tokens and the model a vocabulary of {vocab_size}"):
+        with pytest.raises(
+            UserError, match=f"has ids below {size} and the model a vocabulary of {vocab_size}"
+        ):
             tokenizer.check_vocabulary(vocab_size)
+
+
+def test_a_vocabulary_with_a_gap_must_fit_by_its_highest_id(tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"]["unheard-of"] = 100_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has ids below 100001 and the model a vocabulary of 200"):
+        load_tokenizer(tmp_path).check_vocabulary(200)
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    tokenizer = word_tokenizer(tmp_path, 300)
+    eos_id = tokenizer.token_to_id("</s>")
+    assert eos_id in tokenizer.encode("fox</s>dog").ids
+    loaded = load_tokenizer(tmp_path)
+    ids = loaded.encode("fox</s>dog", bos=False, eos=True)
+    assert ids.index(eos_id) == len(ids) - 1
+    assert loaded.decode(ids) == "fox</s>dog"
 
 
 def test_missing_and_broken(tmp_path):

@@ -11,13 +11,35 @@ rotary embedding. At gate 0 (how training starts) the model's output is the base
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import AdapterConfig, LlamaConfig
 from .llama import Attention, Prompt
+
+
+class Kept(NamedTuple):
+    """A layer's projected prompts, and what tells whether they are still what a projection would give."""
+
+    prompt: Prompt
+    autocast: torch.dtype | None
+    # Each tensor they come from, its storage and its version. Weakly: the replaced is free to go, and its reference
+    # is then to nothing, where an id or an address may come again.
+    sources: list[tuple[ReferenceType[Tensor], ReferenceType[torch.UntypedStorage], int]]
+
+    def is_current(self, tensors: list[Tensor], autocast: torch.dtype | None) -> bool:
+        """Whether these are the tensors, as they were: an in-place change moves the version, a cast the storage."""
+        return (
+            autocast == self.autocast
+            and len(tensors) == len(self.sources)
+            and all(
+                held() is tensor and storage() is tensor.untyped_storage() and version == tensor._version
+                for tensor, (held, storage, version) in zip(tensors, self.sources, strict=True)
+            )
+        )
 
 
 class LlamaAdapter(nn.Module):
@@ -44,7 +66,15 @@ class LlamaAdapter(nn.Module):
         if self.config.gate_init == "random":
             gates.normal_(generator=generator)
         self.gates = None if self.config.gate_init == "none" else nn.Parameter(gates)
-        self._kept: WeakKeyDictionary[Attention, tuple[tuple[object, ...], Prompt]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[Attention, Kept] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the kept projections: they belong to bases that a copy or a file does not hold."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept = WeakKeyDictionary()
 
     @property
     def num_parameters(self) -> int:
@@ -63,14 +93,16 @@ class LlamaAdapter(nn.Module):
             return None
         if torch.is_grad_enabled():
             return self._project(row, attention)
-        stamp = self._stamp(attention)
+        tensors = [*self.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()]
+        if any(tensor.is_inference() for tensor in tensors):  # these have no version
+            return self._project(row, attention)
+        device = self.prompts.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         kept = self._kept.get(attention)
-        if kept is None or stamp is None or kept[0] != stamp:
-            prompt = self._project(row, attention)
-            if stamp is not None:
-                self._kept[attention] = (stamp, prompt)
-            return prompt
-        return kept[1]
+        if kept is None or not kept.is_current(tensors, autocast):
+            sources = [(ref(tensor), ref(tensor.untyped_storage()), tensor._version) for tensor in tensors]
+            kept = self._kept[attention] = Kept(self._project(row, attention), autocast, sources)
+        return kept.prompt
 
     def forget(self) -> None:
         """Drops the projected prompts that were kept; only needed after writing through `.data`."""
@@ -84,14 +116,3 @@ class LlamaAdapter(nn.Module):
         )
         gate = None if self.gates is None else self.gates[row]
         return Prompt(key, value, gate, self.config.gate_activation)
-
-    def _stamp(self, attention: Attention) -> tuple[object, ...] | None:
-        """Differs whenever the projected prompts would: every in-place change moves a tensor's version, every
-        replacement its id, every cast or move its address; only a write through `.data` is not seen. None for
-        inference tensors, which have no version.
-        """
-        tensors = (*self.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters())
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
-        autocast = torch.is_autocast_enabled(self.prompts.device.type)
-        return (autocast, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))

@@ -2,8 +2,10 @@
 logits.
 """
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -339,6 +341,44 @@ def test_projected_prompts_are_kept_and_never_stale():
         changed, count = evaluate()
         assert count > 0 and not torch.equal(changed, first), name
         first = changed
+
+
+def test_kept_prompts_of_replaced_tensors_are_never_taken_for_the_new_ones():
+    """Python gives the id of what is gone away again, and torch its memory: neither tells two tensors apart."""
+    base, adapter = base_and_adapter()
+    attention = base.layers[3].self_attn
+    with torch.no_grad():
+        for trial in range(20):
+            adapter(attention)
+            for value in (1000.0, float(trial)):
+                del adapter.prompts
+                adapter.prompts = torch.nn.Parameter(torch.full((2, 4, CONFIG.hidden_size), value))
+            expected = adapter._project(1, attention).key
+            assert torch.equal(adapter(attention).key, expected), trial
+        for trial in range(20):
+            adapter.prompts = torch.nn.Parameter(torch.randn(2, 4, CONFIG.hidden_size))
+            adapter(attention)
+            base.to(torch.bfloat16).to(torch.float32)
+            base.layers[3].self_attn.k_proj.weight.data = torch.randn_like(attention.k_proj.weight)
+            expected = adapter._project(1, attention).key
+            assert torch.equal(adapter(attention).key, expected), trial
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                assert adapter(attention).key.dtype == dtype
+
+
+def test_an_adapter_can_be_pickled_and_copied(tmp_path):
+    base, adapter = base_and_adapter()
+    tokens = torch.stack(prompts([9]))
+    with torch.no_grad():
+        expected = base(tokens, adapter)  # and projections are kept
+        torch.save(adapter, tmp_path / "adapter")
+        loaded = torch.load(tmp_path / "adapter", weights_only=False)
+        for other in (loaded, copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+            assert torch.equal(base(tokens, other), expected)
+            other.prompts.mul_(-3)
+            assert not torch.equal(base(tokens, other), expected)
+        assert torch.equal(base(tokens, adapter), expected)
 
 
 def test_one_adapter_on_two_bases():

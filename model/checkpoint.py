@@ -38,21 +38,23 @@ def save_checkpoint(
     write_file(path, buffer.getvalue())
 
 
+def refuse_missing(path: Path) -> None:
+    """Raises UserError if there is no checkpoint."""
+    if not path.exists():
+        raise UserError(
+            f"there is no {path} to resume from: start without --resume, and with --overwrite if the "
+            "folder is not empty."
+        )
+
+
 def load_checkpoint(path: str | Path, run: dict[str, Any]) -> Checkpoint:
-    """What save_checkpoint wrote. Raises UserError if it is missing, damaged, or of a run that differs from `run`."""
+    """What save_checkpoint wrote. Raises UserError if it is damaged or of a run that differs from `run`."""
     try:
         state = Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
         if not isinstance(state.run, dict) or not isinstance(state.step, int) or state.step < 0:
             raise TypeError("its step or its run is none")
-    except FileNotFoundError:
-        raise UserError(
-            f"there is no {path} to resume from: start without --resume, and with --overwrite if the "
-            "folder is not empty."
-        ) from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a training checkpoint or is damaged ({str(error).partition(chr(10))[0]})."
-        ) from None
+        raise _damaged(path, error) from None
     for name, value in run.items():
         if state.run.get(name) != value:
             raise UserError(
@@ -60,6 +62,26 @@ def load_checkpoint(path: str | Path, run: dict[str, Any]) -> Checkpoint:
                 "resume with what it was started with, or start anew in another folder."
             )
     return state
+
+
+def restore(path: Path, checkpoint: Checkpoint, adapter: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the checkpoint, which came from `path`, into both. Raises UserError where its tensors do not fit them."""
+    try:
+        adapter.load_state_dict(checkpoint.adapter)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        for parameter, state in optimizer.state.items():  # torch looks at no shape here
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}"
+                    )
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: str | Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()).rstrip(".")
+    return UserError(f"{path} is not a training checkpoint or is damaged ({reason}).")
 
 
 def base_print(base: Llama, dtype: torch.dtype = torch.float32) -> str:

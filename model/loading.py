@@ -48,6 +48,11 @@ _META_LAYER_NAMES = {
 _DERIVED = re.compile(r"(^|\.)(rope\.freqs|rotary_emb\.inv_freq)$")  # tables some files carry, computed here
 
 
+def default_device() -> str:
+    """What --device is unless told: CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_device(name: str) -> torch.device:
     """The device of this name. Raises UserError if torch knows none, or holds no values there."""
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,13 @@ def writing(path: str | Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {kept}.") from error
 
 
+def remove_leftovers(directory: Path, names: Sequence[str]) -> None:
+    """Removes what writes of these files left in the directory when they were killed."""
+    for name in names:
+        for leftover in directory.glob(f".{name}.*.part"):
+            leftover.unlink(missing_ok=True)
+
+
 def refuse_occupied(directory: str | Path, advice: str) -> None:
     """Raises UserError if the directory holds files, or is one; advice says what to do then."""
     directory = Path(directory)
@@ -34,6 +43,28 @@ def refuse_occupied(directory: str | Path, advice: str) -> None:
         raise UserError(f"the output folder {directory} is a file.")
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"the output folder {directory} is not empty: {advice}.")
+
+
+@contextmanager
+def held(directory: str | Path) -> Iterator[None]:
+    """Keeps the directory to itself: another process that asks for it meanwhile gets a UserError.
+
+    The system lets go of it when this process ends, however it ends, and no file is left for it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another run is writing into {directory}: wait for it, or name another folder."
+        ) from None
+    except OSError:
+        pass  # a file system, some of the networked, without locks on folders
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_directory(directory: str | Path) -> Path:

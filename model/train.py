@@ -26,14 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .adapter import LlamaAdapter
 from .adapter_files import load_adapter, save_adapter
-from .checkpoint import base_print, data_print, load_checkpoint, save_checkpoint
+from .checkpoint import base_print, data_print, load_checkpoint, refuse_missing, restore, save_checkpoint
 from .config import AdapterConfig
 from .data import Sample, batches, encode, read_records, split
 from .errors import UserError, run_program
 from .llama import Llama
-from .loading import DTYPES, load_base, open_device
+from .loading import DTYPES, default_device, load_base, open_device
 from .metrics import MetricsLog, loss_picture
-from .storage import make_directory, refuse_occupied, writing
+from .storage import held, make_directory, refuse_occupied, remove_leftovers, writing
 from .tokenizer import load_tokenizer
 from .training import Recipe, batch_loss, evaluate, make_optimizer, train
 
@@ -43,8 +43,7 @@ ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
 def main(arguments: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first file is written."""
     options = _parse(arguments)
-    if not options.resume and not options.overwrite:
-        refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
+    _check_output(options)
     if options.save_every is not None and options.save_every < 1:
         raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
     recipe = _recipe(options)
@@ -61,13 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
         "data": data_print(training),
         "adapter": asdict(adapter.config) | {"init": str(options.init)},
     } | asdict(recipe)
-    first_step = 0
-    if options.resume:
-        checkpoint = load_checkpoint(options.out / "checkpoint.pt", run)
-        adapter.load_state_dict(checkpoint.adapter)
-        optimizer.load_state_dict(checkpoint.optimizer)
-        first_step = checkpoint.step
-    Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
+    with held(make_directory(options.out)):
+        _check_output(options)  # again: while the base was loaded another run may have begun here
+        first_step = 0
+        if options.resume:
+            path = options.out / "checkpoint.pt"
+            checkpoint = load_checkpoint(path, run)
+            restore(path, checkpoint, adapter, optimizer)
+            first_step = checkpoint.step
+        Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Run:
     identity: dict[str, Any]  # what a run that goes on with this one must agree on
 
     def __post_init__(self) -> None:
-        self.output: Path = make_directory(self.options.out)
+        self.output: Path = self.options.out
         self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.training))
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
 
@@ -97,6 +98,7 @@ class Run:
             self.save_checkpoint(0)
             for name in ("loss.png", *ADAPTER_FILES.values()):
                 (self.output / name).unlink(missing_ok=True)
+        remove_leftovers(self.output, ("checkpoint.pt", "metrics.jsonl", "loss.png", *ADAPTER_FILES.values()))
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
         done, tokens, seconds = first_step, 0, 0.0
         with interruptible() as interrupt, _progress(self.console) as progress:
@@ -127,6 +129,8 @@ class Run:
             stopped = interrupt.is_set()
         if stopped:
             self.save_checkpoint(done)
+        elif done == first_step:
+            self.save_adapter()  # nothing was left to train, but the --format may be another
         metrics.close()
         loss_picture(self.output / "loss.png", metrics.entries)
         if stopped:
@@ -149,10 +153,13 @@ class Run:
         save_checkpoint(self.output / "checkpoint.pt", step, self.adapter, self.optimizer, self.identity)
 
     def save_adapter(self) -> None:
-        """Writes the adapter in the format asked for."""
+        """Writes the adapter in the format asked for; an earlier one in another format goes."""
         with writing(path := self.output / ADAPTER_FILES[self.options.format]):
             metadata = {"base": base_print(self.base, torch.bfloat16)}
             save_adapter(path, self.adapter, self.base.config, self.options.format, metadata)
+        for name in ADAPTER_FILES.values():
+            if name != path.name:
+                (self.output / name).unlink(missing_ok=True)
 
     def summary(self, first_step: int) -> str:
         """What is about to be trained."""
@@ -193,6 +200,14 @@ def interruptible() -> Iterator[Event]:
         yield event
     finally:
         restore()
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Whether the output folder is one that this run may write into."""
+    if options.resume:
+        refuse_missing(options.out / "checkpoint.pt")
+    elif not options.overwrite:
+        refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
 
 
 def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sample], list[Sample]]:
@@ -291,8 +306,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     files.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON list or JSONL of objects with "
                        "instruction, output and, if there is one, input")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
-    files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
-    files.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    there = files.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    there.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 "
                        f"does not say how many prompts a layer has, nor for which base it is {default}")
     files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
@@ -324,7 +340,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
     machine.add_argument("--autocast", action="store_true", help="compute in bfloat16")
     machine.add_argument("--dtype", choices=DTYPES, help="of the base's weights (default: the files')")
-    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=default)
+    machine.add_argument("--device", default=default_device(), help=default)
     machine.add_argument("--backend", default="auto", help=f"of the attention kernels {default}")
     # fmt: on
     return parser.parse_args(arguments)

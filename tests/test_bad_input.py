@@ -7,6 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,8 @@ from model.loading import save_base
 from model.metrics import MetricsLog, read_metrics
 from model.storage import write_file
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -56,6 +62,46 @@ def refused(capsys, sentence: str, words: list[str], main=program.main) -> None:
 def test_an_occupied_output_folder_is_refused(folder, whole_run, capsys):
     before = contents(whole_run)
     refused(capsys, "is not empty: go on with --resume, or replace", arguments(folder, whole_run))
+    assert contents(whole_run) == before
+
+
+@pytest.mark.parametrize("also", [(), ("--resume",), ("--overwrite",)])
+def test_a_folder_that_another_run_writes_into_is_refused(folder, whole_run, tmp_path, capsys, also):
+    output = tmp_path / "out"
+    if also:
+        shutil.copytree(whole_run, output)
+    else:
+        output.mkdir()
+    before = contents(output)
+    code = "import sys, time; from model.storage import held\nwith held(sys.argv[1]): print(flush=True), time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, output], stdout=subprocess.PIPE, cwd=ROOT)
+    with other:
+        other.stdout.readline()
+        refused(
+            capsys, f"another run is writing into {output}: wait for it", arguments(folder, output, *also)
+        )
+        assert contents(output) == before
+        other.kill()
+    assert run(*arguments(folder, output, *also)) == 0
+
+
+def test_a_run_that_began_while_the_base_was_loaded_is_left_alone(folder, tmp_path, capsys, monkeypatch):
+    output, real = tmp_path / "out", program.load_base
+
+    def slow(*args):
+        output.mkdir()
+        (output / "checkpoint.pt").write_bytes(b"the other's")
+        return real(*args)
+
+    monkeypatch.setattr(program, "load_base", slow)
+    refused(capsys, "is not empty: go on with --resume", arguments(folder, output))
+    assert contents(output) == {"checkpoint.pt": b"the other's"}
+
+
+def test_resume_and_overwrite_exclude_each_other(folder, whole_run, capsys):
+    before = contents(whole_run)
+    assert run(*arguments(folder, whole_run, "--resume", "--overwrite")) == 2
+    assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
     assert contents(whole_run) == before
 
 
@@ -283,6 +329,36 @@ def test_resuming_nothing_or_something_damaged_is_refused(folder, whole_run, tmp
     assert contents(output) == before
 
 
+def cut_prompts(state: dict) -> None:
+    state["adapter"]["prompts"] = state["adapter"]["prompts"][:1]
+
+
+def drop_gates(state: dict) -> None:
+    del state["adapter"]["gates"]
+
+
+def cut_moments(state: dict) -> None:
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][:1]
+
+
+def drop_groups(state: dict) -> None:
+    del state["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize("damage", [cut_prompts, drop_gates, cut_moments, drop_groups])
+def test_a_checkpoint_whose_tensors_do_not_fit_is_refused(folder, whole_run, tmp_path, capsys, damage):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    state["step"] = 2  # steps are left
+    damage(state)
+    torch.save(state, output / "checkpoint.pt")
+    before = contents(output)
+    refused(capsys, "is not a training checkpoint or is damaged (", arguments(folder, output, "--resume"))
+    assert contents(output) == before
+
+
 def test_metrics_that_are_none_are_refused_or_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "loss": 1.0}\n\xff\xfe\n')
@@ -339,6 +415,27 @@ def test_no_space_left_for_the_metrics(folder, whole_run, tmp_path, capsys, monk
         refused(capsys, "metrics.jsonl: No space left on device", arguments(folder, output))
     assert run(*arguments(folder, output, "--resume")) == 0
     assert losses_of(output) == losses_of(whole_run)
+
+
+def test_what_a_killed_write_left_goes_with_the_next_run(folder, whole_run, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    code = (
+        "import os, signal, sys; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from model.storage import write_file; write_file(sys.argv[1], b'half')"
+    )
+    command = [sys.executable, "-c", code, output / "checkpoint.pt"]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert len(contents(output)) == len(contents(whole_run)) + 1
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert contents(output).keys() == contents(whole_run).keys()
+
+
+def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path):
+    path, whole = tmp_path / "file", [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: write_file(path, content), whole * 5))
+    assert path.read_bytes() in whole and list(contents(tmp_path)) == ["file"]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

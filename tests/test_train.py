@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model import training as training_module
 from model.adapter_files import load_adapter
 from model.errors import UserError
 from model.loading import load_base
-from model.metrics import read_metrics
+from model.metrics import MetricsLog, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,41 @@ def test_the_official_format(folder, whole_run, tmp_path):
     generate.main([*ask, "3", "--gate-activation", "identity"])
     with pytest.raises(UserError, match="is not a whole number of at most 4 layers of 5 prompts"):
         generate.main([*ask, "5"])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_resuming_with_another_format_leaves_one_adapter_in_it(folder, whole_run, tmp_path, stopped):
+    """Of a finished run, and of one that an epoch's end follows."""
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    if stopped:
+        first = run_until(folder, tmp_path / "first", steps=3)
+        shutil.rmtree(output)
+        first.rename(output)
+        assert (output / "adapter.safetensors").exists()
+    assert run(*arguments(folder, output, "--format", "official-v1", "--resume")) == 0
+    assert set(contents(output)) == {"adapter.pth", "checkpoint.pt", "metrics.jsonl", "loss.png"}
+    ours = load_adapter(whole_run / "adapter.safetensors", CONFIG)
+    official = load_adapter(output / "adapter.pth", CONFIG, prompt_length=3)
+    assert torch.equal(ours.prompts, official.prompts) and torch.equal(ours.gates, official.gates)
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert (output / "adapter.safetensors").read_bytes() == (whole_run / "adapter.safetensors").read_bytes()
+    assert not (output / "adapter.pth").exists()
+
+
+def run_until(folder: Path, output: Path, steps: int) -> Path:
+    """A run that Ctrl-C ends after so many steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        real = MetricsLog.write
+
+        def pressing(log, **entry):
+            real(log, **entry)
+            if "loss" in entry and entry["step"] == steps - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patched.setattr(MetricsLog, "write", pressing)
+        assert run(*arguments(folder, output)) == 130
+    return output
 
 
 def test_padded_and_packed_runs_agree(folder, whole_run, tmp_path):

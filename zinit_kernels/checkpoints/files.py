@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,15 +110,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """A new file beside `path`, flushed to disk, renamed over it. An OSError names `path` and leaves what was there.
 
     A symbolic link stays one: the file it points to is replaced. What is no file (a folder, a device) never is.
+    The new file is .NAME.xxxxxxxx.part, and only a process that is killed meanwhile leaves it there.
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if real.exists() and not real.is_file():
         raise FileExistsError(errno.EEXIST, "File exists and is no regular one", os.fspath(path))
-    temporary = real.with_name(f".{real.name}.{os.getpid()}")
+    temporary = real.with_name(
+        f".{real.name}.{secrets.token_hex(4)}.part"
+    )  # not another thread's, or machine's
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -50,7 +50,7 @@ format: $(VENV)/.ready
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: build
-	$(PYTHON) -m bench.cpu
+	$(PYTHON) -m bench bars dropins verify
 
 # OUT= the folder of the records, PART= one part; PY=python3 takes what that interpreter has, and downloads nothing
 ifdef PY

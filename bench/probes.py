@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from .conditions import commit, processor
 
 MATRIX = {"cpu": 1024, "cuda": 8192}
 
@@ -34,15 +31,3 @@ def device_copy(num_bytes: int, device: torch.device) -> Callable[[], object]:
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def machine() -> dict[str, str | int]:
-    """What a figure is worth nothing without."""
-    return {
-        "processor": processor(),
-        "instructions": torch.ops.zinit.cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load of the last minute": f"{os.getloadavg()[0]:.1f}",  # above the threads: somebody else was at work
-        "torch": torch.__version__,
-        "commit": commit(),
-    }

@@ -28,7 +28,8 @@ from model.llama import Llama
 from model.loading import load_base
 from model.loss import answer_loss
 
-SEVEN_BILLION = LlamaConfig(32000, 4096, 11008, num_layers=32, num_heads_q=32, num_heads_kv=32, head_dim=128)
+from .contenders import SEVEN_BILLION
+
 LAYERS_PER_SHARD = 4
 
 

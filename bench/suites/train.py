@@ -51,7 +51,7 @@ class Base(NamedTuple):
 
 TABLE_11 = tuple(contender.name for contender in CONTENDERS if contender.name != "LoRA r = 32")
 BASES = {
-    "cpu": [Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 2, 256, TABLE_11)],
+    "cpu": [Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 1, 256, TABLE_11)],
     "cuda": [
         Base("LLaMA-7B", SEVEN_BILLION, 4, 512, TABLE_11),
         Base("Llama-3.2-3B", THREE_BILLION, 4, 512, (OURS, ACCELERATED, PEFT, "LoRA r = 32")),

@@ -11,7 +11,7 @@ import torch
 
 from .clock import Clock
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 41
+MIN_ROUNDS, MAX_ROUNDS = 3, 101
 
 
 class Times:

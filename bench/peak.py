@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -45,7 +46,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: object, malloc: s
     saved = os.environ.get("GLIBC_TUNABLES")
     os.environ["GLIBC_TUNABLES"] = malloc
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        # Ctrl-C reaches it too: it dies of that without a word, and the caller says what is kept
+        quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
             return pool.submit(function, *arguments).result()
     finally:
         if saved is None:

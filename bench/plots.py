@@ -246,7 +246,11 @@ def generate(rows: Sequence[Row]) -> Any | None:
 
 def roofline(rows: Sequence[Row]) -> Any | None:
     """Useful arithmetic against arithmetic per byte of inputs and outputs, under the measured roof."""
-    read = [row.gbps for row in rows if row.provider in PROBES[1:] and row.gbps]
+    reads = sorted(  # by how much is read: the last is the memory's rate, the greatest may be a cache's
+        (row.sizes["batch"] * row.sizes["heads_kv"] * row.sizes["seqlen_k"], row.gbps / 1e3)
+        for row in rows
+        if row.provider in PROBES[1:] and row.gbps and row.suite == "decode"
+    )
     ours = [
         row
         for row in rows
@@ -255,9 +259,9 @@ def roofline(rows: Sequence[Row]) -> Any | None:
     dtypes = [
         dtype for dtype in dtypes_of(ours) if any(r.provider == PROBES[0] and r.dtype == dtype for r in rows)
     ]
-    if not (read and dtypes):
+    if not (reads and dtypes):
         return None
-    bandwidth = max(read) / 1e3
+    memory_rate, cache_rate = reads[-1][1], max(rate for _, rate in reads)
     figure, axes = subplots(1, len(dtypes))
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         peak = max(
@@ -267,10 +271,14 @@ def roofline(rows: Sequence[Row]) -> Any | None:
         )
         here = [row for row in ours if row.dtype == dtype]
         intensities = [1e12 * (row.tflops or 0) * (row.p50_ms or 0) / 1e3 / moved(row) for row in here]
-        ends = (min(intensities) / 2, max(max(intensities), peak / bandwidth) * 2)
-        corner = peak / bandwidth
-        axis.plot([ends[0], corner, ends[1]], [ends[0] * bandwidth, peak, peak], color=FLOOR, linewidth=1.2,
-                  label=f"roof: torch.mm {peak:.2g} TFLOP/s, plain read {bandwidth * 1e3:.0f} GB/s")  # fmt: skip
+        last = 2 * max(*intensities, peak / memory_rate)
+        for rate, line, name in ((memory_rate, "-", "of memory"), (cache_rate, ":", "of a cache")):
+            first, label = (
+                min(intensities) / 2,
+                f"torch.mm {peak:.2g} TFLOP/s, read {name} {rate * 1e3:.0f} GB/s",
+            )
+            roof = [first, peak / rate, last], [first * rate, peak, peak]
+            axis.plot(*roof, color=FLOOR, linewidth=1.2, linestyle=line, label=label)
         for mode, shade in (
             ("decode", "#30638e"),
             ("forward", OURS),

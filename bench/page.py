@@ -70,15 +70,15 @@ def wide_table(rows: Sequence[Measured]) -> list[str]:
         mine = by_name.get(ours or "")
         line = [", ".join(filter(None, (shape, layout)))]
         line += ["", "", ""] if mine is None else [number(mine.p50_ms), spread(mine), number(rate_of(mine))]
-        line.append(number(rate_of(by_name.get(probe))))
+        line += [number(rate_of(by_name.get(probe)))] if probe else []
         for name in others:
             row = by_name.get(name)
             line.append(
                 "" if row is None else factor(row.ratios[ours]) if ours in row.ratios else number(row.p50_ms)
             )
         lines.append(line)
-    title = ours or "zinit"
-    return markdown(["shape", f"{title}, ms", "p20 - p80", unit, f"{probe}, {unit}", *others], lines)
+    header = ["shape", f"{ours or 'zinit'}, ms", "p20 - p80", unit, *([f"{probe}, {unit}"] if probe else [])]
+    return markdown([*header, *others], lines)
 
 
 def spread(row: Row) -> str:

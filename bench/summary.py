@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .chapters import OURS, Measured, chapters, conditions_of, markdown, span
+from .chapters import Measured, chapters, conditions_of, markdown, span
 from .contenders import ACCELERATED, PEFT
 from .contenders import OURS as ADAPTER
 from .goals import Goal, judged, summary
@@ -44,37 +44,42 @@ class Line(NamedTuple):
         return None if found is None else 1 / found if self.inverse else found
 
 
-def kernels(whole: str, one: str, short: Sequence[int], long: Sequence[int]) -> list[Line]:
-    """Whole sequences from one suite, decoding from another."""
+def kernels(backend: str, whole: str, one: str, short: Sequence[int], long: Sequence[int]) -> list[Line]:
+    """Of one backend: whole sequences from one suite, decoding from another."""
     few, many = f"{span(short)} tokens", f"{span(long)} tokens"
-    forward, both = "forward", "forward+backward"
+    forward, both, title = "forward", "forward+backward", "" if backend == "cpu" else f"{backend}, "
+    mine = [f"zinit {backend}"]
     return [
-        Line(f"forward, {few} / plain SDPA, which has no prompts", whole, OURS, forward, [FLOOR], short),
-        Line(f"forward, {many} / the same", whole, OURS, forward, [FLOOR], long),
-        Line(f"forward + backward, {few} / the same", whole, OURS, both, [FLOOR], short),
-        Line(f"forward + backward, {many} / the same", whole, OURS, both, [FLOOR], long),
-        Line(f"decoding / {TWICE}", one, OURS, "decode", [TWICE]),
-        Line("decoding / one read of the cache's bytes", one, OURS, "decode", list(PROBE.values())),
-        Line("forward / itself without prompts", whole, OURS, forward, [NO_PROMPTS]),
-        Line("decoding / itself without prompts", one, OURS, "decode", [NO_PROMPTS]),
+        Line(f"{title}forward, {few} / {FLOOR}, which has no prompts", whole, mine, forward, [FLOOR], short),
+        Line(f"{title}forward, {many} / {FLOOR}", whole, mine, forward, [FLOOR], long),
+        Line(f"{title}forward + backward, {few} / {FLOOR}", whole, mine, both, [FLOOR], short),
+        Line(f"{title}forward + backward, {many} / {FLOOR}", whole, mine, both, [FLOOR], long),
+        Line(f"{title}decoding / {TWICE}", one, mine, "decode", [TWICE]),
+        Line(f"{title}decoding / one read of the cache's bytes", one, mine, "decode", list(PROBE.values())),
+        Line(f"{title}forward / itself without prompts", whole, mine, forward, [NO_PROMPTS]),
+        Line(f"{title}decoding / itself without prompts", one, mine, "decode", [NO_PROMPTS]),
     ]
 
 
 STEP, ADAPTED, ALONE = "training step", "zinit, adapted", "transformers, base alone"
 MODELS = [
-    Line("training step of this adapter / PEFT's adaption prompt", "train", [ADAPTER], STEP, [PEFT]),
-    Line("the same / LoRA r = 8", "train", ["LoRA r = 8"], STEP, [ADAPTER], inverse=True),
-    Line("the same / litgpt's adapter", "train", ["litgpt adapter"], STEP, [ADAPTER], inverse=True),
-    Line("the same / full fine-tuning", "train", ["full fine-tuning"], STEP, [ADAPTER], inverse=True),
-    Line("generating with this adapter / PEFT's adaption prompt", "generate", [ADAPTED], "", [PEFT]),
-    Line("the same / transformers without an adapter", "generate", [ALONE], "", [ADAPTED], inverse=True),
-    Line("PEFT accelerated / PEFT, training step", "train", [ACCELERATED], STEP, [PEFT]),
-    Line("PEFT accelerated / PEFT, generating", "generate", [ACCELERATED], "", [PEFT]),
+    Line("training step / PEFT's adaption prompt", "train", [ADAPTER], STEP, [PEFT]),
+    Line("training step / litgpt's adapter", "train", ["litgpt adapter"], STEP, [ADAPTER], inverse=True),
+    Line("training step / LoRA r = 8", "train", ["LoRA r = 8"], STEP, [ADAPTER], inverse=True),
+    Line("training step / full fine-tuning", "train", ["full fine-tuning"], STEP, [ADAPTER], inverse=True),
+    Line("generating / PEFT's adaption prompt", "generate", [ADAPTED], "", [PEFT]),
+    Line("generating / litgpt's adapter", "generate", ["litgpt adapter"], "", [ADAPTED], inverse=True),
+    Line("generating / transformers, no adapter", "generate", [ALONE], "", [ADAPTED], inverse=True),
+    Line("PEFT accelerated / PEFT: training step", "train", [ACCELERATED], STEP, [PEFT]),
+    Line("PEFT accelerated / PEFT: generating", "generate", [ACCELERATED], "", [PEFT]),
 ]
+LONG = ((512, 1024, 2048), (4096, 8192))
 LINES = {
-    "cpu": [*kernels("bars", "bars", (128, 512), (2048,)), *MODELS],
-    "cuda": [*kernels("attention", "decode", (512, 1024, 2048), (4096, 8192)), *MODELS],
-}
+    "cpu": [*kernels("cpu", "bars", "bars", (128, 512), (2048,)), *MODELS],
+    "cuda": [
+        *kernels("triton", "attention", "decode", *LONG), *kernels("cuda", "attention", "decode", *LONG), *MODELS
+    ],
+}  # fmt: skip
 HEAD = """This package's time over another's, medians of interleaved rounds, the range over all shapes measured: **below
 1 this package is faster**, above 1 slower. `docs/benchmarks.md` has every figure, with pictures.
 """

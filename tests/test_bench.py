@@ -103,7 +103,7 @@ def test_the_page_and_the_readme_are_what_the_ledger_says(ledger, tmp_path):
     report.write(ledger.parent.parent, tmp_path)
     page, readme = ((tmp_path / name).read_text() for name in ("docs/benchmarks.md", "README.md"))
     assert (
-        "| LLaMA-7B, B 1, T 128 | 2 | 2 - 2 | 1 |  | 2.00x |" in page
+        "| LLaMA-7B, B 1, T 128 | 2 | 2 - 2 | 1 | 2.00x |" in page
         and "commit abc, torch 2, 2026-01-02, load" in page
     )
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme

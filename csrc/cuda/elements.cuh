@@ -37,12 +37,17 @@ __device__ __forceinline__ void unpack(const uint4& vector, float (&to)[kPerVect
   for (int i = 0; i < kPerVector<T>; ++i) to[i] = to_float(elements[i]);
 }
 
-// Two floats, rounded, in one register; `low` is the element that comes first in memory.
+// Two floats, rounded by one instruction, in one register; `low` is the element that comes first in memory.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
   uint32_t word;
-  memcpy(&word, pair, sizeof word);
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, sizeof word);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, sizeof word);
+  }
   return word;
 }
 

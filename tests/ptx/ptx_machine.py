@@ -41,17 +41,28 @@ class Buffers:
 
 
 class Shadow:
-    """For each byte the last writer and the last reader, as block, thread and epoch (barriers passed)."""
+    """For each byte the last writer and the last reader, as block, thread, epoch (barriers passed) and warp epoch
+    (barriers of the warp passed)."""
 
     def __init__(self, size: int) -> None:
-        self.writer, self.reader = np.full((3, size), -1, np.int64), np.full((3, size), -1, np.int64)
+        self.writer, self.reader = np.full((4, size), -1, np.int64), np.full((4, size), -1, np.int64)
 
-    def access(self, at: np.ndarray, block: int, threads: np.ndarray, epoch: int, writes: bool) -> str:
+    def access(
+        self,
+        at: np.ndarray,
+        block: int,
+        threads: np.ndarray,
+        epoch: int,
+        warp_epochs: np.ndarray,
+        writes: bool,
+    ) -> str:
         """Notes accesses to bytes [lanes, size]; a description of the first race, or ''."""
         at, threads = at.ravel(), np.repeat(threads, at.shape[1])
+        warp_epoch = warp_epochs[threads // 32]
         for kind, shadow in (("wrote", self.writer), ("read", self.reader))[: 2 if writes else 1]:
-            other_block, other, other_epoch = shadow[:, at]
-            unordered = (other_block != block) | ((other_epoch == epoch) & (other != threads))
+            other_block, other, other_epoch, other_warp_epoch = shadow[:, at]
+            by_warp = (other >= 0) & (other // 32 == threads // 32) & (other_warp_epoch != warp_epoch)
+            unordered = (other_block != block) | ((other_epoch == epoch) & (other != threads) & ~by_warp)
             race = (other_block != -1) & unordered
             if race.any():
                 i = int(race.argmax())
@@ -62,7 +73,7 @@ class Shadow:
         if not writes:
             several = (mine[0, at] == block) & (mine[2, at] == epoch) & (mine[1, at] != threads)
         mine[:, at] = np.stack(
-            [np.full(len(at), block), np.where(several, -2, threads), np.full(len(at), epoch)]
+            [np.full(len(at), block), np.where(several, -2, threads), np.full(len(at), epoch), warp_epoch]
         )
         return ""
 
@@ -97,7 +108,8 @@ class Block:
         self.parameters = np.frombuffer(argument, np.uint8)
         self.counter = np.zeros(threads, int)
         self.waiting, self.done = np.zeros(threads, bool), np.zeros(threads, bool)
-        self.epoch = 0
+        self.epoch, self.warp_epochs = 0, np.zeros(-(-threads // 32), np.int64)
+        self.copies, self.groups = [], np.zeros(threads, int)  # asynchronous: on their way, committed
         self.line = 0
 
     def fault(self, message: str) -> None:
@@ -128,7 +140,7 @@ class Block:
             if instruction.guard:
                 chosen = mask & (self.registers[instruction.guard] ^ instruction.negated)
             kind = instruction.name.split(".")[0]
-            if kind in ("bra", "ret", "bar"):
+            if kind in ("bra", "ret") or instruction.name == "bar.sync":
                 self.counter[mask] = at + 1
                 if kind == "bra":
                     self.counter[chosen] = self.entry.labels[instruction.operands[0]]
@@ -205,13 +217,61 @@ class Block:
             if (bytes_at < 0).any() or (bytes_at >= len(content)).any():
                 self.fault(f"{space} access of {size} bytes out of bounds")
             writes = values is not None
-            if race := shadow.access(bytes_at, self.index, self.lanes[mask][chosen], self.epoch, writes):
+            if race := self.race(shadow, bytes_at, self.lanes[mask][chosen], writes):
                 self.fault(f"{space} memory {race}")
             if writes:
                 content[bytes_at] = values[chosen]
             else:
                 result[chosen] = content[bytes_at]
         return result
+
+    def race(self, shadow: Shadow, bytes_at: np.ndarray, threads: np.ndarray, writes: bool) -> str:
+        return shadow.access(bytes_at, self.index, threads, self.epoch, self.warp_epochs, writes)
+
+    def do_cp(self, suffixes, operands, mask):
+        """cp.async: the bytes land at the wait; a race counts from the beginning of the copy on."""
+        if suffixes[1] == "commit_group":
+            self.groups[mask] += 1
+        elif suffixes[1] == "wait_group":
+            copies, self.copies = self.copies, []
+            for to, source, size, group, whose in copies:
+                landing = whose & mask & (group + int(operands[0]) < self.groups)
+                if (whose & ~landing).any():
+                    self.copies.append((to, source, size, group, whose & ~landing))
+                self.land(to, source, landing & (size == 16))
+                self.land(to, None, landing & (size == 0))
+        else:
+            to, source = np.zeros(self.threads, np.int64), np.zeros(self.threads, np.int64)
+            to[mask], source[mask] = (self.addresses(operand, mask) for operand in operands[:2])
+            size = self.value(operands[3], "u32").astype(int)
+            if self.race(
+                self.shared_shadow, (to[mask] - SHARED)[:, None] + np.arange(16), self.lanes[mask], True
+            ):
+                self.fault("shared memory race: a copy begins over what is in use")
+            self.copies.append((to, source, size, self.groups.copy(), mask.copy()))
+
+    def land(self, to: np.ndarray, source: np.ndarray | None, mask: np.ndarray) -> None:
+        if mask.any():
+            zeros = np.zeros((int(mask.sum()), 16), np.uint8)
+            values = zeros if source is None else self.access("global", source[mask], 16, mask)
+            self.access("shared", to[mask], 16, mask, values)
+
+    def do_ldmatrix(self, suffixes, operands, mask):
+        self.require_whole_warps(mask)
+        rows = self.access("shared", self.addresses(operands[1], mask), 16, mask).view(np.uint16)
+        matrices = rows.reshape(-1, 4, 8, 8)  # warp, matrix, row, column
+        if "trans" in suffixes:
+            matrices = matrices.swapaxes(2, 3)
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4, 32)
+        for i, name in enumerate(_names(operands[0])):
+            value = np.zeros(self.threads, np.uint32)
+            value[mask] = words[:, i].ravel()
+            self.assign(name, value, mask)
+
+    def do_bar(self, suffixes, operands, mask):
+        """bar.warp.sync; the block's is in run_lowest."""
+        self.require_whole_warps(mask)
+        self.warp_epochs[np.unique(self.lanes[mask] // 32)] += 1
 
     def do_ld(self, suffixes, operands, mask):
         names, kind = _names(operands[0]), suffixes[-1]
@@ -248,17 +308,14 @@ class Block:
     def do_cvt(self, suffixes, operands, mask):
         to, source = suffixes[-2:]
         if to in ("bf16", "f16"):
-            value = self.value(operands[1], "f32")
-            self.assign(
-                operands[0],
-                _to_bf16(value) if to == "bf16" else value.astype(np.float16).view(np.uint16),
-                mask,
-            )
+            self.assign(operands[0], _to_half(self.value(operands[1], "f32"), to), mask)
         elif source in ("bf16", "f16"):
             bits = self.value(operands[1], "b16")
             self.assign(operands[0], _from_half(bits, source), mask)
-        elif to == "bf16x2":
-            high, low = (_to_bf16(self.value(name, "f32")).astype(np.uint32) for name in operands[1:])
+        elif to in ("bf16x2", "f16x2"):
+            high, low = (
+                _to_half(self.value(name, "f32"), to[:-2]).astype(np.uint32) for name in operands[1:]
+            )
             self.assign(operands[0], high << np.uint32(16) | low, mask)
         else:
             self.assign(operands[0], self.value(operands[1], source).astype(TYPES[to]), mask)
@@ -311,7 +368,9 @@ class Block:
             )
 
 
-def _to_bf16(x: np.ndarray) -> np.ndarray:
+def _to_half(x: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "f16":
+        return x.astype(np.float16).view(np.uint16)
     bits = x.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The PTX that nvcc writes for the decode kernels, inline assembly included, against the float64 reference.
+"""The PTX that nvcc writes for the CUDA kernels, inline assembly included, against the float64 reference.
 
 A few small cases of each kernel; tests/simt runs the source of all of them. Nothing here has run on a GPU.
 """
@@ -16,37 +16,60 @@ sys.path[:0] = [str(ROOT / "tests" / "simt"), str(ROOT / "build_backend")]
 import compile_host  # noqa: E402 (needs the line above)
 import ptx_machine  # noqa: E402
 import ptx_module  # noqa: E402
-from emulator import Emulator, decode_params  # noqa: E402
+from emulator import Emulator, as_prefill, decode_params, prefill_params, prompt_params  # noqa: E402
 from toolchain import find_cuda  # noqa: E402
 
-from zinit_kernels import dispatch  # noqa: E402
-from zinit_kernels.calls import CacheCall  # noqa: E402
-from zinit_kernels.testing import CacheCase, check_cache_case  # noqa: E402
+from zinit_kernels import dispatch, prompt_attention_  # noqa: E402
+from zinit_kernels.calls import CacheCall, Call  # noqa: E402
+from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case, make_inputs  # noqa: E402
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MANGLED = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
-CASES = [
+CASES = [  # of the cache function
     CacheCase("whole", heads_q=2, heads_kv=2, seqlens=(0, 17), rotary_dim=32),
     CacheCase("split", heads_q=2, heads_kv=2, seqlens=(40,), num_splits=2, page_size=16, table="indexed"),
     CacheCase("packed", heads_q=4, heads_kv=1, seqlens=(3, 33), seqlen_q=3, num_splits=2, page_size=16),
     CacheCase("window", heads_q=4, heads_kv=2, seqlens=(50,), seqlen_q=2, window=(9, -1), capacity=64),
 ]
+LONG_CASES = [  # of the cache function: append, then prefill
+    CacheCase(
+        "chunk", heads_q=1, heads_kv=1, seqlens=(0, 20), seqlen_q=17, page_size=16, rotary_dim=32, capacity=48
+    ),
+]
+WHOLE_CASES = [
+    Case("causal", batch=1, heads_q=2, heads_kv=1, seqlens_q=(70,)),
+    Case("window", batch=1, heads_q=1, heads_kv=1, seqlens_q=(140,), window=(20, -1)),
+    Case("packed", packed=True, heads_q=1, heads_kv=1, seqlens_q=(0, 17, 1), table="indexed", gate="per_row"),
+    Case("padded", batch=2, heads_q=1, heads_kv=1, seqlens_q=(20,), mask="padding", prompt_length=70),
+]
 
 
-def instantiate(dtype: str) -> str:
-    kernels = [f"decode_on_cuda_cores<{dtype}, 64, {rows}>" for rows in (1, 4)] + [f"decode_combine<{dtype}>"]
-    if dtype != "float":
-        kernels.append(f"decode_on_tensor_cores<{dtype}, 64>")
-    return "".join(f"template __global__ void {kernel}(DecodeWork);\n" for kernel in kernels)
+KERNELS = {  # part of csrc/cuda -> its kernels, and what they are told; float32 has the first part's alone
+    "decode": {
+        "decode_on_cuda_cores<{}, 64, 1>": "DecodeWork",
+        "decode_on_cuda_cores<{}, 64, 4>": "DecodeWork",
+        "decode_combine<{}>": "DecodeWork",
+        "decode_on_tensor_cores<{}, 64>": "DecodeWork",
+    },
+    "prefill": {"prefill_attention<{}, 64>": "PrefillWork", "append_tokens<{}>": "CacheWork"},
+    "prompt": {"add_prompts_to_output<{}, 64>": "PromptWork"},
+}
 
 
-def compile_ptx(folder: Path, dtypes: list[str], tree: Path = ROOT) -> dict[str, ptx_module.Entry]:
+def compile_ptx(
+    folder: Path, dtypes: list[str], parts=KERNELS, tree: Path = ROOT
+) -> dict[str, ptx_module.Entry]:
     cuda, reason = find_cuda()
     if cuda is None or (reason := compile_host.why_not_here()):
         pytest.skip(reason)
-    source = folder / "decode.cu"
-    header = f'#include "{tree}/csrc/cuda/decode/launch.cuh"\nnamespace zinit::cuda {{\n'
-    source.write_text(header + "".join(map(instantiate, dtypes)) + "}\n")
+    lines = [f'#include "{tree}/csrc/cuda/{part}/launch.cuh"' for part in parts] + ["namespace zinit::cuda {"]
+    for dtype in dtypes:
+        for part in parts:
+            for kernel, work in KERNELS[part].items():
+                if dtype != "float" or (part == "decode" and "tensor" not in kernel):
+                    lines.append(f"template __global__ void {kernel.format(dtype)}({work});")
+    source = folder / "kernels.cu"
+    source.write_text("\n".join([*lines, "}\n"]))
     command = [
         cuda.path / "bin" / "nvcc",
         "-std=c++20",
@@ -65,41 +88,62 @@ def entries(tmp_path_factory):
     return compile_ptx(tmp_path_factory.mktemp("ptx"), list(DTYPES.values()))
 
 
-class PtxDecode:
-    """zinit::decode_cuda as the launcher would do it, on the interpreter."""
+class PtxKernels:
+    """The operators of csrc/cuda as their launchers would run them, on the interpreter."""
 
     def __init__(self, entries, emulator):
         self.entries, self.emulator = entries, emulator
 
-    def entry(self, kernel, dtype, *numbers):
+    def run(self, kernel, dtype, numbers, grid, shared, work, tensors):
         arguments = MANGLED[dtype] + "".join(f"Li{number}E" for number in numbers)
-        (found,) = [entry for name, entry in self.entries.items() if f"{kernel}I{arguments}E" in name]
-        return found
+        (entry,) = [entry for name, entry in self.entries.items() if f"{kernel}I{arguments}E" in name]
+        memory = ptx_machine.Buffers()
+        for tensor in tensors:
+            if torch.is_tensor(tensor):
+                memory.add(tensor.data_ptr(), tensor.untyped_storage().nbytes())
+        ptx_machine.run(entry, grid, 128, shared, work, memory)
 
-    def __call__(self, *canonical):
+    def decode(self, *canonical):
         call = CacheCall(*canonical)
         params, out, lse = decode_params(call)
         batch, tokens, heads_q, head_dim = call.query.shape
-        heads_kv = call.key_cache.shape[2]
+        heads_kv, dtype = call.key_cache.shape[2], call.query.dtype
+        if tokens > dispatch.MAX_CUDA_DECODE_TOKENS:
+            tensors = (*call, out, lse)
+            params = as_prefill(params)
+            work, (_, blocks, _) = self.emulator.prefill_plan(params)
+            self.run("append_tokens", dtype, (), (blocks, heads_kv, batch), 0, work, tensors)
+            self.prefill(params, dtype, (heads_q, batch), tensors)
+            return out, lse
         workspace = torch.full((batch * heads_q * tokens * 128 * (head_dim + 2),), float("nan"))
         work, (rows, row_blocks, splits, tensor_cores, shared, combine_shared) = self.emulator.plan(
             params, workspace
         )
-        memory = ptx_machine.Buffers()
-        for tensor in (*call, out, lse, workspace):
-            if torch.is_tensor(tensor):
-                memory.add(tensor.data_ptr(), tensor.untyped_storage().nbytes())
-        dtype = call.query.dtype
-        attend = (
-            self.entry("decode_on_tensor_cores", dtype, head_dim)
-            if tensor_cores
-            else self.entry("decode_on_cuda_cores", dtype, head_dim, rows)
-        )
-        ptx_machine.run(attend, (splits, heads_kv * row_blocks, batch), 128, shared, work, memory)
+        tensors = (*call, out, lse, workspace)
+        kernel, numbers = "decode_on_cuda_cores", (head_dim, rows)
+        if tensor_cores:
+            kernel, numbers = "decode_on_tensor_cores", (head_dim,)
+        self.run(kernel, dtype, numbers, (splits, heads_kv * row_blocks, batch), shared, work, tensors)
         if splits > 1:
             grid = (tokens * heads_q // heads_kv, heads_kv, batch)
-            ptx_machine.run(self.entry("decode_combine", dtype), grid, 128, combine_shared, work, memory)
+            self.run("decode_combine", dtype, (), grid, combine_shared, work, tensors)
         return out, lse
+
+    def prefill(self, params, dtype, columns, tensors):
+        work, (blocks, _, shared) = self.emulator.prefill_plan(params)
+        self.run("prefill_attention", dtype, (64,), (blocks, *columns), shared, work, tensors)
+
+    def forward(self, *canonical):
+        call = Call._make((*canonical[:8], None, *canonical[8:]))
+        params, out, lse = prefill_params(call)
+        self.prefill(params, call.query.dtype, (call.query.shape[1], call.batch_size), (*call, out, lse))
+        return out, lse
+
+    def add_prompt_branch(self, *arguments):
+        query = arguments[1]
+        work, (blocks, shared) = self.emulator.prompt_plan(prompt_params(*arguments))
+        grid = (blocks, query.shape[1], query.shape[0])
+        self.run("add_prompts_to_output", query.dtype, (64,), grid, shared, work, arguments)
 
 
 @pytest.fixture
@@ -109,7 +153,14 @@ def register(monkeypatch):
     library = torch.library.Library("zinit", "IMPL")
     monkeypatch.setattr(dispatch, "_CUDA_UNAVAILABLE", "")
     monkeypatch.setattr(dispatch, "_why_not_on_gpu", lambda call: "")
-    yield lambda entries: library.impl("decode_cuda", PtxDecode(entries, emulator), "CPU")
+
+    def implement(entries):
+        kernels = PtxKernels(entries, emulator)
+        library.impl("decode_cuda", kernels.decode, "CPU")
+        library.impl("forward_cuda", kernels.forward, "CPU")
+        library.impl("prompt_cuda", kernels.add_prompt_branch, "CPU")
+
+    yield implement
     library._destroy()
 
 
@@ -118,6 +169,39 @@ def register(monkeypatch):
 def test_against_the_reference(entries, register, case, dtype):
     register(entries)
     check_cache_case(case, dtype, "cuda")
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [*LONG_CASES, *WHOLE_CASES], ids=str)
+def test_prefill_against_the_reference(entries, register, case, dtype):
+    register(entries)
+    check(case, dtype)
+
+
+def check(case, dtype):
+    if isinstance(case, CacheCase):
+        return check_cache_case(case, dtype, "cuda")
+    with torch.no_grad():
+        check_case(case, dtype, "cuda", backward=False)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_prompt_branch_alone(entries, register, dtype):
+    """Added to the output without it, it is the whole call."""
+    register(entries)
+    inputs = make_inputs(Case("branch", batch=2, heads_q=2, heads_kv=1, seqlens_q=(20,)), dtype)
+    query, _, _, prompt_key, prompt_value, gate = inputs.tensors.values()
+    with torch.no_grad():
+        expected = inputs.call("reference")[0].transpose(1, 2)
+        inputs.tensors.update(prompt_key=None, prompt_value=None, gate=None)
+        out = inputs.call("reference")[0].transpose(1, 2).contiguous()
+        tables = (table.transpose(1, 2) for table in (prompt_key, prompt_value))
+        prompt_attention_(out, query.transpose(1, 2), *tables, gate, backend="cuda")
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 BUGS = {  # of the assembly, which the emulator of tests/simt does not see
@@ -130,6 +214,16 @@ BUGS = {  # of the assembly, which the emulator of tests/simt does not see
         "kLog2E);\n  }\n",
         CASES[0],
     ),
+    "matrices_not_transposed": ("device.cuh", "x4.trans.shared", "x4.shared", WHOLE_CASES[0]),
+    "copy_without_its_size": ("device.cuh", '"r"(wanted ? 16 : 0)', '"r"(16)', WHOLE_CASES[3]),
+    "wait_for_nothing": ("device.cuh", "wait_group %0", "wait_group 9", WHOLE_CASES[0]),
+    "no_barrier_between_tiles": (
+        "prefill/kernel.cuh",
+        "__syncthreads();  // this tile",
+        "// this tile",
+        WHOLE_CASES[0],
+    ),
+    "no_barrier_of_the_warp": ("tiles/tile.cuh", "__syncwarp();\n  constexpr", "constexpr", WHOLE_CASES[0]),
 }
 
 
@@ -141,6 +235,7 @@ def test_a_planted_bug_is_caught(register, tmp_path, name):
     text = (tmp_path / "csrc" / "cuda" / file).read_text()
     assert correct in text, f"{correct!r} is not in {file} any more: plant the bug elsewhere"
     (tmp_path / "csrc" / "cuda" / file).write_text(text.replace(correct, wrong))
-    register(compile_ptx(tmp_path, ["bf16"], tmp_path))
+    parts = ["prefill"] if isinstance(case, Case) else ["decode"]
+    register(compile_ptx(tmp_path, ["bf16"], parts, tmp_path))
     with pytest.raises((AssertionError, ptx_machine.Fault)):
-        check_cache_case(case, torch.bfloat16, "cuda")
+        check(case, torch.bfloat16)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/decode/launch.cuh"
+#include "buffer.h"
 
 namespace {
 
@@ -30,19 +31,6 @@ const std::vector<Case> kCases = {
 constexpr int64_t kHeadDim = 64, kPrompts = 3, kTableRows = 2, kRotary = 32;
 
 template <class T>
-struct Buffer {
-  explicit Buffer(size_t count) : size(count) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 16, count * sizeof(T))) std::abort();
-    data = static_cast<T*>(memory);
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  T* data;
-  size_t size;
-};
-
-template <class T>
 class Run {
  public:
   explicit Run(const Case& c) : c_(c) {}
@@ -52,16 +40,16 @@ class Run {
     const int64_t pages_each = c_.page_size ? c_.capacity / c_.page_size : 1;
     const int64_t page_size = c_.page_size ? c_.page_size : c_.capacity;
     const int64_t pages = B * pages_each + 1;  // page 0, which absurd ids are clamped to, is nobody's
-    const auto count = [](int64_t n) { return static_cast<size_t>(n); };
-    Buffer<T> query(count(B * c_.tokens * c_.heads_q * D)), result(query.size);
-    Buffer<T> new_key(count(B * c_.tokens * c_.heads_kv * D)), new_value(new_key.size);
-    Buffer<T> key_cache(count(pages * page_size * c_.heads_kv * D)), value_cache(key_cache.size);
-    Buffer<T> prompt_key(count(kTableRows * kPrompts * c_.heads_kv * D)), prompt_value(prompt_key.size);
-    Buffer<T> cosine(count(c_.capacity * kRotary / 2)), sine(cosine.size);
-    Buffer<float> gate(count(kTableRows * c_.heads_q)), lse(count(B * c_.heads_q * c_.tokens));
-    Buffer<int32_t> lengths(count(B)), table(count(B * pages_each)), index(count(B));
-    fill(query), fill(new_key), fill(new_value), fill(key_cache), fill(value_cache), fill(prompt_key);
-    fill(prompt_value), fill(cosine), fill(sine), fill(gate);
+    Buffer<T> query(B * c_.tokens * c_.heads_q * D), result(query.size);
+    Buffer<T> new_key(B * c_.tokens * c_.heads_kv * D), new_value(new_key.size);
+    Buffer<T> key_cache(pages * page_size * c_.heads_kv * D), value_cache(key_cache.size);
+    Buffer<T> prompt_key(kTableRows * kPrompts * c_.heads_kv * D), prompt_value(prompt_key.size);
+    Buffer<T> cosine(c_.capacity * kRotary / 2), sine(cosine.size);
+    Buffer<float> gate(kTableRows * c_.heads_q), lse(B * c_.heads_q * c_.tokens);
+    Buffer<int32_t> lengths(B), table(B * pages_each), index(B);
+    query.fill(random_), new_key.fill(random_), new_value.fill(random_), key_cache.fill(random_),
+        value_cache.fill(random_), prompt_key.fill(random_);
+    prompt_value.fill(random_), cosine.fill(random_), sine.fill(random_), gate.fill(random_);
     for (size_t b = 0; b < lengths.size; ++b) {
       lengths.data[b] = c_.lengths[b];
       index.data[b] =
@@ -98,7 +86,7 @@ class Run {
     }
     const auto plan = cuda::plan_decode(4, B, c_.heads_kv, c_.tokens * c_.heads_q / c_.heads_kv, c_.capacity,
                                         p.page_size, sizeof(T) == 2, splits);
-    Buffer<float> workspace(count(cuda::workspace_floats(plan, B, c_.heads_q, c_.tokens, D)));
+    Buffer<float> workspace(cuda::workspace_floats(plan, B, c_.heads_q, c_.tokens, D));
     const auto work = cuda::decode_work(p, plan, workspace.data);
     cuda::launch_attention<T, kHeadDim>(work, plan, nullptr);
     cuda::launch_combine<T>(work, nullptr);
@@ -109,13 +97,6 @@ class Run {
   }
 
  private:
-  template <class U>
-  void fill(Buffer<U>& buffer) {  // sixteenths: exact in every dtype
-    for (size_t i = 0; i < buffer.size; ++i) {
-      buffer.data[i] = cuda::from_float<U>(static_cast<float>(static_cast<int>(random_() % 33) - 16) / 16.f);
-    }
-  }
-
   const Case& c_;
   std::minstd_rand random_{7};
 };

@@ -160,6 +160,12 @@ def prompt_params(
     return PromptParams(**_attention_fields(call), **views, total_q=query.shape[2])
 
 
+def as_prefill(params: DecodeParams) -> PrefillParams:
+    """prefill_params() of csrc/cuda/prefill/prefill.h."""
+    fields = {name: getattr(params, name) for name, _ in DecodeParams._fields_}
+    return PrefillParams(**fields, total_q=params.seqlen_q, total_k=params.seqlen_k)
+
+
 class Emulator:
     """The library that `build` made."""
 
@@ -203,9 +209,29 @@ class Emulator:
         self._checked(self.library.simt_prefill(ctypes.byref(params)))
         return out, lse
 
+    def prefill_plan(self, params: PrefillParams) -> tuple[bytes, list[int]]:
+        """The kernels' argument, and blocks of queries, blocks of new tokens, shared bytes; for head_dim 64."""
+        work = ctypes.create_string_buffer(self.library.simt_sizeof_prefill_work())
+        numbers = (ctypes.c_int64 * 3)()
+        self.library.simt_prefill_plan(ctypes.byref(params), work, numbers)
+        return work.raw, list(numbers)
+
+    def prompt_plan(self, params: PromptParams) -> tuple[bytes, list[int]]:
+        """The kernel's argument, and blocks of queries, shared bytes; for head_dim 64."""
+        work = ctypes.create_string_buffer(self.library.simt_sizeof_prompt_work())
+        numbers = (ctypes.c_int64 * 2)()
+        self.library.simt_prompt_plan(ctypes.byref(params), work, numbers)
+        return work.raw, list(numbers)
+
     def add_prompt_branch(self, *arguments) -> None:
         """zinit::prompt_cuda on host memory."""
         self._checked(self.library.simt_prompt(ctypes.byref(prompt_params(*arguments))))
+
+    def tile_bytes(self, head_dim: int) -> tuple[int, int]:
+        """Shared memory of a prefill block, and of one that adds the prompt branch alone."""
+        numbers = (ctypes.c_int64 * 2)()
+        self.library.simt_tile_bytes(head_dim, numbers)
+        return tuple(numbers)
 
     def bank_conflicts(self) -> int:
         """Of the matrices loaded from shared memory since the last question."""

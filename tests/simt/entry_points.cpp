@@ -9,6 +9,7 @@
 #include "../../csrc/cuda/decode/launch.cuh"
 #include "../../csrc/cuda/prefill/launch.cuh"
 #include "../../csrc/cuda/prefill/prefill.h"
+#include "../../csrc/cuda/prompt/launch.cuh"
 #include "../../csrc/cuda/prompt/prompt.h"
 #include "selftest.h"
 
@@ -84,6 +85,8 @@ int64_t simt_sizeof_prefill_params() { return sizeof(zinit::PrefillParams); }
 
 int64_t simt_sizeof_prompt_params() { return sizeof(zinit::PromptParams); }
 
+int64_t simt_sizeof_prompt_work() { return sizeof(zinit::cuda::PromptWork); }
+
 int64_t simt_sizeof_prefill_work() { return sizeof(zinit::cuda::PrefillWork); }
 
 int simt_prefill(const zinit::PrefillParams* p) {
@@ -94,8 +97,32 @@ int simt_prompt(const zinit::PromptParams* p) {
   return guarded([&] { zinit::cuda::add_prompt_branch(*p, nullptr); });
 }
 
-void simt_prefill_work(const zinit::PrefillParams* p, zinit::cuda::PrefillWork* work) {
+// As `simt_plan`, for head_dim 64. `numbers`: blocks along the queries and along the new tokens, bytes of
+// shared memory.
+void simt_prefill_plan(const zinit::PrefillParams* p, zinit::cuda::PrefillWork* work, int64_t* numbers) {
+  using Shape = zinit::cuda::PrefillShape<64>;
   *work = zinit::cuda::prefill_work(*p);
+  numbers[0] = (p->seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
+  numbers[1] = (p->seqlen_new + zinit::cuda::kTokensPerBlock - 1) / zinit::cuda::kTokensPerBlock;
+  numbers[2] = zinit::cuda::PrefillShared<zinit::cuda::bf16, Shape>::kBytes;
+}
+
+void simt_prompt_plan(const zinit::PromptParams* p, zinit::cuda::PromptWork* work, int64_t* numbers) {
+  using Shape = zinit::cuda::PromptShape<64>;
+  *work = zinit::cuda::prompt_work(*p);
+  numbers[0] = (p->seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
+  numbers[1] = zinit::cuda::PromptShared<zinit::cuda::bf16, Shape>::kBytes;
+}
+
+void simt_tile_bytes(int head_dim, int64_t* numbers) {
+  const auto set = [&]<int D>() {
+    if (head_dim != D) return;
+    using namespace zinit::cuda;
+    numbers[0] = PrefillShared<bf16, PrefillShape<D>>::kBytes;
+    numbers[1] = PromptShared<bf16, PromptShape<D>>::kBytes;
+  };
+  set.operator()<64>(), set.operator()<80>(), set.operator()<96>();
+  set.operator()<128>(), set.operator()<256>();
 }
 
 int64_t simt_bank_conflicts() { return static_cast<int64_t>(simt::bank_conflicts()); }

@@ -12,6 +12,7 @@ import sys
 import compile_host
 
 SCHEDULES = {"address": ("forward", "reverse", "random1"), "thread": ("forward",)}
+PROGRAMS = ("check_decode", "check_prefill")
 
 
 def main(names: list[str]) -> int:
@@ -19,12 +20,13 @@ def main(names: list[str]) -> int:
         print(f"sanitizers not run on the CUDA kernels: {reason}")
         return 0
     for name in names or SCHEDULES:
-        program = compile_host.build("check_decode", ["tests/simt/check_decode.cpp"], name)
-        for schedule in SCHEDULES[name]:
-            print(f"[{name}, {schedule}] {program}", flush=True)
-            environment = {**os.environ, "SIMT_SCHEDULE": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
-            if code := subprocess.call([program], env=environment):
-                return code
+        for program in PROGRAMS:
+            built = compile_host.build(program, [f"tests/simt/{program}.cpp"], name)
+            for schedule in SCHEDULES[name]:
+                print(f"[{name}, {schedule}] {built}", flush=True)
+                environment = {**os.environ, "SIMT_SCHEDULE": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
+                if code := subprocess.call([built], env=environment):
+                    return code
     return 0
 
 

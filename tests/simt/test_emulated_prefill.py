@@ -182,3 +182,12 @@ def test_a_cache_gives_what_fresh_keys_give(cuda):
         cache_seqlens=torch.zeros(2, dtype=torch.int32), backend="cuda",
     )  # fmt: skip
     assert torch.equal(out.transpose(1, 2), expected)
+
+
+# One block must fit into the 99 KB of sm_86, 89 and 120, two into the 164 KB of sm_80 up to head_dim 128.
+@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+def test_shared_memory_within_budget(emulator, head_dim):
+    prefill, prompt = emulator.tile_bytes(head_dim)
+    print(f"D {head_dim}: {prefill} bytes of shared memory for prefill, {prompt} for the prompt branch alone")
+    assert prefill <= 99 * 1024 and (head_dim > 128 or 2 * (prefill + 1024) <= 164 * 1024)
+    assert prompt <= 99 * 1024 and (head_dim > 128 or 2 * (prompt + 1024) <= 100 * 1024)

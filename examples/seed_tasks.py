@@ -35,6 +35,13 @@ def convert(lines: str) -> Iterator[dict[str, str]]:
             raise ValueError(f"line {number}: not a seed task ({error})") from error
 
 
+def refuse(path: Path, error: OSError | ValueError) -> int:
+    """Says what is wrong with the file; the exit status."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    print(f"error: {path}: {reason}", file=sys.stderr)
+    return 2
+
+
 def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -44,11 +51,13 @@ def main() -> None:
     try:
         records = list(convert(options.tasks.read_text(encoding="utf-8")))
         answered = [record for record in records if record["output"]]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered)
-        options.records.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"error: {options.tasks}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(refuse(options.tasks, error))
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered)
+    try:
+        options.records.write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.exit(refuse(options.records, error))
     print(
         f"{len(answered)} records in {options.records}; {len(records) - len(answered)} without an output left out"
     )

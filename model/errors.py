@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -16,6 +18,11 @@ def run_program(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(_tell(str(error)))
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # what Python still holds back goes there, instead of into another error
+            os.dup2(nowhere, descriptor)
+        sys.exit(128 + signal.SIGPIPE)  # as a shell tells of those that the signal ends
     except OSError as error:  # no space left, no permission, no such file
         file = "" if error.filename is None else f"{error.filename}: "
         sys.exit(_tell(f"{file}{error.strerror or error}."))

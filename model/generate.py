@@ -24,7 +24,7 @@ from .checkpoint import base_print
 from .data import check_text, format_prompt, line_objects, read_text
 from .errors import UserError, run_program
 from .llama import Adapter, KVCache, Llama
-from .loading import DTYPES, load_base, open_device
+from .loading import DTYPES, default_device, load_base, open_device
 from .tokenizer import Tokenizer, load_tokenizer
 
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
@@ -223,7 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--backend", default="auto", help="of the attention kernels (default: auto)")
     return parser
 
 
@@ -267,6 +268,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
     """The base, its tokenizer, and the adapter if one was named."""
     device = open_device(arguments.device)
     model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
+    model.set_backend(arguments.backend)
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     if arguments.adapter is None:
         return model, tokenizer, None
@@ -275,6 +277,16 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
         base_print(model, torch.bfloat16),
     )  # fmt: skip
     return model, tokenizer, adapter.to(device)
+
+
+def _try_backend(backend: str, model: Llama, adapter: Adapter | None, prompt: list[int]) -> None:
+    """A token of a prompt and one after it, so that a backend that cannot run is refused before the first answer."""
+    if backend == "auto":
+        return
+    try:
+        generate(model, [prompt], adapter, max_new_tokens=2, temperature=0, eos_ids=())
+    except ValueError as error:
+        raise UserError(f"--backend {backend}: {error}.") from error
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -289,6 +301,7 @@ def main(command_line: list[str] | None = None) -> None:
     prompts = [tokenizer.encode(text) for text in texts]
     sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_request(model, prompts, **sampling, seed=arguments.seed)
+    _try_backend(arguments.backend, model, adapter, prompts[0][:1])
     eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
 
     many = arguments.prompts_file is not None

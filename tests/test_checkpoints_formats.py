@@ -308,9 +308,9 @@ def test_malformed_checkpoints(tmp_path, monkeypatch, capsys, name, damage):
     assert str(weights) in str(raised.value) and "\n" not in str(raised.value)
     destination = tmp_path / "destination"
     destination.write_bytes(b"before")
-    assert convert.main([str(source), str(destination), "--layout", "blocked"]) == 1
+    assert convert.main([str(source), str(destination), "--layout", "blocked"]) == 2
     printed = capsys.readouterr()
-    assert printed.err == f"error: {raised.value}\n" and printed.out == ""
+    assert printed.err == f"error: {raised.value}.\n" and printed.out == ""
     assert destination.read_bytes() == b"before" and weights.read_bytes() == before
     assert not (tmp_path / "executed").exists()
     assert sorted(os.listdir(tmp_path)) == ["destination", "source"]
@@ -341,7 +341,7 @@ def test_damaged_bytes(tmp_path, name):
 
 def test_the_shell_converts_and_inspects(tmp_path, capsys):
     source = put(tmp_path / "v1.pth", "official-v1")
-    assert convert.main([str(source), str(tmp_path / "there"), "--to", "peft"]) == 1
+    assert convert.main([str(source), str(tmp_path / "there"), "--to", "peft"]) == 2
     assert "peft has no room for 4 gates in each layer" in capsys.readouterr().err
     assert not (tmp_path / "there").exists()
     assert convert.main([str(source), str(tmp_path / "there"), "--to", "peft", "--allow-loss"]) == 0
@@ -359,8 +359,9 @@ def test_the_shell_converts_and_inspects(tmp_path, capsys):
     assert "format      official-v2" in printed and "16 tensors of official-v2, kept:" in printed
     gate = official_v1()["layers.2.attention.gate"].tanh().mean()
     assert f"    2      {float(gate):+.4f}" in printed
-    assert inspect.main([str(tmp_path / "absent")]) == 1
-    assert "No such file" in capsys.readouterr().err
+    for command in (inspect.main, lambda words: convert.main([*words, str(tmp_path / "there")])):
+        assert command([str(tmp_path / "absent")]) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: No such file or directory.\n"
 
 
 def test_peft_itself_reads_and_writes_these_files(tmp_path):

@@ -45,4 +45,9 @@ def test_bad_seed_tasks_are_named(tmp_path):
     done = run(tmp_path / "tasks.jsonl", tmp_path / "records.jsonl")
     assert done.returncode == 2 and "line 2: the field 'instances' is missing" in done.stderr
     assert not (tmp_path / "records.jsonl").exists()
-    assert "No such file" in run(tmp_path / "gone.jsonl", tmp_path / "records.jsonl").stderr
+    done = run(tmp_path / "gone.jsonl", tmp_path / "records.jsonl")
+    assert done.stderr == f"error: {tmp_path / 'gone.jsonl'}: No such file or directory\n"
+    (tmp_path / "tasks.jsonl").write_text("")
+    done = run(tmp_path / "tasks.jsonl", tmp_path / "nowhere" / "records.jsonl")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'nowhere' / 'records.jsonl'}: No such file or directory\n"

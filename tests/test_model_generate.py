@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
     cases = [
         (["--base", tmp_path / "absent", *ask], "absent is not a directory"),
         (["--base", bare, *ask], "neither tokenizer.json nor tokenizer.model"),
-        (["--base", wrong, *ask], "tokens and the model a vocabulary of 64"),
+        (["--base", wrong, *ask], "and the model a vocabulary of 64"),
         (
             ["--base", other, "--adapter", file, *ask],
             "hidden size 64, 4 layers and 8 heads; this base has hidden size 64, 2",
@@ -236,6 +237,7 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         (["--base", base, "--prompts-file", tmp_path / "empty.txt"], "holds no prompts"),
         (["--base", base, "--prompt", "fox", "--max-new-tokens", 96], "context of 96: ask for at most"),
         (["--base", base, "--device", "nowhere", *ask], "nowhere"),
+        (["--base", base, "--backend", "foo", *ask], "--backend foo: backend must be 'auto' or one of"),
         (["--base", base, "--stop", "", *ask], "--stop must not be empty"),
         (["--base", base, "--input", "x", *ask], "--input belongs to --instruction"),
         (["--base", base, "--prompt", "\ud800"], "holds \\ud800, half a character"),
@@ -264,6 +266,34 @@ def test_streaming_prints_settled_text_only(capsys):
         watcher(0, list(piece.encode()))
     watcher.show("aEN!EN", last=True)
     assert capsys.readouterr().out == "aEN!EN"
+
+
+def test_the_backend_is_the_one_that_was_asked_for(tmp_path, model, capsys):
+    answers = []
+    for backend in ("auto", "reference"):
+        code, out, told = run(
+            capsys, "--base", tmp_path / "base", "--prompt", "the fox", "--max-new-tokens", 5, "--device", "cpu",
+            "--temperature", 0, "--backend", backend,
+        )  # fmt: skip
+        assert code in (0, None), told
+        answers.append(out)
+    assert answers[0] == answers[1]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(tmp_path, model):
+    """As `generate | head -1`: what is written to nobody is no error of the user's."""
+    (tmp_path / "prompts.txt").write_text("the fox\n" * 40)
+    command = [sys.executable, "-m", "model.generate", "--base", tmp_path / "base", "--batch-size", "1"]
+    command += ["--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", "2", "--device", "cpu"]
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent
+    )
+    with program:
+        program.stdout.readline()
+        program.stdout.close()
+        told = program.stderr.read().decode()
+        assert program.wait() == 128 + signal.SIGPIPE
+    assert told.strip() == ""
 
 
 def test_module_runs_from_a_checkout(tmp_path, model):

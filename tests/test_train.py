@@ -186,6 +186,14 @@ def test_padded_and_packed_runs_agree(folder, whole_run, tmp_path):
         )
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_programs_take_the_same_device_unless_told(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    base = ["--base", "base"]
+    assert program._parse([*base, "--data", "data", "--out", "out"]).device == device
+    assert generate._parser().parse_args([*base, "--prompt", "Say"]).device == device
+
+
 def test_a_checkpoint_holds_tensors_and_plain_values_only(whole_run):
     state = torch.load(whole_run / "checkpoint.pt", weights_only=True)
     assert state.keys() == set(checkpoint_module.Checkpoint._fields)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .checkpoints import FORMATS, CheckpointError, save_adapter
 from .checkpoints.formats import identify
-from .inspect import source_arguments
+from .inspect import refuse, source_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         save_adapter(told.destination, checkpoint, told.to, allow_loss=told.allow_loss)
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     layers = checkpoint.layers
     print(
         f"{told.source} ({format}) -> {told.destination} ({told.to}): {checkpoint.prompts.shape[1]} prompts in layers "

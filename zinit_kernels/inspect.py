@@ -56,6 +56,15 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, metavar="H", help="of the base, where the file does not say")
 
 
+def refuse(error: CheckpointError | OSError) -> int:
+    """Shows a sentence; the exit status of bad input."""
+    sentence = str(error)
+    if isinstance(error, OSError):
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or sentence
+    print(f"error: {sentence}.", file=sys.stderr)
+    return 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zinit_kernels.inspect", description=__doc__)
     parser.add_argument("source", metavar="SRC", help="an adapter file, or PEFT's folder")
@@ -67,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told.source, told.prompt_length, told.activation, told.layout or "blocked", told.num_heads
         )
     except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return refuse(error)
     print(describe(*found))
     return 0
 

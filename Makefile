@@ -64,7 +64,9 @@ sanitize: $(VENV)/.ready
 	$(PYTHON) tests/simt/sanitize.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info zinit_kernels/*.so
+	@if [ -e "$(VENV)/.ready" ] || [ -e "$(VENV)/.zinit_kernels" ]; then rm -rf "$(VENV)"; \
+	elif [ -e "$(VENV)" ]; then echo "VENV=$(VENV) is no environment of this project: left as it is"; fi
+	rm -rf build dist *.egg-info zinit_kernels/*.so
 
 # a folder that PYTHONPATH puts before the pinned one; the interpreter of 3.6 needs a numpy before 2.4
 $(VENV)/triton-%/.ready: $(VENV)/.ready

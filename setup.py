@@ -27,6 +27,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -160,6 +161,13 @@ class BuildNative(build_ext):
             return super().get_ext_filename(fullname)
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none in the file
 
+    def run(self):
+        super().run()
+        if self.inplace:  # a part of an earlier build that this one left out would be loaded all the same
+            built = {extension.name for extension in self.extensions or []}
+            for part in {CPU_PART, CUDA_PART, HOST_PART} - built:
+                (ROOT / self.get_ext_filename(part)).unlink(missing_ok=True)
+
     def build_extensions(self):
         compiler, _ = find_compiler()
         torch = find_torch()
@@ -255,6 +263,11 @@ class BuildNative(build_ext):
         return "\n".join(lines) + "\n"
 
 
+class Build(build):
+    # build_ext also where nothing is compiled: an editable install must not keep what an earlier one compiled
+    sub_commands = [(name, None if name == "build_ext" else wanted) for name, wanted in build.sub_commands]
+
+
 class AnyPythonWheel(bdist_wheel):
     def get_tag(self):
         python, abi, target = super().get_tag()
@@ -271,7 +284,6 @@ if __name__ == "__main__":
         BuildNative.cuda, reason = cuda_for(find_torch())
         if BuildNative.cuda is None:
             say(f"left out the CUDA kernels: {reason}")
-            (ROOT / "zinit_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
         else:
             parts.append(CUDA_PART)
             if importlib.util.find_spec("pybind11"):
@@ -280,5 +292,5 @@ if __name__ == "__main__":
                 say("left out _C_host, the CUDA launcher's plans for Python: pybind11 is not here")
     setup(
         ext_modules=[Extension(name, []) for name in parts],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+        cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
     )

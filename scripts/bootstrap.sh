@@ -25,9 +25,17 @@ END
 
 # ZINIT_BUILD=0: pip would hide the compiler's output; make compiles after this, in the open and incrementally.
 export ZINIT_BUILD=0
+# VENV may come from the environment, where it may mean anything: only a folder made here is cleared, or filled
+if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/.zinit_kernels" ] && [ ! -e "$venv/.ready" ]; then
+  say "VENV=$venv is not empty, and no environment of this project: name a new folder with VENV=, or remove it" >&2
+  exit 1
+fi
+mkdir -p "$venv"
+touch "$venv/.zinit_kernels"
 if outer_torch; then
   say "using the torch of $PY"
   "$PY" -m venv --clear --without-pip "$venv"
+  touch "$venv/.zinit_kernels"
   # a .pth file, since --system-site-packages would skip the packages of a $PY that is itself a virtual environment
   "$PY" -c 'import site, sys; print(*[p for p in sys.path if p.endswith(("site-packages", "dist-packages"))], sep="\n")' \
     > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer.pth"

@@ -68,6 +68,20 @@ def test_builds_incrementally_without_importing_torch(small_tree):
     assert "no work to do" in setup(small_tree, "build_ext", "--inplace", ZINIT_BUILD="1").stdout
 
 
+@pytest.mark.parametrize("command", [("build_ext", "--inplace"), ("editable_wheel", "--dist-dir", "out")])
+def test_building_in_place_removes_the_parts_that_it_leaves_out(small_tree, command):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    parts = [small_tree / "zinit_kernels" / name for name in ("_C_cpu.so", "_C_cuda.so", f"_C_host{suffix}")]
+    for part in parts:
+        part.write_bytes(b"of an earlier build")
+    result = setup(small_tree, "--version", ZINIT_BUILD="1", ZINIT_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert all(part.exists() for part in parts)  # no other command touches them
+    result = setup(small_tree, *command, ZINIT_BUILD="0")
+    assert result.returncode == 0, result.stderr
+    assert not any(part.exists() for part in parts)
+
+
 @needs_compiler
 def test_a_compile_error_is_an_error(small_tree):
     (small_tree / "csrc" / "cpu" / "isa_generic.cpp").write_text("this is not C++\n")
@@ -131,6 +145,34 @@ def test_torch_is_found_without_the_path_of_this_process(build, monkeypatch):
     assert build.find_torch().version == torch.__version__
     monkeypatch.setenv("ZINIT_TORCH_DIR", "/nowhere")
     assert build.find_torch() is None
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_a_folder_that_is_not_this_projects_is_neither_filled_nor_removed(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
+
+    def make(target: str, folder: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["make", target, f"VENV={folder}", f"PY={sys.executable}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    result = make("build", "mine")
+    assert result.returncode != 0 and "VENV=mine is not empty, and no environment of this" in result.stderr
+    for folder in ("mine", "."):
+        result = make("clean", folder)
+        assert f"VENV={folder} is no environment of this project: left as it is" in result.stdout
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for marker in (".ready", ".zinit_kernels"):
+        (tmp_path / "ours").mkdir()
+        (tmp_path / "ours" / marker).touch()
+        assert make("clean", "ours").returncode == 0 and not (tmp_path / "ours").exists()
 
 
 def nm(*arguments: str) -> str:

@@ -11,6 +11,7 @@ import inspect
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-from . import corpus
+from . import corpus, layers, llama, muon
 from .config import LlamaConfig
 from .llama import Llama
 from .loading import save_base
@@ -36,8 +37,9 @@ SEED = 0
 
 
 def small_base(cache: Path, steps: int = STEPS, report: Report = lambda done, loss: None) -> Path:
-    """The base's directory in the cache; made there if it is not yet, or if what makes it has changed."""
-    recipe = inspect.getsource(corpus) + inspect.getsource(inspect.getmodule(small_base)) + str(steps)
+    """The base's directory in the cache; made there if it is not yet, or if a source that makes it has changed."""
+    sources = (corpus, layers, llama, muon, sys.modules[__name__])
+    recipe = "".join(map(inspect.getsource, sources)) + str(steps)
     directory = cache / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not directory.is_dir():
         unfinished = make_directory(cache / f"{directory.name}.part")

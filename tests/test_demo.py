@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
 from itertools import islice
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from model import corpus, demo, small_base
+from model import corpus, demo, layers, llama, muon, small_base
 from model.adapter_files import load_adapter
 from model.data import format_prompt
 from model.loading import load_base
@@ -201,6 +202,17 @@ def test_exact_match_asks_for_the_letter(output, result, monkeypatch):
 def test_the_base_is_kept(output, result, monkeypatch):
     monkeypatch.setattr(small_base, "pretrain", None)  # would fail if it were called
     assert small_base.small_base(output / "cache", TINY.pretraining_steps) == result.base
+
+
+def test_a_change_in_what_makes_the_base_makes_it_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_base, "pretrain", lambda *_: None)
+    monkeypatch.setattr(small_base, "save_base", lambda *_: None)
+    first, real = small_base.small_base(tmp_path), inspect.getsource
+    for module in (corpus, layers, llama, muon, small_base):
+        monkeypatch.setattr(
+            inspect, "getsource", lambda source, changed=module: real(source) + "#" * (source is changed)
+        )
+        assert small_base.small_base(tmp_path) != first, module.__name__
 
 
 def test_an_interrupted_pretraining_is_begun_anew(tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
-from model.generate import generate
+from model.generation import generate
 from model.llama import Llama
 from model.loading import load_base
 from model.loss import answer_loss

@@ -31,7 +31,7 @@ from .adapter_files import save_adapter
 from .config import AdapterConfig
 from .data import Record, Sample, batches, encode
 from .errors import run_program
-from .generate import generate
+from .generation import generate
 from .llama import Llama
 from .loading import load_base
 from .metrics import running_mean, save_figure

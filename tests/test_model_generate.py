@@ -15,7 +15,8 @@ from model.adapter import LlamaAdapter
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
 from model.errors import UserError, run_program
-from model.generate import Watcher, choose, generate, main
+from model.generate import Watcher, main
+from model.generation import choose, generate
 from model.llama import Llama
 from model.loading import load_base
 from model.tokenizer import Tokenizer

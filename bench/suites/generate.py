@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
-from model.generate import generate
+from model.generation import generate
 from model.llama import Llama
 
 from ..clock import Clock

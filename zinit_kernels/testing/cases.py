@@ -215,7 +215,7 @@ def _mask(case: Case, batch: int, seqlen_q: int, seqlen_k: int, random: torch.Ge
         return torch.rand(batch, 1, seqlen_q, seqlen_k, generator=random) > 0.3
     if case.mask == "additive":
         return torch.randn(batch, 1, 1, seqlen_k, generator=random)
-    lengths = torch.randint(1, seqlen_k, (batch, 1), generator=random)
+    lengths = torch.randint(1, max(seqlen_k, 2), (batch, 1), generator=random)
     slot = torch.arange(seqlen_k)[None, :]
     keep = slot >= lengths if case.mask == "left_padding" else slot < lengths
     if case.mask == "all_masked":

@@ -2,7 +2,8 @@
 
 A gradient can cancel to nothing (one key: dS = A (dP - delta) = 0), and then neither its own size nor eager's
 luck says what rounding is fair. So every sum of the formulas is evaluated in float64 with the absolute values
-of its terms.
+of its terms. To the gradients of query and key belongs the rounding of `out` itself: backward reads it as it was
+stored, in delta = rowsum(dO * out).
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class _Sequence(NamedTuple):
     gate: Tensor | None  # [Hq], after the activation
 
 
-def magnitudes(call: Call, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, float]:
-    """Largest sum of absolute terms in out and in each gradient of a float64 call."""
-    found = dict.fromkeys(("out", "query", "key", "value", "prompt_key", "prompt_value", "gate"), 0.0)
+def magnitudes(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, dtype: torch.dtype
+) -> dict[str, float]:
+    """Largest sum of absolute terms in out, lse and each gradient of a float64 call; `dtype`: what out is stored in."""
+    stored = 0.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    found = dict.fromkeys(("out", "lse", "query", "key", "value", "prompt_key", "prompt_value", "gate"), 0.0)
     rows: dict[str, dict[int, Tensor]] = {"prompt_key": {}, "prompt_value": {}, "gate": {}}
     table_rows = reference.prompt_rows(call).tolist() if call.prompt_key is not None else []
     for one in _sequences(call):
@@ -44,8 +48,9 @@ def magnitudes(call: Call, grad_out: Tensor, grad_lse: Tensor | None) -> dict[st
         delta = (weights * dweights).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta + grad_lse[one.batch, :, one.rows, None].abs()
+        delta = delta + stored * (dout * out[one.batch, :, one.rows].abs()).sum(-1, keepdim=True)
         dscores = weights * (dweights + delta)
-        out, dquery = weights @ value, call.scale * dscores @ key
+        summed, dquery = weights @ value, call.scale * dscores @ key
         dkey, dvalue = call.scale * dscores.mT @ query, weights.mT @ dout
         if one.prompt_key is not None and one.prompt_value is not None and one.gate is not None:
             size = one.gate.abs()[:, None, None]
@@ -53,13 +58,20 @@ def magnitudes(call: Call, grad_out: Tensor, grad_lse: Tensor | None) -> dict[st
             dweights = dout @ one.prompt_value.abs().mT
             r = (weights * dweights).sum(-1, keepdim=True)
             dscores = size * weights * (dweights + r)
-            out = out + size * weights @ one.prompt_value.abs()
+            summed = summed + size * weights @ one.prompt_value.abs()
             dquery = dquery + call.scale * dscores @ one.prompt_key.abs()
             terms = (call.scale * dscores.mT @ query, (size * weights).mT @ dout, r.sum((1, 2)))
             for name, term in zip(rows, terms, strict=True):
                 row = table_rows[one.batch if call.cu_seqlens_q is None else _sequence_of(call, one)]
                 rows[name][row] = rows[name].get(row, 0) + term
-        for name, term in (("out", out), ("query", dquery), ("key", dkey), ("value", dvalue)):
+        scores = call.scale * query @ key.mT
+        for name, term in (
+            ("out", summed),
+            ("lse", scores),
+            ("query", dquery),
+            ("key", dkey),
+            ("value", dvalue),
+        ):
             found[name] = max(found[name], _largest(term))
     group = call.query.shape[1] // call.key.shape[1]
     for name, by_row in rows.items():

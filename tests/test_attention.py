@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zinit_kernels import reference, zero_init_attention, zero_init_attention_varlen
+from zinit_kernels import prompt_attention_, reference, zero_init_attention, zero_init_attention_varlen
 from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -253,3 +253,54 @@ def test_an_empty_batch_with_a_table_of_adapters(backend):
         query, query, query, prompts, prompts, torch.ones(4), prompt_index=index, backend=backend
     )
     assert out.shape == query.shape
+
+
+def test_meta_tensors_have_a_shape():
+    query, prompts = torch.empty(2, 4, 5, 16, device="meta"), torch.empty(1, 4, 3, 16, device="meta")
+    gate = torch.ones(4, device="meta")
+    for backend in ("auto", "reference"):
+        out = zero_init_attention(query, query, query, prompts, prompts, gate, backend=backend)
+        assert out.shape == query.shape and out.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias"), [(torch.float16, -1e5), (torch.bfloat16, -3.4e38), (torch.float16, 1e5)]
+)
+def test_a_finite_mask_beyond_the_dtype_still_shows_its_keys(dtype, bias):
+    query, key, value = torch.randn(3, 1, 2, 4, 16).to(dtype).unbind()
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[:, :, 1] = bias  # a whole row
+    mask[:, :, 2, 0] = float("-inf")
+    found, expected = (
+        zero_init_attention(query, key, value, None, None, None, attn_mask=mask, backend=backend)
+        for backend in ("composed", "reference")
+    )
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_double_backward_of_composed_sees_that_its_mask_was_overwritten():
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    mask = torch.randn(1, 1, 4, 4)
+    out = zero_init_attention(query, query, query, None, None, None, attn_mask=mask, backend="composed")
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), query, create_graph=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.native
+def test_the_rule_accepts_a_single_gate_whatever_the_seed(seed):
+    check_case(Case("one_gate", heads_q=1, heads_kv=1), torch.bfloat16, "cpu", seed=seed)
+
+
+def test_the_prompt_branch_on_an_attention_that_kept_its_output_needs_a_clone():
+    query, prompts = (
+        torch.randn(2, 5, 4, 16, requires_grad=True),
+        torch.randn(1, 3, 4, 16, requires_grad=True),
+    )
+    heads = query.transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    prompt_attention_(out.clone(), query, prompts, prompts, 0.5).sum().backward(retain_graph=True)
+    assert prompts.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        prompt_attention_(out, query, prompts, prompts, 0.5).sum().backward()

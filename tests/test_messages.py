@@ -93,6 +93,13 @@ REFUSED = {
     "rotary_pair": (cache, {"rotary_cos": x(16, 4)}, ValueError, "rotary_cos and rotary_sin must be given together"),
     "rotary_wide": (cache, {"rotary_cos": x(16, 5), "rotary_sin": x(16, 5)}, ValueError, "rotary_dim <= 8"),
     "splits": (cache, {"num_splits": -1}, ValueError, "num_splits"),
+    "splits_half": (cache, {"num_splits": 2.5}, TypeError, "num_splits must be an integer, got 2.5"),
+    "splits_word": (cache, {"num_splits": "a"}, TypeError, "num_splits must be an integer, got 'a'"),
+    "splits_huge": (cache, {"num_splits": 2**63}, ValueError, "num_splits must fit into 64 bits"),
+    "window_huge": (sdpa, {"window_size": (2**63, 0)}, ValueError, "window_size must fit into 64 bits"),
+    "longest_huge": (varlen, {"max_seqlen_k": 2**63}, ValueError, "max_seqlen_k must fit into 64 bits"),
+    "scale": (sdpa, {"scale": "x"}, TypeError, "scale must be a Python number.*got str"),
+    "empty_heads": (sdpa, {"query": x(2, 4, 6, 0)}, ValueError, "query must have a head_dim of at least 1"),
 }  # fmt: skip
 FUNCTIONS = {
     sdpa: zero_init_attention,
@@ -108,10 +115,35 @@ def test_refused(name):
         FUNCTIONS[build](**build(**changed))
 
 
-def test_prompt_attention_refuses_another_shape():
-    given = varlen()
-    with pytest.raises(ValueError, match="out must have the shape and dtype of q"):
-        prompt_attention_(x(5, 4, 8), given["q"], given["prompt_k"], given["prompt_v"], 0.5)
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("out", x(5, 4, 8), ValueError, r"out must have shape \(6, 4, 8\), got \(5, 4, 8\)"),
+        ("out", x(6, 4, 8).half(), TypeError, "out must have the query's dtype"),
+        ("out", None, TypeError, "out must be a tensor"),
+        ("q", x(6, 8), ValueError, "q must have 4 dimensions"),
+        (
+            "prompt_k",
+            None,
+            TypeError,
+            r"prompt_k must be a tensor \[N, P, Hkv, D\] or \[P, Hkv, D\], got NoneType",
+        ),
+        ("prompt_k", x(8), TypeError, r"prompt_k must be a tensor .*, got \(8,\)"),
+        ("prompt_v", [1.0], TypeError, "prompt_v must be a floating-point tensor"),
+    ],
+)
+def test_prompt_attention_refuses(name, value, error, message):
+    given = {name: varlen()[name] for name in ("q", "prompt_k", "prompt_v", "gate")} | {"out": x(6, 4, 8)}
+    with pytest.raises(error, match=message):
+        prompt_attention_(**(given | {name: value}))
+
+
+def test_explain_explains_the_named_backend_that_cannot():
+    given = sdpa(attn_mask=x(2, 4, 6, 6))
+    found = explain(**given, backend="cpu")
+    assert found.selected == "" and "attn_mask depends on the query" in found["cpu"]
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        explain(**given, backend="cublas")
 
 
 @pytest.mark.native

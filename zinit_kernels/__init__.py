@@ -1,4 +1,4 @@
-"""Fused zero-initialised attention (LLaMA-Adapter, arXiv 2303.16199): forward, backward and decode in one kernel."""
+"""Fused zero-initialised attention (LLaMA-Adapter, arXiv 2303.16199): both softmaxes in one fused kernel."""
 
 from .api import (
     explain,

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import arguments, dispatch, steps
@@ -218,15 +217,15 @@ def prompt_attention_(
 
         out[b,t,h] += act(gate[h]) sum_p softmax_p(scale * q[b,t,h] . pk[n,p,g]) pv[n,p,g]
 
-    The second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced.
-    Differentiable.
+    The second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced. Differentiable; but
+    attention kernels, torch's and these, keep their output for their own backward, where autograd then refuses one that
+    was changed in place: pass them `out.clone()` where gradients reach their inputs.
 
     Args:
         out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; without it one
             sequence). q is rotated.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated. gate, prompt_index, gate_activation,
-            softmax_scale, backend:
-            as `zero_init_attention`.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated.
+        gate, prompt_index, gate_activation, softmax_scale, backend: as `zero_init_attention`.
 
     Returns:
         out, the same tensor.
@@ -234,31 +233,9 @@ def prompt_attention_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    if out.shape != q.shape or out.dtype != q.dtype:
-        raise ValueError(
-            f"out must have the shape and dtype of q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}"
-        )
-    heads_kv = prompt_k.shape[-2]
-    if q.dim() == 3:
-        if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
-        no_keys = q.new_empty((0, heads_kv, q.shape[2]))
-        call = arguments.from_varlen(
-            q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens), q.shape[0], 0,
-            softmax_scale, False, None, gate_activation, prompt_index,
-        )  # fmt: skip
-        head_major = out.transpose(0, 1).unsqueeze(0)
-    elif cu_seqlens is not None:
-        raise ValueError(
-            f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
-        )
-    else:
-        no_keys = q.new_empty((q.shape[0], heads_kv, 0, q.shape[-1]))
-        call = arguments.from_sdpa(
-            q.transpose(1, 2), no_keys, no_keys, prompt_k.transpose(-3, -2), prompt_v.transpose(-3, -2), gate,
-            None, False, None, softmax_scale, gate_activation, prompt_index,
-        )  # fmt: skip
-        head_major = out.transpose(1, 2)
+    head_major, call = arguments.from_prompt_branch(
+        out, q, prompt_k, prompt_v, gate, cu_seqlens, softmax_scale, gate_activation, prompt_index
+    )
     dispatch.add_prompt_branch(backend, head_major, call)
     return out
 
@@ -272,10 +249,11 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     `zero_init_attention_varlen`'s, all others as `zero_init_attention`'s.
 
     Returns:
-        A dict from backend to "usable" or a reason, with the choice in `.selected`; prints as a table.
+        A dict from backend to "usable" or a reason, with the choice in `.selected` ("" where `backend` names one that
+        cannot run the call); prints as a table.
 
     Raises:
-        TypeError, ValueError: as the function itself.
+        TypeError, ValueError: as the function itself, but for a backend that cannot run the call.
     """
     function: Callable[..., Any]
     canonical: Callable[..., Any]

@@ -176,7 +176,7 @@ def from_cache(
         checks.check_shape("block_table", block_table, (batch, block_table.shape[1]), free=(1,))
     if rotary_cos is not None or rotary_sin is not None:
         rotary_cos, rotary_sin = checks.as_rotary(rotary_cos, rotary_sin, q, head_dim)
-    if num_splits < 0:
+    if checks.as_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must be 0 (choose) or positive, got {num_splits}")
     prompt_k, prompt_v, gate, prompt_index = _prompt_table(
         prompt_k, prompt_v, gate, prompt_index, q, batch, heads_q, heads_kv, False, gate_activation
@@ -189,11 +189,60 @@ def from_cache(
     )  # fmt: skip
 
 
+def from_prompt_branch(
+    out: Tensor,
+    q: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    gate: Tensor | float,
+    cu_seqlens: Tensor | None,
+    softmax_scale: float | None,
+    gate_activation: str,
+    prompt_index: Tensor | None,
+) -> tuple[Tensor, Call]:
+    """(out as [B, Hq, T, D], a call without keys) of queries [B, T, Hq, D], or packed ones [total, Hq, D]."""
+    dims = q.dim() if isinstance(q, Tensor) and q.dim() == 3 else 4
+    layout = "[total, Hq, D]" if dims == 3 else "[B, T, Hq, D] (or packed [total, Hq, D])"
+    checks.check_tensor("q", q, dims, layout)
+    checks.check_tensor("out", out, dims, layout, like=q)
+    checks.check_shape("out", out, q.shape)
+    if not isinstance(prompt_k, Tensor) or prompt_k.dim() not in (3, 4):
+        came = tuple(prompt_k.shape) if isinstance(prompt_k, Tensor) else type(prompt_k).__name__
+        raise TypeError(f"prompt_k must be a tensor [N, P, Hkv, D] or [P, Hkv, D], got {came}")
+    heads_kv = prompt_k.shape[-2]
+    if dims == 3:
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
+        no_keys = q.new_empty((0, heads_kv, q.shape[2]))
+        return out.transpose(0, 1).unsqueeze(0), from_varlen(
+            q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens), q.shape[0], 0,
+            softmax_scale, False, None, gate_activation, prompt_index,
+        )  # fmt: skip
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
+        )
+    checks.check_groups(q.shape[2], heads_kv, q.shape[1], "q", "[B, T, H, D]")
+    q = _under_autocast(q, q, q)[0]
+    key, value, gates, prompt_index = _prompt_table(
+        prompt_k, prompt_v, gate, prompt_index, q, q.shape[0], q.shape[2], heads_kv, False, gate_activation
+    )
+    assert key is not None and value is not None
+    query, no_keys = _dense_rows(q).transpose(1, 2), q.new_empty((q.shape[0], heads_kv, 0, q.shape[3]))
+    return out.transpose(1, 2), Call(
+        query, no_keys, no_keys, key.transpose(1, 2), value.transpose(1, 2), gates, prompt_index, None, None,
+        None, None, q.shape[1], 0, _scale(softmax_scale, q.shape[3]), -1, -1, gate_activation == "tanh",
+    )  # fmt: skip
+
+
 def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast all three in its dtype, as scaled_dot_product_attention has them."""
-    if not isinstance(query, Tensor) or query.is_meta or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor):
         return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (query, key, value)
@@ -210,11 +259,14 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
-    if isinstance(scale, Tensor):
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, (Tensor, str)):
         raise TypeError(
-            "scale must be a Python number: no gradient flows into it, and a tensor would be read here"
+            "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
+            f"got {type(scale).__name__}"
         )
-    return head_dim**-0.5 if scale is None else float(scale)
+    return float(scale)
 
 
 def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int]:

@@ -92,6 +92,8 @@ def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: cast it with {name}.to(...)"
             )
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have a head_dim of at least 1, got shape {tuple(tensor.shape)}")
         return
     if tensor.dtype != like.dtype:
         raise TypeError(
@@ -168,7 +170,8 @@ def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
     if tensor.dtype == torch.int32:
         return tensor.contiguous()
-    if tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling():
+    has_values = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has none
+    if has_values and tensor.numel() and not torch.compiler.is_compiling():
         low, high = int(tensor.min()), int(tensor.max())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit into int32, got {low if low < -(2**31) else high}")
@@ -179,6 +182,9 @@ def as_int(name: str, number: SupportsIndex) -> int:
     if torch.compiler.is_compiling():
         return number  # type: ignore[return-value]  # may be symbolic
     try:
-        return operator.index(number)
+        integer = operator.index(number)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {number!r}") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {number}")
+    return integer

@@ -24,7 +24,7 @@ def attention(call: Call) -> Tensor:
         return out
     if call.dense_mask is not None and call.dense_mask.requires_grad:
         return out  # SDPA writes it out then, so it can be differentiated again
-    return _TwiceDifferentiable.apply(out, call, *(getattr(call, name) for name in _DIFFERENTIABLE))
+    return _TwiceDifferentiable.apply(out, *call)
 
 
 def _attention(call: Call) -> Tensor:
@@ -47,29 +47,31 @@ def _attention(call: Call) -> Tensor:
     return _add_prompt_branch(call, out)
 
 
-_DIFFERENTIABLE = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
+_DIFFERENTIABLE = 6  # the first fields of a call: query, key, value, prompt_key, prompt_value, gate
+_TENSORS = 11  # and all that are tensors
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
     """`out` as it is; a gradient that is to be differentiated again goes past it, through the formula written out."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, call: Call, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.call = call
+    def forward(ctx: Any, out: Tensor, *fields: Any) -> Tensor:
+        ctx.save_for_backward(*fields[:_TENSORS])
+        ctx.numbers = fields[_TENSORS:]
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            return grad_out, *(None,) * 7
-        wanted = ctx.needs_input_grad[2:]
+            return grad_out, *(None,) * len(Call._fields)
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
         # views, so that the search for gradients ends here and not in what an input was computed from
-        views = [t.view_as(t) if want else t for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
-        out, _ = reference.attention(ctx.call._replace(**dict(zip(_DIFFERENTIABLE, views, strict=True))))
+        views = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=False)]
+        out, _ = reference.attention(Call._make((*views, *tensors[_DIFFERENTIABLE:], *ctx.numbers)))
         chosen = [view for view, want in zip(views, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
-        return None, None, *(next(found) if want else None for want in wanted)
+        unwanted = (None,) * (len(Call._fields) - _DIFFERENTIABLE)
+        return None, *(next(found) if want else None for want in wanted), *unwanted
 
 
 @torch.no_grad()
@@ -102,8 +104,16 @@ def _token_branch(call: Call) -> Tensor:
         return _sdpa(call.query, call.key, call.value, scale=call.scale)
     key, value = reference.blank_masked_keys(call, call.key, call.value)
     # a row that sees no key: SDPA's kernels disagree between 0 and NaN, so let it see them all and drop the result
-    empty = (mask == float("-inf")).all(-1, keepdim=True)
-    mask = mask.masked_fill(empty, 0).to(call.query.dtype).expand(-1, -1, seqlen_q, seqlen_k)
+    dtype, hidden = call.query.dtype, mask == float("-inf")
+    empty = hidden.all(-1, keepdim=True)
+    # a finite bias stays finite: -1e5 would be -inf in float16, and a row of it would see nothing
+    bound = torch.finfo(dtype).max
+    mask = (
+        mask.to(torch.promote_types(mask.dtype, dtype))
+        .clamp(-bound, bound)
+        .masked_fill(hidden, float("-inf"))
+    )
+    mask = mask.masked_fill(empty, 0).to(dtype).expand(-1, -1, seqlen_q, seqlen_k)
     out = _sdpa(call.query, key, value, attn_mask=mask, scale=call.scale)
     return out.masked_fill(empty, 0)
 

@@ -48,7 +48,7 @@ _logged: set[tuple[object, ...]] = set()
 
 
 class Explanation(dict[str, str]):
-    """Backend -> "usable" or the reason why not; `selected` is what backend="auto" takes."""
+    """Backend -> "usable" or the reason why not; `selected` is the one that runs, "" if the named one cannot."""
 
     selected: str
 
@@ -59,7 +59,8 @@ class Explanation(dict[str, str]):
 def explain(call: Call | CacheCall, return_lse: bool, backend: str) -> Explanation:
     """What each backend says to a call, and the one that `backend` selects."""
     explanation = Explanation({name: why_not(name, call, return_lse) or "usable" for name in BACKENDS})
-    explanation.selected = select(backend, call, return_lse)
+    is_refused = explanation.get(backend, "usable") != "usable"
+    explanation.selected = "" if is_refused else select(backend, call, return_lse)
     return explanation
 
 

@@ -23,7 +23,10 @@ def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Ten
     compute_dtype: the dtype everything is computed in; default float64 for float64 inputs, else float32.
     """
     dtype = compute_dtype or (torch.float64 if call.query.dtype == torch.float64 else torch.float32)
-    with torch.autocast(call.query.device.type, enabled=False):
+    device = call.query.device.type
+    if not torch.amp.is_autocast_available(device):  # meta tensors
+        return _attention(call, dtype)
+    with torch.autocast(device, enabled=False):
         return _attention(call, dtype)
 
 

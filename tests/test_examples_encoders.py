@@ -44,3 +44,14 @@ def test_roberta_tagging():
     assert trained == 4 * (10 * 64 + 4) + 64 * 3 + 3
     _, nouns_before, sentences_before = rows["linear head"]
     assert nouns > nouns_before + 0.05 and sentences > sentences_before + 0.1
+
+
+def test_clip_base_to_novel():
+    rows = table("clip_base_to_novel.py")
+    _, *before = rows["frozen base"]
+    trained, *adapted = rows["zero-init prompts, vision"]
+    assert trained == 3 * (10 * 64 + 4)
+    assert rows["zero-init prompts, vision and text"][0] == 2 * trained
+    base, novel, mean = adapted
+    assert base > before[0] and mean > before[2] + 0.1
+    assert abs(mean - 2 * base * novel / (base + novel)) < 0.01

@@ -146,11 +146,10 @@ class BackwardUnit {
       const int64_t rows = min(kGroup, queries - row), columns = round_up(rows, kStrip);
       for (int64_t c = 0; c < columns; c += kStrip) {
         const int64_t strip = (row + c) / kStrip * strip_units, units = width / Tile::kPack;
-        product_rows<Tile, Into::kOverwrite, 2>(
-            {s.prompt_key, units, 1, s.query + strip, kStrip, s.scores + c, kGroup}, 0, P, 0, steps);
-        product_rows<Tile, Into::kOverwrite, 2>(
-            {s.prompt_value, units, 1, s.grad_out + strip, kStrip, s.grad_scores + c, kGroup}, 0, P, 0,
-            steps);
+        product_rows<Tile, 2>({s.prompt_key, units, 1, s.query + strip, kStrip},
+                              Overwrite{s.scores + c, kGroup}, 0, P, 0, steps);
+        product_rows<Tile, 2>({s.prompt_value, units, 1, s.grad_out + strip, kStrip},
+                              Overwrite{s.grad_scores + c, kGroup}, 0, P, 0, steps);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
         gate_sum = gate_sum + prompt_gradient_column<Tile>(P, p.scale, gate, c, s.delta + row, s);
@@ -163,9 +162,8 @@ class BackwardUnit {
       if (p.grad_query.data == nullptr) continue;
       Range over_keys[kGroup / kRows];
       for (Range& range : over_keys) range = {0, ceil_div(P, Tile::kPack)};
-      product_ranges<Tile, Into::kAdd>(
-          {s.grad_scores_by_key, 1, kGroup, s.prompt_key_lanes, width, s.grad_query + row * width, width},
-          rows, width, over_keys);
+      product_ranges<Tile>({s.grad_scores_by_key, 1, kGroup, s.prompt_key_lanes, width},
+                           Add{s.grad_query + row * width, width}, rows, width, over_keys);
     }
     p.gate_partials[(b * p.num_heads_q + head) * p.blocks + block] = reduce_add(gate_sum);
   }
@@ -237,9 +235,8 @@ class BackwardUnit {
     if (p.grad_query.data == nullptr) return;
     Range over_keys[kStrip / kRows];
     query_group_ranges<Tile>(visible, first_row, rows, block, count, over_keys);
-    product_ranges<Tile, Into::kAdd>(
-        {s.grad_scores_by_key + c, 1, kGroup, s.key_lanes, width, s.grad_query + (row + c) * width, width},
-        rows, width, over_keys);
+    product_ranges<Tile>({s.grad_scores_by_key + c, 1, kGroup, s.key_lanes, width},
+                         Add{s.grad_query + (row + c) * width, width}, rows, width, over_keys);
   }
 
   // dK += dS^T q and dV += A^T dO over the group of queries at `row`.
@@ -247,14 +244,12 @@ class BackwardUnit {
                          float* grad_value) {
     const int64_t lanes = row / Tile::kPack * width;
     if (grad_value != nullptr) {
-      product_ranges<Tile, Into::kAdd>(
-          {s.weights, kGroup / Tile::kPack, 1, s.grad_out_lanes + lanes, width, grad_value, p.padded_dim},
-          keys, width, over_queries);
+      product_ranges<Tile>({s.weights, kGroup / Tile::kPack, 1, s.grad_out_lanes + lanes, width},
+                           Add{grad_value, p.padded_dim}, keys, width, over_queries);
     }
     if (grad_key != nullptr) {
-      product_ranges<Tile, Into::kAdd>({s.grad_scores_by_query, kGroup / Tile::kPack, 1,
-                                        s.query_lanes + lanes, width, grad_key, p.padded_dim},
-                                       keys, width, over_queries);
+      product_ranges<Tile>({s.grad_scores_by_query, kGroup / Tile::kPack, 1, s.query_lanes + lanes, width},
+                           Add{grad_key, p.padded_dim}, keys, width, over_queries);
     }
   }
 

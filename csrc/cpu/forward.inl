@@ -1,8 +1,8 @@
 // out = softmax(scale q k^T + mask) v + act(gate) softmax(scale q pk^T) pv, and the token branch's lse.
 //
-// An item is a block of queries of one head. Key blocks pass through it with an online softmax; then the
-// accumulator is divided by the token denominator and the gated prompt block is added to it in the same
-// product.
+// An item is a block of queries of one head. Key blocks pass through it with an online softmax. The product
+// of a strip's last block takes the prompts with it, divides by the token denominator and writes the result:
+// no further pass over the accumulator.
 #pragma once
 #include "kernels.h"
 #include "prompt.inl"
@@ -16,23 +16,46 @@ constexpr int64_t kForwardQueries = 128;
 constexpr int64_t kForwardStrips = kForwardQueries / kStrip;
 constexpr int64_t kForwardKeys = 64;
 
+// Of a strip.
+enum class Progress { kNone, kStarted, kFinished };
+
+// How a strip's last product becomes rows of the result: (decay * accumulated + tokens) * inverse + prompts.
+template <class T>
+struct Finish {
+  const float* accumulated;  // [rows][width]; nullptr: there was no block before
+  int64_t width;
+  const float *decay, *inverse;
+  Range also;  // the prompts
+  Rows<T> out;
+  int64_t head_dim;
+
+  void operator()(int64_t row, int64_t lane, Vec tokens, Vec prompts) const {
+    if (accumulated) tokens = fma(load(accumulated + row * width + lane), broadcast(decay[row]), tokens);
+    const Vec sum = fma(tokens, broadcast(inverse[row]), prompts);
+    if (lane + kLanes <= head_dim)
+      store(out[row] + lane, sum);
+    else
+      store_first(out[row] + lane, head_dim - lane, sum);
+  }
+};
+
 template <class Tile>
 struct ForwardScratch {
   using Unit = typename Tile::Unit;
   Unit* query;    // [strips][transposed]
   float* out;     // [kForwardQueries][width]
-  Unit* key;      // rows
-  Unit* value;    // lanes
-  float* scores;  // [keys][kStrip]
-  Unit* weights;  // units along the keys
+  Unit* key;      // rows; those of a block, then the prompts
+  Unit* value;    // lanes, the same
+  float* scores;  // [keys][kStrip], the same
+  Unit* weights;  // units along the keys, the same
   SoftmaxState* states;
-  bool* started;
+  Progress* progress;
   int64_t bytes;
 
   ForwardScratch(const AttentionParams& p, void* memory) {
     const int64_t width = round_up(p.head_dim, kLanes),
                   steps = round_up(width, Tile::kPack * kLanes) / Tile::kPack;
-    const int64_t keys = max(kForwardKeys, round_up(p.prompt_length, 2));
+    const int64_t keys = kForwardKeys + round_up(p.prompt_length, 2);
     Arena arena{static_cast<char*>(memory)};
     query = arena.take<Unit>(kForwardStrips * steps * kStrip);
     out = arena.take<float>(kForwardQueries * width);
@@ -42,7 +65,7 @@ struct ForwardScratch {
     weights =
         Tile::kPack == 1 ? reinterpret_cast<Unit*>(scores) : arena.take<Unit>(keys / Tile::kPack * kStrip);
     states = arena.take<SoftmaxState>(kForwardStrips);
-    started = arena.take<bool>(kForwardStrips);
+    progress = arena.take<Progress>(kForwardStrips);
     bytes = arena.used;
   }
 };
@@ -60,6 +83,7 @@ class ForwardBlock {
         prompt(params, b),
         how(params),
         head(head),
+        gate(prompt.gate(params, head)),
         head_kv(head / (params.num_heads_q / params.num_heads_kv)),
         first(query_block * kForwardQueries),
         queries(min(kForwardQueries, sequence.queries - first)),
@@ -75,12 +99,20 @@ class ForwardBlock {
         Tile::pack_transposed(rows.from(t * kStrip), strip_queries(t), p.head_dim, s.query + t * strip_units);
       }
     });
-    for (int64_t t = 0; t < strips; ++t) s.states[t].reset(), s.started[t] = false;
+    for (int64_t t = 0; t < strips; ++t) s.states[t].reset(), s.progress[t] = Progress::kNone;
+    if (gate != 0.f) {
+      pack_prompt_rows<Tile>(p, p.prompt_key, prompt.row, head_kv, prompt_key());
+      pack_prompt_lanes<Tile>(p, p.prompt_value, prompt.row, head_kv,
+                              s.value + kForwardKeys / Tile::kPack * width);
+    }
     const int64_t end = visible.upper(first + queries - 1);
     for (int64_t block = visible.lower(first); block < end; block += kForwardKeys) {
       attend(block, min(kForwardKeys, end - block));
     }
-    finish();
+    for (int64_t t = 0; t < strips; ++t) {
+      constexpr Range kNothing[kStrip / kRows + 1] = {};
+      if (s.progress[t] != Progress::kFinished) finish_strip(t, kNothing);  // one that sees no key
+    }
   }
 
  private:
@@ -109,36 +141,36 @@ class ForwardBlock {
     }
     Range ranges[kStrip / kRows + 1];
     query_group_ranges<Tile>(visible, first_row, rows, block, count, ranges);
+    if (block + count >= visible.upper(first_row + rows - 1)) return finish_strip(t, ranges);
     float* out = s.out + t * kStrip * width;
-    const Product<Tile> product{s.weights, 1, kStrip, s.value, width, out, width, state.decay};
-    if (s.started[t])
-      product_ranges<Tile, Into::kScaleAndAdd>(product, rows, width, ranges);
+    if (s.progress[t] == Progress::kStarted)
+      product_ranges<Tile>(weighted_values(), ScaleAndAdd{out, width, state.decay}, rows, width, ranges);
     else
-      product_ranges<Tile, Into::kOverwrite>(product, rows, width, ranges);
-    s.started[t] = true;
+      product_ranges<Tile>(weighted_values(), Overwrite{out, width}, rows, width, ranges);
+    s.progress[t] = Progress::kStarted;
   }
 
-  void finish() {
-    const float gate = prompt.gate(p, head);
-    const bool prompted = gate != 0.f;
-    if (prompted) {
-      pack_prompt_rows<Tile>(p, p.prompt_key, prompt.row, head_kv, s.key);
-      pack_prompt_lanes<Tile>(p, p.prompt_value, prompt.row, head_kv, s.value);
+  // The product over the last block's keys, `ranges` of each group of queries, and over the prompts.
+  void finish_strip(int64_t t, const Range* ranges) {
+    const int64_t rows = strip_queries(t);
+    float inverse[kStrip];
+    write_lse(t, rows, inverse);
+    Range prompts{0, 0};
+    if (gate != 0.f) {
+      prompt_weights(t);
+      prompts = {kForwardKeys / Tile::kPack,
+                 kForwardKeys / Tile::kPack + ceil_div(p.prompt_length, Tile::kPack)};
     }
-    for (int64_t t = 0; t < strips; ++t) {
-      const int64_t rows = strip_queries(t);
-      float* out = s.out + t * kStrip * width;
-      float inverse[kStrip];
-      write_lse(t, rows, inverse);
-      if (!s.started[t]) __builtin_memset(out, 0, static_cast<size_t>(rows * width) * sizeof(float));
-      if (prompted) add_prompt(t, rows, gate, inverse);
-      visit_rows(sequence.query_row(p.out, head, first + t * kStrip), p.out.token, p.out.dtype, [&](auto to) {
-        for (int64_t i = 0; i < rows; ++i) {
-          store_columns(out + i * width, broadcast(prompted ? 1.f : inverse[i]), p.head_dim, to[i]);
-        }
-      });
-    }
+    const float* accumulated = s.progress[t] == Progress::kStarted ? s.out + t * kStrip * width : nullptr;
+    visit_rows(sequence.query_row(p.out, head, first + t * kStrip), p.out.token, p.out.dtype, [&](auto out) {
+      const Finish finish{accumulated, width, s.states[t].decay, inverse, prompts, out, p.head_dim};
+      product_ranges<Tile>(weighted_values(), finish, rows, width, ranges);
+    });
+    s.progress[t] = Progress::kFinished;
   }
+
+  Product<Tile> weighted_values() const { return {s.weights, 1, kStrip, s.value, width}; }
+  Unit* prompt_key() const { return s.key + kForwardKeys * width / Tile::kPack; }
 
   void write_lse(int64_t t, int64_t rows, float* inverse) {
     const SoftmaxState& state = s.states[t];
@@ -152,24 +184,20 @@ class ForwardBlock {
     }
   }
 
-  // out = inverse * out + gate * softmax(scale q pk^T) pv
-  void add_prompt(int64_t t, int64_t rows, float gate, const float* inverse) {
+  // Behind the weights of the block: gate * softmax(scale q pk^T).
+  void prompt_weights(int64_t t) {
     const int64_t P = p.prompt_length;
-    product_rows<Tile, Into::kOverwrite, 2>(
-        {s.key, width / Tile::kPack, 1, s.query + t * strip_units, kStrip, s.scores, kStrip}, 0, P, 0, steps);
+    float* scores = s.scores + kForwardKeys * kStrip;
+    product_rows<Tile, 2>({prompt_key(), width / Tile::kPack, 1, s.query + t * strip_units, kStrip},
+                          Overwrite{scores, kStrip}, 0, P, 0, steps);
+    const WeightStore<Tile> out{s.weights + kForwardKeys / Tile::kPack * kStrip, kStrip};
     for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
-      prompt_softmax_column(P, p.scale, s.scores + lane, kStrip);
-      const WeightStore<Tile> out{s.weights, kStrip};
+      prompt_softmax_column(P, p.scale, scores + lane, kStrip);
       const auto weight = [&](int64_t j) {
-        return j < P ? load(s.scores + j * kStrip + lane) * broadcast(gate) : broadcast(0.f);
+        return j < P ? load(scores + j * kStrip + lane) * broadcast(gate) : broadcast(0.f);
       };
       for (int64_t j = 0; j < P; j += 2) out.pair(j, lane, weight(j), weight(j + 1));
     }
-    Range ranges[kStrip / kRows + 1];
-    for (Range& range : ranges) range = {0, ceil_div(P, Tile::kPack)};
-    product_ranges<Tile, Into::kScaleAndAdd>(
-        {s.weights, 1, kStrip, s.value, width, s.out + t * kStrip * width, width, inverse}, rows, width,
-        ranges);
   }
 
   const ForwardParams& p;
@@ -178,7 +206,9 @@ class ForwardBlock {
   const Visibility visible;
   const Prompt prompt;
   const ScoreScale how;
-  const int64_t head, head_kv, first, queries, strips, width, steps, strip_units;
+  const int64_t head;
+  const float gate;  // 0: no prompts
+  const int64_t head_kv, first, queries, strips, width, steps, strip_units;
 };
 
 inline int64_t forward_blocks(const ForwardParams& p) { return ceil_div(p.seqlen_q, kForwardQueries); }

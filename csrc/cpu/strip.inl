@@ -67,18 +67,19 @@ template <class Tile>
 inline void score_tile(const typename Tile::Unit* rows, int64_t row_units,
                        const typename Tile::Unit* transposed, int64_t steps, const Extent extents[2],
                        float* scores, int64_t score_row) {
-  const Product<Tile> p{rows, row_units, 1, transposed, kStrip, scores, score_row};
+  const Product<Tile> p{rows, row_units, 1, transposed, kStrip};
+  const Overwrite into{scores, score_row};
   const Extent &low = extents[0], &high = extents[1];
   const int64_t both_begin = max(low.begin, high.begin), both_end = min(low.end, high.end);
   if (both_begin < both_end) {
-    product_rows<Tile, Into::kOverwrite, 2>(p, both_begin, both_end, 0, steps);
+    product_rows<Tile, 2>(p, into, both_begin, both_end, 0, steps);
     for (int v = 0; v < 2; ++v) {
-      product_rows<Tile, Into::kOverwrite, 1>(p, extents[v].begin, both_begin, v * kLanes, steps);
-      product_rows<Tile, Into::kOverwrite, 1>(p, both_end, extents[v].end, v * kLanes, steps);
+      product_rows<Tile, 1>(p, into, extents[v].begin, both_begin, v * kLanes, steps);
+      product_rows<Tile, 1>(p, into, both_end, extents[v].end, v * kLanes, steps);
     }
   } else {
     for (int v = 0; v < 2; ++v) {
-      product_rows<Tile, Into::kOverwrite, 1>(p, extents[v].begin, extents[v].end, v * kLanes, steps);
+      product_rows<Tile, 1>(p, into, extents[v].begin, extents[v].end, v * kLanes, steps);
     }
   }
 }

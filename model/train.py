@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,11 +102,15 @@ class Run:
         metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
         done, tokens, seconds = first_step, 0, 0.0
         with interruptible() as interrupt, _progress(self.console) as progress:
-            bar = progress.add_task("validating", total=self.total_steps, completed=done, loss="-", speed="-")
+            bar = progress.add_task("", total=self.total_steps, completed=done, loss="-", speed="-")
+
+            def show_pass(number: int, total: int) -> None:
+                progress.update(bar, description=f"validating {number}/{total}")
+
             if done % self.steps_per_epoch == 0 and not any(
                 "val_loss" in entry and entry["step"] == done for entry in metrics.entries
             ):
-                self.validate(metrics, done, interrupt)
+                self.validate(metrics, done, interrupt, show_pass)
             for report in train(
                 self.base, self.adapter, self.training, self.recipe, self.optimizer,
                 first_step=first_step, stop=interrupt.is_set,
@@ -120,8 +124,7 @@ class Run:
                     bar, completed=done, description=epoch, loss=f"{report.loss:.3f}", speed=speed
                 )
                 if done % self.steps_per_epoch == 0:
-                    progress.update(bar, description="validating")
-                    self.validate(metrics, done, interrupt)
+                    self.validate(metrics, done, interrupt, show_pass)
                     self.save_adapter()
                     self.save_checkpoint(done)
                 elif self.options.save_every and done % self.options.save_every == 0:
@@ -140,11 +143,13 @@ class Run:
             sys.exit(130)  # what shells expect of a program that Ctrl-C ended
         self.console.print(self.farewell(metrics))
 
-    def validate(self, metrics: MetricsLog, step: int, interrupt: Event) -> None:
+    def validate(
+        self, metrics: MetricsLog, step: int, interrupt: Event, report: Callable[[int, int], None]
+    ) -> None:
         """Writes the loss on the samples held back, if there are any; an interrupted one is made up for on --resume."""
         if not self.validation:
             return
-        loss = evaluate(self.base, self.adapter, self.validation, self.recipe, interrupt.is_set)
+        loss = evaluate(self.base, self.adapter, self.validation, self.recipe, interrupt.is_set, report)
         if not interrupt.is_set():
             metrics.write(step=step, epoch=step / self.steps_per_epoch, val_loss=loss)
 

@@ -163,10 +163,16 @@ def evaluate(
     samples: Sequence[Sample],
     recipe: Recipe,
     stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int, int], None] = lambda number, total: None,
 ) -> float:
-    """The mean of -log p over the samples' answer tokens, in nats; nan once `stop`, asked after every pass, is true."""
+    """The mean of -log p over the samples' answer tokens, in nats; nan once `stop`, asked after every pass, is true.
+
+    `report` is told the pass that begins, from 1, and how many there are.
+    """
     loss, num_answer_tokens = 0.0, 0
-    for batch in batches(samples, recipe.max_tokens, packed=recipe.packed):
+    passes = list(batches(samples, recipe.max_tokens, packed=recipe.packed))
+    for number, batch in enumerate(passes, 1):
+        report(number, len(passes))
         loss += batch_loss(base, adapter, batch, recipe.autocast).item()
         num_answer_tokens += batch.num_answer_tokens
         if stop():

@@ -19,6 +19,24 @@ def nan_filled_allocations():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny base and its data, for the programs; read by every test and written by none."""
+    from tiny_runs import make_folder  # the programs' libraries, which few tests need
+
+    return make_folder(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, tmp_path_factory):
+    """The output of an uninterrupted training run on `folder`; written by none."""
+    from tiny_runs import arguments, run
+
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert run(*arguments(folder, output)) == 0
+    return output
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "native: needs the compiled CPU kernels")
 

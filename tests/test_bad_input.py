@@ -23,7 +23,6 @@ from tiny_runs import (
     contents,
     losses_of,
     make_base,
-    make_folder,
     run,
     write_tokenizer,
 )
@@ -37,18 +36,6 @@ from model.metrics import MetricsLog, read_metrics
 from model.storage import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(folder, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("whole") / "out"
-    assert run(*arguments(folder, output)) == 0
-    return output
 
 
 def refused(capsys, sentence: str, words: list[str], main=program.main) -> None:

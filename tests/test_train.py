@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG, arguments, contents, losses_of, make_folder, run
+from tiny_runs import CONFIG, arguments, contents, losses_of, run
 
 from model import checkpoint as checkpoint_module
 from model import generate
@@ -19,18 +18,6 @@ from model.adapter_files import load_adapter
 from model.errors import UserError
 from model.loading import load_base
 from model.metrics import MetricsLog, read_metrics
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(folder, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("whole") / "out"
-    assert run(*arguments(folder, output)) == 0
-    return output
 
 
 def test_a_run_leaves_its_files(folder, whole_run):

@@ -62,6 +62,7 @@ gpu-check: $(VENV)/.ready
 sanitize: $(VENV)/.ready
 	$(PYTHON) tests/native/sanitize.py
 	$(PYTHON) tests/simt/sanitize.py
+	@if nvidia-smi -L > /dev/null 2>&1; then $(PYTHON) -m bench.gpu_check --part sanitize; fi
 
 clean:
 	@if [ -e "$(VENV)/.ready" ] || [ -e "$(VENV)/.zinit_kernels" ]; then rm -rf "$(VENV)"; \

@@ -82,7 +82,7 @@ def style(provider: str) -> dict[str, Any]:
 
 
 def dtypes_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.dtype for row in rows))
+    return sorted({row.dtype for row in rows}, reverse=True)  # float32 first
 
 
 def lines(axis: Any, rows: Sequence[Row], x: str, y: str) -> None:

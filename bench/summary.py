@@ -90,7 +90,7 @@ def readme_table(results: Path, goals_of: Callable[[Sequence[Measured]], Sequenc
     lines = [HEAD]
     for folder, measured in chapters(results).items():
         device = str(measured[0].run.conditions["device"])
-        dtypes = list(dict.fromkeys(m.row.dtype for m in measured))
+        dtypes = sorted({m.row.dtype for m in measured}, reverse=True)  # float32 first
         used: dict[int, Measured] = {}
         table = []
         for line in LINES[device]:

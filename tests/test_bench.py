@@ -113,6 +113,36 @@ def test_the_page_and_the_readme_are_what_the_ledger_says(ledger, tmp_path):
         assert (tmp_path / "docs" / "figures" / picture.partition(")")[0]).stat().st_size > 1000
 
 
+@pytest.fixture
+def committed(tmp_path):
+    """The ledgers of the index, not what this machine has measured since."""
+    listed = subprocess.run(
+        ["git", "ls-files", "bench/results"], cwd=report.ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    for name in filter(lambda name: name.endswith(".jsonl"), listed.stdout.split()):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(
+            subprocess.run(["git", "show", f":{name}"], cwd=report.ROOT, capture_output=True).stdout
+        )
+    return tmp_path
+
+
+def test_readme_and_page_are_what_the_committed_ledgers_say(committed):
+    """Written anew: what differs was typed in, or the report was not run after the ledgers."""
+    readme = (report.ROOT / "README.md").read_text()
+    (committed / "README.md").write_text(readme)
+    written = report.write(committed / "bench" / "results", committed)
+    assert len(written) > 3, "no ledger is committed"
+    assert (committed / "README.md").read_text() == readme, "python -m bench report"
+    page = (report.ROOT / "docs" / "benchmarks.md").read_text()
+    assert (committed / "docs" / "benchmarks.md").read_text() == page, "python -m bench report"
+    for path in written[2:]:
+        assert (report.ROOT / path.relative_to(committed)).exists(), path.name
+
+
 def wrong(problem):
     """A kernel with twice the gate."""
     return twice(problem.with_tensors(*problem.tensors[:5], 2 * problem.tensors[5]))

@@ -143,6 +143,26 @@ def test_another_attention_implementation_gives_pefts_computation_back():
     assert torch.equal(step(model, batch("whole"))[0], expected)
 
 
+def test_accelerated_again_after_another_implementation():
+    model = accelerate(adapted(CONFIGS["llama-gqa"]))
+    expected = step(model, batch("whole"))[0]
+    model.base_model.model.set_attn_implementation("eager")
+    assert accelerate(model).config._attn_implementation == "zinit"
+    assert torch.equal(step(model, batch("whole"))[0], expected)
+    assert restore(accelerate(model)).config._attn_implementation == "eager"
+
+
+def test_a_base_that_does_not_take_the_implementation_is_told_and_left_alone(monkeypatch):
+    model = adapted(CONFIGS["llama-gqa"])
+    body = type(model.base_model.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(body, "set_attn_implementation", lambda *_: None)  # transformers' own only warns
+        with pytest.raises(ValueError, match="LlamaForCausalLM does not take its attention from"):
+            accelerate(model)
+        assert not any(type(module).__module__.startswith("zinit") for module in model.modules())
+    assert accelerate(model).config._attn_implementation == "zinit"
+
+
 def test_adapters_are_switched_and_disabled():
     inputs = batch("left-padded")
     base = base_model(CONFIGS["llama-gqa"])

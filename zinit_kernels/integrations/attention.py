@@ -16,6 +16,7 @@ the token branch is the fused kernel's.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -92,6 +93,24 @@ def attention_forward(
         gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query.shape[0]),
     )  # fmt: skip
     return cast(Tensor, out).transpose(1, 2), None
+
+
+def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
+    """Makes a transformers model attend by the name "zinit"; returns the implementation from before.
+
+    Raises:
+        ValueError: one of `attentions` does not take it (transformers only warns); the model is then as it was.
+    """
+    before: str = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    for attention in attentions:
+        if attention.config._attn_implementation != NAME:
+            model.set_attn_implementation(before)
+            raise ValueError(
+                f"{type(model).__name__} does not take its attention from AttentionInterface: its "
+                f"{type(attention).__name__} stays with {attention.config._attn_implementation!r}"
+            )
+    return before
 
 
 def _decode(

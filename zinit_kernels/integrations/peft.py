@@ -23,7 +23,7 @@ from peft.tuners.adaption_prompt.layer import AdaptedAttention
 from peft.tuners.adaption_prompt.model import AdaptionPromptModel
 from torch import Tensor, nn
 
-from .attention import NAME
+from .attention import NAME, attend_by_zinit
 from .prompts import SPLIT, Prompts
 
 _BASE = "__base__"  # PEFT's name for a row without an adapter
@@ -129,7 +129,7 @@ def accelerate(peft_model: _Model) -> _Model:
     State dict, set_adapter, disable_adapter, saving, loading, generate, gradient checkpointing, padding and quantised
     bases work as before; every adapter of the model is included, and those added later. The attention implementation
     becomes "zinit": where the fused kernels do not apply, and in layers without prompts, that is `sdpa`. Setting
-    another one with `set_attn_implementation` gives PEFT's own computation back. Calling it twice changes nothing.
+    another one with `set_attn_implementation` gives PEFT's own computation back, until `accelerate` is called again.
 
     Args:
         peft_model: what `get_peft_model(base, AdaptionPromptConfig(...))` returned, on a Llama or Mistral base.
@@ -137,24 +137,24 @@ def accelerate(peft_model: _Model) -> _Model:
     Raises:
         TypeError: not a model with adaption prompts.
         ValueError: a GPT-2 base: PEFT adds its prompts behind the output projection, unprojected, which is not the
-            paper's formula; `integrations.transformers.add_zero_init_attention` adapts GPT-2 by it.
+            paper's formula; `integrations.transformers.add_zero_init_attention` adapts GPT-2 by it. A base that does
+            not take its attention from AttentionInterface. The model is then as it was.
     """
     tuner = _tuner(peft_model)
-    if isinstance(tuner, FusedAdaptionPromptModel):
-        return peft_model
     model_type = tuner.model.config.model_type
     layers = _adapted_layers(tuner)
-    if not all(type(layer) is AdaptedAttention for layer in layers):
+    if not all(type(layer) in (AdaptedAttention, FusedAdaptedAttention) for layer in layers):
         raise ValueError(
             f"PEFT's adaption prompts on {model_type!r} are added behind the output projection, which one attention "
             "call cannot do; add_zero_init_attention of zinit_kernels.integrations.transformers adapts this model by "
             "the paper's formula"
         )
-    tuner._attention_before = tuner.model.config._attn_implementation
+    before = attend_by_zinit(tuner.model, (layer.model for layer in layers))
+    if before != NAME or not isinstance(tuner, FusedAdaptionPromptModel):
+        tuner._attention_before = before
     tuner.__class__ = FusedAdaptionPromptModel
     for layer in layers:
         layer.__class__ = FusedAdaptedAttention
-    tuner.model.set_attn_implementation(NAME)
     return peft_model
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import checkpoints
-from .attention import NAME, attention_forward
+from .attention import NAME, attend_by_zinit, attention_forward
 from .prompts import SPLIT, Projection, Prompts
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -352,15 +352,8 @@ def _attach(
         raise ValueError(
             "the model has PEFT's adaption prompts: accelerate(model) of zinit_kernels.integrations.peft is for those"
         )
-    before = model.config._attn_implementation
+    before = attend_by_zinit(model, (layer.attention for layer, _, _ in made))
     if before != NAME:
-        model.set_attn_implementation(NAME)
-        stuck = [layer.name for layer, _, _ in made if layer.attention.config._attn_implementation != NAME]
-        if stuck:
-            model.set_attn_implementation(before)
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention from AttentionInterface: {stuck[0]}"
-            )
         model._attention_before_zinit = before
     model.requires_grad_(False)
     for layer, prompt, gate in made:

@@ -14,7 +14,7 @@ DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers int
   integrations_odd_use integrations_distributed official_parity))
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-triton test-transformers lint format bench gpu-check sanitize clean
+.PHONY: build demo test test-triton test-transformers lint format bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -23,7 +23,7 @@ demo: build
 	$(PYTHON) -m model.demo
 
 # a process for each core, and one thread in each: what is about threads sets its own number
-test: build sanitize
+test: build sanitize-cpu
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses=8
 
 test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
@@ -59,9 +59,12 @@ endif
 gpu-check: $(VENV)/.ready
 	$(PYTHON) -m bench.gpu_check $(if $(OUT),--out $(OUT)) $(if $(PART),--part $(PART))
 
-sanitize: $(VENV)/.ready
+sanitize-cpu: $(VENV)/.ready
 	$(PYTHON) tests/native/sanitize.py
 	$(PYTHON) tests/simt/sanitize.py
+
+# of the CUDA and Triton kernels too where there is a GPU
+sanitize: sanitize-cpu
 	@if nvidia-smi -L > /dev/null 2>&1; then $(PYTHON) -m bench.gpu_check --part sanitize; fi
 
 clean:

@@ -98,6 +98,10 @@ def arch_flags(cuda: Cuda) -> list[str]:
         )
         archs = [arch for arch in archs if f"compute_{arch.replace('.', '')}" in listed.stdout.split()]
         archs[-1] += "+PTX"
+    old = [arch for arch in archs if re.match(r"[1-7]\.", arch)]
+    if old and len(old) < len(archs):  # lists for all of torch name them: NVIDIA's containers do
+        say(f"left out {', '.join(old)} of TORCH_CUDA_ARCH_LIST: the kernels are written for 8.0 and newer")
+        archs = [arch for arch in archs if arch not in old]
     flags = []
     for arch in archs:
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)

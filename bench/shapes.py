@@ -140,7 +140,8 @@ DECODE = {
         decode("Llama-3.2-1B", 8, 1024),
     ],
     "cuda": [
-        *(decode("LLaMA-7B", 1, seqlen) for seqlen in (1024, 4096, 16384)),
+        *(decode("Llama-3-8B", 1, seqlen) for seqlen in (1024, 4096, 16384)),
+        decode("LLaMA-7B", 1, 4096),
         decode("LLaMA-7B", 32, 4096),
         decode("Llama-3-8B", 32, 4096),
         decode("Llama-3-8B", 64, 8192),

@@ -238,6 +238,9 @@ def test_cuda_architectures(build, toolkit, monkeypatch):
     assert [flag.removeprefix("-gencode=arch=") for flag in build.arch_flags(toolkit)] == [
         "compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_100,code=sm_100", "compute_100,code=compute_100",
     ]  # fmt: skip
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5 8.0 9.0+PTX")  # as containers of all of torch have it
+    codes = [flag.split(",code=")[1] for flag in build.arch_flags(toolkit)]
+    assert codes == ["sm_80", "sm_90", "compute_90"]
     for wrong, words in (("Ampere", "must hold chips like"), ("7.5", "8.0 and newer")):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         with pytest.raises(SystemExit, match=words):

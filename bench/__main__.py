@@ -142,10 +142,11 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
     names = list(SUITES) if "all" in arguments.suites else arguments.suites
     with tempfile.TemporaryDirectory() as nowhere:
         results = Path(nowhere) if arguments.smoke else arguments.results
-        rows = runner.run({name: SUITES[name](options) for name in names}, options, results, console)
+        suites = {name: SUITES[name](options) for name in names}
+        rows, failed = runner.run(suites, options, results, console)
     for name in names:
         console.print(suite_table(name, [row for row in rows if row.suite == name]))
-    if not rows and not options.resume:
+    if not rows and not failed and not options.resume:
         console.print(
             "nothing was measured: no shape, or no provider, has such a name or can run here", style="red"
         )
@@ -153,7 +154,7 @@ def measure_command(arguments: argparse.Namespace, console: Console) -> int:
     goals = [goal for goal in page.GOALS[device.type] if judged(goal, rows).figures]
     if goals and not arguments.smoke:
         console.print(goals_table(goals, rows))
-    return 0
+    return 1 if failed else 0
 
 
 def goals_command(command_line: list[str], console: Console) -> int:

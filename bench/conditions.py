@@ -37,6 +37,11 @@ def why_missing(*modules: str) -> str:
     return f"{' and '.join(missing)} not installed" if missing else ""
 
 
+def why_failed(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def folder_name(chip: str) -> str:
     """The chip as a folder under bench/results: "NVIDIA H200" -> "nvidia-h200"."""
     return re.sub(r"[^a-z0-9]+", "-", chip.lower()).strip("-")

@@ -19,7 +19,7 @@ from model.config import AdapterConfig, LlamaConfig
 from model.llama import Llama
 from model.loss import answer_loss
 
-from .conditions import why_missing
+from .conditions import why_failed, why_missing
 from .peers import (
     GATE,
     UNADAPTED_LAYERS,
@@ -145,7 +145,7 @@ def why_wrong(contender: Contender, dtype: torch.dtype, device: torch.device) ->
             with torch.no_grad():
                 loss = loss_of(tokens)
     except Exception as error:  # any: what raises is red, and the others go on
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return why_failed(error)
     if not abs(loss.item() - expected) <= ROUNDING[dtype] * expected:
         return f"wrong result: loss {loss.item():.6g}, in float64 {expected:.6g}"
     return ""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zinit_kernels.testing import GRADIENTS, Case, Inputs, check_function
 
+from .conditions import why_failed
 from .problem import Problem
 from .providers import Provider
 from .shapes import Shape
@@ -60,5 +61,5 @@ def verdict(
     except AssertionError as error:
         return f"wrong result: {error}"
     except Exception as error:  # any: a kernel that raises is red, and the others go on
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return why_failed(error)
     return ""

@@ -18,8 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .conditions import conditions, folder_name
-from .ledger import Ledger, Row, read
+from .conditions import conditions, folder_name, why_failed
+from .ledger import Ledger, LedgerError, Row, read
 from .shapes import COMPILED
 
 Note = Callable[[str], None]  # tells the user, once, what was left out and why
@@ -63,8 +63,11 @@ class Job(NamedTuple):
     run: Callable[[Note], Iterator[Row]]
 
 
-def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, console: Console) -> list[Row]:
-    """The rows of all jobs, appended to results/<chip>/<suite>.jsonl. Ctrl-C ends the run and keeps what is done."""
+def run(
+    suites: Mapping[str, Sequence[Job]], options: Options, results: Path, console: Console
+) -> tuple[list[Row], list[str]]:
+    """The rows of all jobs, appended to results/<chip>/<suite>.jsonl, and the titles of the jobs that raised: those
+    keep the rows they had, and the jobs after them run. Ctrl-C ends the run and keeps what is done."""
     facts = conditions(options.device)
     folder = results / folder_name(str(facts["chip"]))
     suites = {
@@ -73,6 +76,7 @@ def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, co
     if options.resume:
         suites = {name: unfinished(folder / f"{name}.jsonl", facts, jobs) for name, jobs in suites.items()}
     rows: list[Row] = []
+    failed: list[str] = []
     ledgers: dict[str, Ledger] = {}
     said: set[str] = set()
     columns = (
@@ -91,19 +95,25 @@ def run(suites: Mapping[str, Sequence[Job]], options: Options, results: Path, co
             for name, jobs in suites.items():
                 for job in jobs:
                     progress.update(task, description=job.title)
-                    for row in job.run(note):
-                        if name not in ledgers:
-                            ledgers[name] = Ledger(folder / f"{name}.jsonl", facts)
-                        ledgers[name].add(row)
-                        rows.append(row)
-                    if name in ledgers:
-                        ledgers[name].finish(job.title)
+                    try:
+                        for row in job.run(note):
+                            if name not in ledgers:
+                                ledgers[name] = Ledger(folder / f"{name}.jsonl", facts)
+                            ledgers[name].add(row)
+                            rows.append(row)
+                        if name in ledgers:
+                            ledgers[name].finish(job.title)
+                    except LedgerError:
+                        raise
+                    except Exception as error:  # any: the jobs after it have figures to give
+                        failed.append(job.title)
+                        note(f"{job.title}: stopped, {why_failed(error)}")
                     progress.advance(task)
         except KeyboardInterrupt:
             note(f"stopped: the {len(rows)} rows measured so far are kept")
     for ledger in ledgers.values():
         console.print(f"appended to {ledger.path}", highlight=False, soft_wrap=True)
-    return rows
+    return rows, failed
 
 
 def unfinished(path: Path, facts: Mapping[str, object], jobs: Sequence[Job]) -> list[Job]:

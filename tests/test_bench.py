@@ -219,9 +219,48 @@ def test_stopping_keeps_what_is_done(tmp_path):
         raise KeyboardInterrupt
 
     options = runner.Options(CPU, (torch.float32,))
-    rows = runner.run({"attention": [runner.Job("", stopped)]}, options, tmp_path, Console(quiet=True))
+    rows, _ = runner.run({"attention": [runner.Job("", stopped)]}, options, tmp_path, Console(quiet=True))
     (path,) = tmp_path.glob("*/attention.jsonl")
     assert rows == [row()] and [r.rows for r in read(path)] == [(row(),)]
+
+
+class NoRuntimeError(Exception):
+    """As Triton's OutOfResources."""
+
+
+def test_a_kernel_that_raises_leaves_the_others_their_figures():
+    def too_large(problem):
+        if problem.shape.name != "sibling":
+            raise NoRuntimeError("out of resource: shared memory\nand more")
+        return twice(problem)
+
+    providers = (Provider("too large", too_large), Provider("honest", twice))
+    notes = []
+    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
+    shape = prefill("CLIP-B/16 text", 1)
+    found = attention.rows(
+        options, lambda: providers, shape, torch.float32, "forward", False, torch.float32, notes.append
+    )
+    assert {r.provider for r in found} == {"honest", attention.PRODUCT}
+    assert notes == [
+        f"too large, {shape.name}, forward: no figure, NoRuntimeError: out of resource: shared memory"
+    ]
+
+
+def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path):
+    def killed(note):
+        yield row()
+        raise NoRuntimeError("a process was terminated abruptly")
+
+    def fine(note):
+        yield row(shape="another")
+
+    jobs = [runner.Job("killed", killed), runner.Job("fine", fine)]
+    options = runner.Options(CPU, (torch.float32,))
+    rows, failed = runner.run({"attention": jobs}, options, tmp_path, Console(quiet=True))
+    (path,) = tmp_path.glob("*/attention.jsonl")
+    (run,) = read(path)
+    assert len(rows) == len(run.rows) == 2 and run.jobs == ("fine",) and failed == ["killed"]
 
 
 SLOW = """

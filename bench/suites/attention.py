@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ..clock import Clock, captured
+from ..conditions import why_failed
 from ..gate import why_wrong
 from ..interleave import Times, measure
 from ..ledger import Row
@@ -102,10 +103,8 @@ def prepared(
         try:
             call = timed_call(provider, problem, mode)
             call()
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            note(
-                f"{provider.name}, {problem.shape.name}, {mode}: no figure, {str(error).partition(chr(10))[0]}"
-            )
+        except Exception as error:  # any: Triton's are not RuntimeErrors
+            note(f"{provider.name}, {problem.shape.name}, {mode}: no figure, {why_failed(error)}")
             continue
         calls[provider] = call
     return calls
@@ -152,8 +151,8 @@ def graph_rows(
     for provider, call in calls.items():
         try:
             graphs[provider] = captured(call)
-        except RuntimeError as error:
-            note(f"{provider.name} in a CUDA graph: no figure, {str(error).partition(chr(10))[0]}")
+        except Exception as error:
+            note(f"{provider.name} in a CUDA graph: no figure, {why_failed(error)}")
     if graphs:
         mode = "decode" if problem.is_decode else "forward"
         suite = "decode" if problem.is_decode else "attention"

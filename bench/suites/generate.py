@@ -18,7 +18,7 @@ from model.generation import generate
 from model.llama import Llama
 
 from ..clock import Clock
-from ..conditions import why_missing
+from ..conditions import why_failed, why_missing
 from ..contenders import ACCELERATED, EIGHTH, PEFT, ROUNDING, SEVEN_BILLION, TINY, our_adapter, random_base
 from ..interleave import measure
 from ..ledger import Row
@@ -124,7 +124,7 @@ def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) ->
         made = run(prompts, 8).to(device)
         logits = scores(torch.cat([prompts, made], 1))[:, prompts.shape[1] - 1 : -1].float()
     except Exception as error:  # any: what raises is red, and the others go on
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return why_failed(error)
     lost = (logits.amax(-1) - logits.gather(-1, made[..., None])[..., 0]).max() / logits.std()
     return (
         ""

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from ..conditions import why_failed
 from ..ledger import Row
 from ..peak import in_fresh_process, peak_of
 from ..problem import make_problem
@@ -45,8 +46,8 @@ def rows(options: Options, shape: Shape, dtype: torch.dtype, mode: str, note: No
             peak, needed = (
                 in_fresh_process(peak_and_needed, *arguments) if alone else peak_and_needed(*arguments)
             )
-        except RuntimeError as error:
-            note(f"{provider.name}, {shape.name}: no figure, {str(error).partition(chr(10))[0]}")
+        except Exception as error:
+            note(f"{provider.name}, {shape.name}: no figure, {why_failed(error)}")
             continue
         yield Row(
             "memory", shape.name, shape.sizes, mode, name_of(dtype), provider.name,

@@ -16,6 +16,7 @@ from model.config import LlamaConfig
 from model.llama import Llama
 
 from ..clock import Clock
+from ..conditions import why_failed
 from ..contenders import (
     ACCELERATED,
     CONTENDERS,
@@ -126,8 +127,8 @@ def rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterat
         try:
             count, step = training_step(contender, model, base)
             step()
-        except RuntimeError as error:  # out of memory on a small chip
-            note(f"{contender.name}: no figure, {str(error).partition(chr(10))[0]}")
+        except Exception as error:  # any: out of memory, or a kernel's that does not compile here
+            note(f"{contender.name}: no figure, {why_failed(error)}")
             continue
         counts[contender.name], steps[contender.name] = count, step
     if not steps:
@@ -154,14 +155,12 @@ def rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterat
 def peak(
     contender: Contender, base: Base, dtype: torch.dtype, device: torch.device, note: Note
 ) -> int | None:
-    """Bytes in use at the worst moment of a step, weights and optimizer included; None where they do not fit."""
+    """Bytes in use at the worst moment of a step, weights and optimizer included; None where that cannot be had."""
     arguments = (contender.name, base, dtype, device, torch.get_num_threads())
-    if device.type == "cpu":
-        return in_fresh_process(peak_alone, *arguments)
     try:
-        return peak_alone(*arguments)
-    except torch.OutOfMemoryError as error:
-        note(f"{contender.name}: no peak, {str(error).partition(chr(10))[0]}")
+        return in_fresh_process(peak_alone, *arguments) if device.type == "cpu" else peak_alone(*arguments)
+    except Exception as error:  # any: a process that the kernel kills for its memory raises BrokenProcessPool
+        note(f"{contender.name}: no peak, {why_failed(error)}")
         return None
     finally:
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ The formula is written here once more, from the equations, and takes every archi
 import contextlib
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULA
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": None}
 GEMMA = DECODER | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
 CLIP_TEXT = TEXT | {"max_position_embeddings": 128, "eos_token_id": VOCABULARY - 1}
+STACKS = ("text_model.encoder.layers", "vision_model.encoder.layers")  # CLIP's
 VISION = SIZES | {"image_size": 12, "patch_size": 4}
 
 
@@ -315,6 +317,52 @@ def test_removed_it_is_the_base_again(name):
     assert zinit.remove_zero_init_attention(model) is base
     assert base.config._attn_implementation == before and list(base.state_dict()) == keys
     assert torch.equal(outputs(base, inputs), expected)
+
+
+def test_removing_keeps_an_implementation_chosen_later():
+    model = adapted("Llama")
+    model.set_attn_implementation("eager")
+    assert zinit.remove_zero_init_attention(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"stacks": {}}, "is for layers none; this model has text_model.encoder.layers, vision_model.enc"),
+        ({"stacks": {STACKS[0]: "0"}}, "is for layers text_model.encoder.layers; this model has text_model"),
+        ({"stacks": dict.fromkeys(STACKS)}, "holds no prompts"),
+        ({"model_type": "siglip"}, "is for a model of the type 'siglip'; this one is a 'clip'"),
+        ({"model_type": None}, "is for a model of the type None; this one is a 'clip'"),
+    ],
+    ids=["no stack", "one of two", "no prompts", "another type", "no type"],
+)
+def test_a_folder_that_does_not_fit_leaves_the_adapter_in_place(config, message, tmp_path):
+    model = adapted("CLIP")
+    expected = outputs(model, inputs_of("CLIP"))
+    zinit.save_adapter(model, tmp_path)
+    written = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps(written | config))
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+        zinit.load_adapter(model, tmp_path)
+    assert torch.equal(outputs(model, inputs_of("CLIP")), expected)
+
+
+def test_a_dtype_without_fractions_leaves_the_adapter_in_place(tmp_path):
+    model = adapted("Llama")
+    expected = outputs(model, inputs_of("Llama"))
+    zinit.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="dtype must be a floating-point one, got torch.int8"):
+        zinit.load_adapter(model, tmp_path, dtype=torch.int8)
+    assert torch.equal(outputs(model, inputs_of("Llama")), expected)
+
+
+def test_one_of_two_stacks_is_saved_and_loaded(tmp_path):
+    model = base_model("CLIP")
+    zinit.add_zero_init_attention(model.text_model, PROMPTS, ADAPTED)
+    zinit.save_adapter(model, tmp_path)
+    loaded = zinit.load_adapter(base_model("CLIP"), tmp_path)
+    assert [row.layer for row in zinit.summary(loaded)] == [row.layer for row in zinit.summary(model)]
+    assert len(zinit.summary(loaded)) == ADAPTED
 
 
 def test_every_official_adapter_fits_a_llama(tmp_path):

@@ -150,11 +150,14 @@ def add_zero_init_attention(
 
 
 def remove_zero_init_attention(model: _Model) -> _Model:
-    """Takes prompts and gates away again, in place; the base's parameters stay frozen."""
+    """Takes prompts and gates away again, in place; the base's parameters stay frozen.
+
+    The attention implementation is again that of before, unless another one than "zinit" was set since.
+    """
     for layer, _ in list(_adapters(model)):
         del layer.attention.zinit
     before = vars(model).pop("_attention_before_zinit", None)
-    if before is not None:
+    if before is not None and model.config._attn_implementation == NAME:  # type: ignore[union-attr]
         model.set_attn_implementation(before)  # type: ignore[operator]
     return model
 
@@ -267,10 +270,13 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     adapters = _required_adapters(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files: dict[str, str | None] = {}
     lengths = {layer.stack: layer.place + 1 for layer in _attention_layers(model)}
-    for stack in dict.fromkeys(layer.stack for layer, _ in adapters):
+    for stack in lengths:
         rows = [(layer, adapter) for layer, adapter in adapters if layer.stack == stack]
+        if not rows:  # prompts were added to a part of the model only
+            files[stack] = None
+            continue
         checkpoint = checkpoints.AdapterCheckpoint(
             prompts=torch.stack([adapter.prompt.detach() for _, adapter in rows]),
             gates=torch.stack([adapter.gate.detach() for _, adapter in rows]),
@@ -279,8 +285,9 @@ def save_adapter(model: Any, folder: str | Path) -> None:
             num_layers=lengths[stack],
             num_heads=rows[0][1].gate.shape[0],
         )
-        files[stack] = "adapter.safetensors" if len(lengths) == 1 else f"adapter.{stack}.safetensors"
-        checkpoints.save_adapter(folder / files[stack], checkpoint)
+        name = "adapter.safetensors" if len(lengths) == 1 else f"adapter.{stack}.safetensors"
+        checkpoints.save_adapter(folder / name, checkpoint)
+        files[stack] = name
     config = {"model_type": model.config.model_type, "stacks": files}
     checkpoints.write_atomically(folder / _CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
@@ -296,7 +303,8 @@ def load_adapter(
         dtype: of the parameters. options: `zinit_kernels.checkpoints.load_adapter`'s.
 
     Raises:
-        CheckpointError: in one sentence; the model is then as it was. OSError where a file cannot be read.
+        CheckpointError: in one sentence: damaged, or of another base. ValueError: a dtype without fractions, a model
+            with PEFT's prompts. OSError where a file cannot be read. The model is then as it was.
     """
     source = Path(source)
     layers = _attention_layers(model)
@@ -305,7 +313,7 @@ def load_adapter(
         by_stack.setdefault(layer.stack, []).append(layer)
     made: list[tuple[_Layer, Tensor, Tensor]] = []
     activations = set()
-    for stack, path in _adapter_files(source, list(by_stack)).items():
+    for stack, path in _adapter_files(source, model, list(by_stack)).items():
         rows = by_stack[stack]
         heads, hidden_size = _sizes(rows[0].attention)
         checkpoint = checkpoints.load_adapter(path, **options).check_base(hidden_size, len(rows), heads)
@@ -315,53 +323,65 @@ def load_adapter(
             made.append((rows[index], checkpoint.prompts[row], gate))
     if len(activations) != 1:
         raise checkpoints.CheckpointError(f"{source}: the stacks differ in their gates' activation")
-    for layer, _ in list(_adapters(model)):
-        del layer.attention.zinit
     _attach(model, made, activations.pop(), dtype)
     return model
 
 
-def _adapter_files(source: Path, stacks: list[str]) -> dict[str, Path]:
+def _adapter_files(source: Path, model: Any, stacks: list[str]) -> dict[str, Path]:
+    """The file of every stack that has prompts, of a source that belongs to this model."""
+    own_type = model.config.model_type
     if (source / _CONFIG).is_file():
         try:
-            files = {
-                str(stack): source / str(name)
-                for stack, name in json.loads((source / _CONFIG).read_text())["stacks"].items()
-            }
+            config = json.loads((source / _CONFIG).read_text())
+            model_type, files = config["model_type"], dict(config["stacks"].items())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise checkpoints.CheckpointError(f"{source / _CONFIG} is damaged ({error})") from error
     elif len(stacks) == 1:
-        files = {stacks[0]: source}
+        return {stacks[0]: source}
     else:
         raise checkpoints.CheckpointError(
             f"{source} is one adapter, and this model has several stacks of layers: {', '.join(stacks)}"
         )
-    if unknown := files.keys() - set(stacks):
+    if files.keys() != set(stacks):
         raise checkpoints.CheckpointError(
-            f"{source} is for layers {', '.join(sorted(unknown))}; this model has {', '.join(stacks)}"
+            f"{source} is for layers {', '.join(sorted(files)) or 'none'}; this model has {', '.join(stacks)}"
         )
-    return files
+    if model_type != own_type:
+        raise checkpoints.CheckpointError(
+            f"{source} is for a model of the type {model_type!r}; this one is a {own_type!r}"
+        )
+    found = {stack: source / str(name) for stack, name in files.items() if name is not None}
+    if not found:
+        raise checkpoints.CheckpointError(f"{source} holds no prompts")
+    return found
 
 
 def _attach(
     model: Any, made: list[tuple[_Layer, Tensor, Tensor]], gate_activation: str, dtype: torch.dtype
 ) -> None:
+    """Gives the layers their prompts, in the place of all that the model has; what may fail comes first."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, got {dtype}")
     if any("adaption_gate" in module._parameters for module in model.modules()):
         raise ValueError(
             "the model has PEFT's adaption prompts: accelerate(model) of zinit_kernels.integrations.peft is for those"
         )
-    before = attend_by_zinit(model, (layer.attention for layer, _, _ in made))
-    if before != NAME:
-        model._attention_before_zinit = before
-    model.requires_grad_(False)
+    adapters = []
     for layer, prompt, gate in made:
         device = next(layer.attention.parameters()).device
         projection = ARCHITECTURES[type(layer.attention).__name__]
-        layer.attention.zinit = ZeroInitPrompts(
+        adapter = ZeroInitPrompts(
             prompt.to(device, dtype), gate.to(device, dtype), gate_activation, projection
-        ).train(layer.attention.training)
+        )
+        adapters.append((layer.attention, adapter.train(layer.attention.training)))
+    before = attend_by_zinit(model, (attention for attention, _ in adapters))
+    if before != NAME:
+        model._attention_before_zinit = before
+    model.requires_grad_(False)
+    for layer, _ in list(_adapters(model)):
+        del layer.attention.zinit
+    for attention, adapter in adapters:
+        attention.zinit = adapter
 
 
 def _sizes(attention: Any) -> tuple[int, int]:

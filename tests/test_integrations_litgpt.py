@@ -154,6 +154,17 @@ def test_decoding_with_a_cache_is_the_whole_pass(kind):
         assert not torch.equal(model(ids[:, -1:], torch.tensor([11])), found[-1])
 
 
+def test_another_layout_is_seen_by_the_next_token():
+    ids = tokens(rows=1)
+    model = accelerate(model_of(), "interleaved").eval()
+    with torch.no_grad():
+        model.set_kv_cache(1)
+        model(ids[:, :6], torch.arange(6))
+        copied = copy.deepcopy(model)  # the same cache, and nothing kept of its prompts
+        found, expected = (accelerate(m, "blocked")(ids[:, 6:7], torch.tensor([6])) for m in (model, copied))
+    assert torch.equal(found, expected)
+
+
 def test_at_gate_0_it_is_the_base():
     model = model_of(gates=0.0)
     base = copy.deepcopy(model)

@@ -59,7 +59,7 @@ class Prompts(NamedTuple):
 
 
 class _Projected(NamedTuple):
-    dtype: torch.dtype
+    made_by: tuple[torch.dtype, Projection]
     sources: tuple[tuple[ref[Tensor], tuple[int, int]], ...]  # all they were made from, each with its stamp
     key: Tensor
     value: Tensor
@@ -72,18 +72,19 @@ def projected(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> 
     """prompt_key and prompt_value [N, Hkv, P, D] by the layer's own projections.
 
     While one token is decoded against a cache, those of the last call are taken again, as the token keys and values
-    are: only with gradients off, if every tensor they came from is the same object at the same version and address
-    (which `tensor.data = ...` changes), and if the projections are plain modules (an adapted or hooked one may answer
-    differently by a state that no version shows). Numbers overwritten behind PyTorch's back between two tokens, by
-    `tensor.data.mul_` or numpy, are seen from the next prompt on.
+    are: only with gradients off, by the same projection, if every tensor they came from is the same object at the same
+    version and address (which `tensor.data = ...` changes), and if the projections are plain modules (an adapted or
+    hooked one may answer differently by a state that no version shows). Numbers overwritten behind PyTorch's back
+    between two tokens, by `tensor.data.mul_` or numpy, are seen from the next call of more than one token on.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _project(module, prompts, query)
     sources = _sources(module, prompts)
     if sources is None:
         return _project(module, prompts, query)
+    made_by = (query.dtype, prompts.projection)
     kept = _projected_prompts.get(prompts.owner)
-    if kept is not None and query.shape[2] == 1 and keys > 1 and kept.dtype == query.dtype:
+    if kept is not None and query.shape[2] == 1 and keys > 1 and kept.made_by == made_by:
         same = len(kept.sources) == len(sources) and all(
             was() is tensor and stamp == _stamp(tensor)
             for (was, stamp), tensor in zip(kept.sources, sources, strict=True)
@@ -92,7 +93,7 @@ def projected(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> 
             return kept.key, kept.value
     key, value = _project(module, prompts, query)
     stamped = tuple((ref(tensor), _stamp(tensor)) for tensor in sources)
-    _projected_prompts[prompts.owner] = _Projected(query.dtype, stamped, key, value)
+    _projected_prompts[prompts.owner] = _Projected(made_by, stamped, key, value)
     return key, value
 
 

@@ -49,6 +49,7 @@ def transformers_config(config: LlamaConfig) -> Any:
         head_dim=config.head_dim,
         max_position_embeddings=config.max_seq_len,
         rms_norm_eps=config.norm_eps,
+        rope_theta=config.rope_theta,
         use_cache=False,
     )
 
@@ -89,7 +90,8 @@ def in_lora(base: Llama, rank: int, liger: bool = False) -> Any:
 
     config = LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = in_transformers(base)
-    return get_peft_model(with_liger(model) if liger else model, config)
+    # in the base's dtype, as PEFT's adaption prompts are: by itself PEFT makes LoRA's matrices float32
+    return get_peft_model(with_liger(model) if liger else model, config, autocast_adapter_dtype=False)
 
 
 def in_litgpt(base: Llama) -> Any:

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench import chapters, contenders, gpu_check, report, runner
+from bench import chapters, contenders, gpu_check, peers, report, runner
 from bench.__main__ import main
 from bench.cpu_goals import CPU_GOALS
 from bench.goals import Goal, judged, ratio, rows_of
@@ -19,7 +20,7 @@ from bench.ledger import Ledger, LedgerError, Row, read
 from bench.problem import make_problem
 from bench.providers import TWICE, Provider, prefill_providers, twice
 from bench.shapes import BARS_DECODE, BARS_PREFILL, Shape, prefill
-from bench.suites import SUITES, attention, dropins, generate, verify
+from bench.suites import SUITES, attention, dropins, generate, train, verify
 from bench.suites.attention import NO_PROMPTS
 from bench.suites.decode import PROBE
 
@@ -198,6 +199,33 @@ def test_a_wrong_way_to_fine_tune_gets_no_figure():
     for build, reason in ((ours.build, ""), (biased, "wrong result: loss"), (detached, "wrong result: loss")):
         found = contenders.why_wrong(replace(ours, build=build), torch.float32, CPU)
         assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+@pytest.mark.skipif(bool(contenders.why_missing("transformers", "peft")), reason="they are not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [peers.in_peft, partial(peers.in_lora, rank=2)])
+def test_peers_train_in_the_dtype_they_are_measured_in(make, dtype):
+    """Also half precision: two dtypes in one step would be another amount of work."""
+    model = make(contenders.random_base(contenders.TINY, dtype, CPU))
+    assert {p.dtype for p in contenders.trainable(model)} == {dtype}
+
+
+@pytest.mark.skipif(bool(contenders.why_missing("transformers")), reason="it is not installed")
+def test_transformers_rotates_by_the_base_of_the_model():
+    base = contenders.random_base(replace(contenders.TINY, rope_theta=100.0), torch.float32, CPU)
+    tokens = torch.arange(60)[None]
+    torch.testing.assert_close(
+        peers.in_transformers(base)(tokens).logits,
+        base.logits(base.hidden_states(tokens)),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_gpu_check_trains_first_what_its_goals_are_stated_for():
+    """Its part may be stopped before the bases after that."""
+    job = train.jobs(runner.Options(torch.device("cuda"), (torch.bfloat16,)))[0]
+    assert "Llama-3.2-3B" in job.title
 
 
 def test_a_wrong_way_to_generate_gets_no_figure():

@@ -61,7 +61,7 @@ def compare(base: str, arguments: Sequence[str], console: Console) -> Table:
                 for label, tree in (("base", other), ("here", ROOT))[:: 1 if turn % 2 else -1]:
                     console.print(f"turn {turn + 1} of {TURNS}: {label}", style="dim")
                     for row in measured(tree, arguments, folder / f"{label}{turn}"):
-                        key = (*row.setting[1:5], row.provider)
+                        key = (*row.setting, row.provider)
                         times.setdefault(key, {}).setdefault(label, []).append(row.p50_ms or 0.0)
         finally:
             shutil.rmtree(other, ignore_errors=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import chapters, contenders, gpu_check, peers, report, runner
+from bench import chapters, compare, contenders, gpu_check, peers, report, runner
 from bench.__main__ import main
 from bench.cpu_goals import CPU_GOALS
 from bench.goals import Goal, judged, ratio, rows_of
@@ -405,6 +405,23 @@ def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
 def test_a_base_that_is_no_commit_is_said_in_a_sentence(capsys):
     assert main(["attention", "--base", "no-such-revision"]) == 2
     assert "could not check out no-such-revision" in capsys.readouterr().out
+
+
+def test_commits_are_compared_setting_by_setting(monkeypatch):
+    """A replay of a CUDA graph is no eager call, and a cold cache is no warm one."""
+    settings = [row(), row(launch="graph"), row(cache="cold"), row(suite="bars")]
+
+    def measured(tree, arguments, results):
+        factor = 2.0 if tree == report.ROOT else 1.0
+        return [replace(r, p50_ms=factor * (i + 1)) for i, r in enumerate(settings)]
+
+    monkeypatch.setattr(compare, "checkout", lambda revision, folder: None)
+    monkeypatch.setattr(compare, "measured", measured)
+    table = compare.compare("old", [], Console(quiet=True))
+    where, _, base, here, share = (list(column.cells) for column in table.columns)
+    assert base == ["1", "2", "3", "4"] and here == ["2", "4", "6", "8"] and set(share) == {"2.00x"}
+    assert "graph" in where[1] and where[2].endswith("cold") and where[3].startswith("bars, ")
+    assert len(set(where)) == 4
 
 
 def test_a_goal_is_judged_by_every_row():

@@ -465,6 +465,18 @@ def test_every_goal_of_a_cpu_has_its_rows():
         3, 3, 6, 6, 4, 4, 1, 1, 1, 1, 1]  # fmt: skip
 
 
+def test_every_training_step_of_the_dropins_goes_down_to_the_embeddings():
+    """One that stops above the lowest layer's attention has less to do."""
+    pytest.importorskip("peft")
+    for name, model in dropins.models(64, heads_kv=2).items():
+        inputs = []
+        model.register_forward_pre_hook(
+            lambda _, args, known, inputs=inputs: inputs.append(known["inputs_embeds"]), with_kwargs=True
+        )
+        dropins.training_step(model, 16)()
+        assert inputs[0].grad is not None and inputs[0].grad.any(), name
+
+
 def test_gpu_check_goes_on_and_keeps_what_is_done(tmp_path, monkeypatch, capsys):
     """Parts that fail, are missing or take too long; the goals come whatever happened."""
     python = [sys.executable, "-c"]

@@ -76,15 +76,13 @@ def difference(known: dict[str, Any]) -> float:
 
 
 def training_step(model: Any, seqlen: int) -> Callable[[], object]:
-    """Forward and backward; the base's gradients flow to its embeddings, as in a layer below."""
+    """Forward and backward, down to the embeddings of every model: the base has nothing else to differentiate."""
     ids = torch.randint(VOCABULARY, (1, seqlen))
     embeddings = model.train().get_input_embeddings()(ids).detach()
-    trainable = any(parameter.requires_grad for parameter in model.parameters())
 
     def step() -> None:
         model.zero_grad()
-        inputs = embeddings if trainable else embeddings.clone().requires_grad_()
-        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
+        model(inputs_embeds=embeddings.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
 
     return step
 

@@ -11,9 +11,19 @@ __device__ __forceinline__ int prompt_row(const AttentionParams& w, int sequence
   return row >= 0 && row < w.prompt_rows ? row : -1;
 }
 
+__device__ __forceinline__ float gate_of(const AttentionParams& w, int table_row, int head) {
+  return w.gate[(w.gate_rows > 1 ? table_row : 0) * w.num_heads_q + head];
+}
+
+// Whether a head has any use for its prompts. At gate 0 all bits are plain attention's, whatever the table
+// holds.
+__device__ __forceinline__ bool takes_prompts(const AttentionParams& w, int table_row, int head) {
+  return gate_of(w, table_row, head) != 0.f;
+}
+
 // act(gate) of a head.
 __device__ __forceinline__ float prompt_weight(const AttentionParams& w, int table_row, int head) {
-  const float raw = w.gate[(w.gate_rows > 1 ? table_row : 0) * w.num_heads_q + head];
+  const float raw = gate_of(w, table_row, head);
   return w.tanh_gate ? tanhf(raw) : raw;
 }
 

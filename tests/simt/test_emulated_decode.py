@@ -69,14 +69,28 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(cuda, monkeypatch, case,
 def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(emulator, way, num_splits, dtype):
     case = CacheCase("exact", heads_q=8, heads_kv=2, num_splits=num_splits)
     given = make_cache_arguments(case, dtype)
-    if way == "gate_zero":
+    if way == "gate_zero":  # whatever the table holds
         given["gate"] = 0.0
+        for table in (given["prompt_k"], given["prompt_v"]):
+            table[..., 3] = float("nan")
     else:  # an index outside the table means none too, where only the device can see it
         row = -1 if way == "no_row" else 1000000
         given["prompt_index"] = torch.full((3,), row, dtype=torch.int32)
     plain = make_cache_arguments(case, dtype) | {"prompt_k": None, "prompt_v": None, "gate": None}
     ours, expected = (emulator.decode(*canonical(arguments)) for arguments in (given, plain))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("heads_q", [2, 8], ids=["cuda_cores", "tensor_cores"])
+def test_a_head_at_gate_zero_is_plain_beside_one_that_is_not(emulator, heads_q):
+    case = CacheCase("one_head", heads_q=heads_q, heads_kv=2, num_splits=1)
+    given = make_cache_arguments(case, torch.bfloat16)
+    given["gate"][..., 0] = 0.0
+    given["prompt_v"][..., 0, :] = float("inf")
+    plain = make_cache_arguments(case, torch.bfloat16) | {"prompt_k": None, "prompt_v": None, "gate": None}
+    (out, _), (expected, _) = (emulator.decode(*canonical(arguments)) for arguments in (given, plain))
+    assert torch.equal(out[:, :, 0], expected[:, :, 0])
+    assert not torch.equal(out[:, :, 1], expected[:, :, 1])
 
 
 def canonical(given):

@@ -17,15 +17,17 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk).
+// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk), of the rows whose head takes prompts.
 template <class T>
 __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row, int kv_head, int first,
                                               int count, const Shared<T>& shared) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const auto prompts = static_cast<int>(w.prompt_length);
   const int64_t table = table_row * w.prompt_key.batch + kv_head * w.prompt_key.head;
+  const auto head_of = [&](int row) { return kv_head * w.group + (first + row) % w.group; };
   for (int i = warp; i < count * prompts; i += kWarps) {
     const int row = i / prompts, p = i % prompts;
+    if (!takes_prompts(w, table_row, head_of(row))) continue;
     float score = 0.f;
     for (int d = lane; d < w.head_dim; d += 32) {
       const float key = load_any(w.prompt_key.data, table + p * w.prompt_key.token + d, w.prompt_key.dtype);
@@ -36,14 +38,14 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row
   }
   __syncthreads();
   for (int row = warp; row < count; row += kWarps) {
+    if (!takes_prompts(w, table_row, head_of(row))) continue;
     float* scores = shared.scores + row * prompts;
     float largest = -INFINITY, sum = 0.f;
     for (int p = lane; p < prompts; p += 32) largest = fmaxf(largest, scores[p]);
     largest = warp_max(largest);
     for (int p = lane; p < prompts; p += 32) sum += fast_exp2(scores[p] - largest);
     sum = warp_sum(sum);
-    const int head = kv_head * w.group + (first + row) % w.group;
-    const float weight = prompt_weight(w, table_row, head) / sum;
+    const float weight = prompt_weight(w, table_row, head_of(row)) / sum;
     for (int p = lane; p < prompts; p += 32) scores[p] = weight * fast_exp2(scores[p] - largest);
   }
   __syncthreads();
@@ -61,9 +63,10 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
   for (int row = 0; row < count; ++row) {
     const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
     const float largest = states[2 * row], sum = states[2 * row + 1];
+    const int taken = prompts && takes_prompts(w, table_row, head) ? prompts : 0;
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
       float prompt = 0.f;
-      for (int p = 0; p < prompts; ++p) {
+      for (int p = 0; p < taken; ++p) {
         prompt += shared.scores[row * prompts + p] *
                   load_any(w.prompt_value.data, table + p * w.prompt_value.token + d, w.prompt_value.dtype);
       }

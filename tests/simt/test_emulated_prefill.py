@@ -143,6 +143,18 @@ def test_a_nan_that_is_seen_is_not_hidden(cuda):
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [9000.0, 21000.0, 30000.0, 50000.0])
+def test_huge_scores_that_are_equal_give_the_mean(cuda, size, dtype):
+    # exponents of 2^29 to 2^35: their last bit is 32 or more
+    query = torch.full((1, 1, 5, 64), size, dtype=dtype)
+    value = torch.randint(-8, 9, (1, 1, 64, 64), generator=torch.Generator().manual_seed(0)).to(dtype)
+    key = query[:, :, :1].expand(1, 1, 64, 64).contiguous()
+    out = zero_init_attention(query, key, value, None, None, None, is_causal=False, backend="cuda")
+    mean = value.double().mean(dim=2, keepdim=True).expand(1, 1, 5, 64)
+    torch.testing.assert_close(out.double(), mean, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_queries_without_keys_and_keys_without_queries(cuda):
     for seqlen_q, seqlen_k in ((0, 5), (5, 0), (0, 0)):
         case = Case("empty", seqlens_q=(seqlen_q,), seqlens_k=(seqlen_k,), causal=False)

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_on_tensor_cores(const Deco
       for (int i = 0; i < 4; ++i) {
         const int key = first + n * 8 + quarter * 2 + i % 2;
         const bool seen = whole || share.sees(w, group + i / 2 * 8, key);
-        scores[n][i] = seen ? scores[n][i] * scale : -INFINITY;
+        scores[n][i] = seen ? __fmul_rn(scores[n][i], scale) : -INFINITY;  // see kFusedBelow in softmax.cuh
         new_largest[i / 2] = fmaxf(new_largest[i / 2], scores[n][i]);
       }
     }

@@ -15,6 +15,10 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// From here on rounding moves a maximum by more than 1/2. A fused exponent would see by how much and could be
+// far above 0, so the scores are rounded as the maximum was.
+constexpr float kFusedBelow = 1 << 24;
+
 template <class Shape>
 struct Softmax {
   static constexpr int kRowTiles = Shape::kRowTiles;
@@ -42,16 +46,26 @@ struct Softmax {
         for (int n = 0; n < COLUMNS; ++n) {
           most = fmaxf(most, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
         }
-        most = fmaxf(largest[m][half], row_max(most) * factor);
+        most = fmaxf(largest[m][half], __fmul_rn(row_max(most), factor));
         const float pivot = most == -INFINITY ? 0.f : most;
         correction[m][half] = fast_exp2(largest[m][half] - pivot);
         largest[m][half] = most;
         sum[m][half] *= correction[m][half];
+        float row_factor = factor;
+        if (fabsf(pivot) >= kFusedBelow) {
+          row_factor = 1.f;
+#pragma unroll
+          for (int n = 0; n < COLUMNS; ++n) {
+#pragma unroll
+            for (int i = half * 2; i < half * 2 + 2; ++i)
+              scores[m][n][i] = __fmul_rn(scores[m][n][i], factor);
+          }
+        }
 #pragma unroll
         for (int n = 0; n < COLUMNS; ++n) {
 #pragma unroll
           for (int i = half * 2; i < half * 2 + 2; ++i) {
-            scores[m][n][i] = fast_exp2(fmaf(scores[m][n][i], factor, -pivot));
+            scores[m][n][i] = fast_exp2(fmaf(scores[m][n][i], row_factor, -pivot));
             sum[m][half] += scores[m][n][i];
           }
         }

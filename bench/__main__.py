@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--compile",
-        choices=("none", "few", "all"),
+        choices=runner.COMPILING,
         default="few",
         help="shapes at which what compiles for 20 s a call is measured too (default few: bench/shapes.py)",
     )

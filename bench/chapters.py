@@ -19,11 +19,18 @@ class Measured(NamedTuple):
 
 
 def newest(runs: Iterable[Run]) -> list[Measured]:
-    """Of every setting the rows of the last run that measured it, in the order of the ledger."""
+    """Of every setting the rows of the last run that measured it, in the order of the ledger; of a run of some
+    providers alone only where no other measured it."""
     by_setting: dict[tuple[str, ...], list[Measured]] = {}
+    whole: set[tuple[str, ...]] = set()
     for run in runs:
         fresh: set[tuple[str, ...]] = set()
         for row in run.rows:
+            if run.conditions.get("providers"):
+                if row.setting in whole:
+                    continue
+            else:
+                whole.add(row.setting)
             if row.setting not in fresh:
                 fresh.add(row.setting)
                 by_setting[row.setting] = []

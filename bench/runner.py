@@ -22,6 +22,7 @@ from .conditions import conditions, folder_name, why_failed
 from .ledger import Ledger, LedgerError, Row, read
 from .shapes import COMPILED
 
+COMPILING = ("none", "few", "all")  # shapes at which providers that torch.compile first are timed too
 Note = Callable[[str], None]  # tells the user, once, what was left out and why
 
 
@@ -33,7 +34,7 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     seconds: float = 3.0  # of rounds per setting
     smoke: bool = False  # tiny shapes
-    compiled: str = "few"  # where providers that torch.compile first are timed too: none | few | all shapes
+    compiled: str = "few"  # one of COMPILING
     cold: tuple[bool, ...] = (False,)
     only_shapes: tuple[str, ...] = ()  # parts of names; empty = all
     only_providers: tuple[str, ...] = ()
@@ -68,7 +69,9 @@ def run(
 ) -> tuple[list[Row], list[str]]:
     """The rows of all jobs, appended to results/<chip>/<suite>.jsonl, and the titles of the jobs that raised: those
     keep the rows they had, and the jobs after them run. Ctrl-C ends the run and keeps what is done."""
-    facts = conditions(options.device)
+    facts = {
+        **conditions(options.device), "providers": list(options.only_providers), "compile": options.compiled
+    }  # fmt: skip
     folder = results / folder_name(str(facts["chip"]))
     suites = {
         name: [job for job in jobs if _matches(job.title, options.only_jobs)] for name, jobs in suites.items()
@@ -117,13 +120,19 @@ def run(
 
 
 def unfinished(path: Path, facts: Mapping[str, object], jobs: Sequence[Job]) -> list[Job]:
-    """The jobs that no run of the same commit, versions and machine has done."""
+    """The jobs that no run of the same commit, versions and machine has done with as many providers."""
     same = ("chip", "instructions", "commit", "versions", "malloc")
     runs = read(path) if path.exists() else []
     done = {
         title
         for run in runs
-        if all(run.conditions.get(name) == facts[name] for name in same)
+        if all(run.conditions.get(name) == facts[name] for name in same) and covers(run.conditions, facts)
         for title in run.jobs
     }
     return [job for job in jobs if job.title not in done]
+
+
+def covers(done: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
+    """Whether a run left out no provider that is wanted; ledgers from before these facts were kept left none out."""
+    compiled = [COMPILING.index(str(facts.get("compile", "few"))) for facts in (done, wanted)]
+    return done.get("providers", []) in ([], wanted["providers"]) and compiled[0] >= compiled[1]

@@ -349,6 +349,34 @@ def test_a_stopped_run_is_resumed_where_it_was(tmp_path, monkeypatch):
     assert ran[4:] == ["first", "second", "third"]
 
 
+def test_some_providers_are_no_whole_run(tmp_path, monkeypatch):
+    """They leave the job to --resume, and the page to the run with the others."""
+    ran, times = [], iter("abcdefg")
+    monkeypatch.setattr(runner, "conditions", lambda device: {**FACTS, "time": next(times)})
+
+    def jobs(name):
+        def rows(note):
+            ran.append(name)
+            yield row(p50=float(len(ran)))
+
+        return {"attention": [runner.Job("a job", rows)]}
+
+    def measured(name, **changes):
+        options = runner.Options(CPU, (torch.float32,), **changes)
+        runner.run(jobs(name), options, tmp_path, Console(quiet=True))
+        (path,) = tmp_path.glob("*/attention.jsonl")
+        return [m.row.p50_ms for m in chapters.newest(read(path))]
+
+    assert measured("some", only_providers=("zinit",)) == [1.0]  # better than none
+    assert measured("others", only_providers=("SDPA",), resume=True) == [2.0]
+    assert measured("few", resume=True) == [3.0]
+    assert measured("some", only_providers=("zinit",)) == [3.0]
+    assert measured("all compiled", compiled="all", resume=True) == [5.0]
+    assert measured("done", only_providers=("zinit",), resume=True) == [5.0]
+    assert measured("done", compiled="none", resume=True) == [5.0]
+    assert ran == ["some", "others", "few", "some", "all compiled"]
+
+
 def test_two_runs_are_compared(ledger, capsys):
     results = str(ledger.parent.parent)
     assert main(["agree", "--results", results]) == 1  # 0.5 and 1.5 times plain SDPA's

@@ -56,8 +56,9 @@ def jobs(options: Options) -> list[Job]:
         for layout in decode.LAYOUTS
     ]
     if not options.smoke:  # a process of its own
+        some = "".join(f", {part}" for part in options.only_shapes)  # --resume: these are not all of them
         found += [
-            Job(f"bars, {TUNED}, {name_of(dtype)}", partial(tuned_rows, options, dtype, prefill_shapes))
+            Job(f"bars, {TUNED}, {name_of(dtype)}{some}", partial(tuned_rows, options, dtype, prefill_shapes))
             for dtype in options.dtypes
         ]
     return found

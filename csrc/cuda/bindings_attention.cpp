@@ -1,4 +1,6 @@
 // zinit::forward_cuda and zinit::prompt_cuda, as bindings_decode.cpp: nothing waits for the device.
+#include <algorithm>
+
 #include "bindings.h"
 #include "prefill/prefill.h"
 #include "prompt/prompt.h"

@@ -1,5 +1,7 @@
 // zinit::decode_cuda: the arguments are checked, the call is planned, the kernels are launched on torch's
 // current stream. Nothing waits for the device, so a CUDA graph can capture it.
+#include <algorithm>
+
 #include "bindings.h"
 #include "decode/decode.h"
 #include "prefill/prefill.h"

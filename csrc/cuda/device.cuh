@@ -12,10 +12,11 @@
 #define ZINIT_UNPAREN(...) __VA_ARGS__
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (ZINIT_UNPAREN kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
-// More than 48 KB of shared memory must be asked for.
-#define ALLOW_SHARED(kernel, bytes)                                                         \
-  cudaFuncSetAttribute((ZINIT_UNPAREN kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                       static_cast<int>(bytes))
+// More than 48 KB of shared memory must be asked for. False where it is refused: then cudaGetLastError says
+// why.
+#define ALLOW_SHARED(kernel, bytes)                                                          \
+  (cudaFuncSetAttribute((ZINIT_UNPAREN kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                        static_cast<int>(bytes)) == cudaSuccess)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace zinit::cuda {

@@ -55,7 +55,6 @@ struct Problem {  // one key head
 
 void launch(const PrefillParams& p) {
   const auto work = cuda::prefill_work(p);
-  cuda::launch_append<bf16>(work, nullptr);
   cuda::launch_attention_of<bf16, D>(work, nullptr);
 }
 

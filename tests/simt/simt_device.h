@@ -6,8 +6,9 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
   ((void)(stream), simt::launch_kernel(#kernel, (ZINIT_UNPAREN kernel), (grid), (block), \
                                        (shared_bytes)__VA_OPT__(, ) __VA_ARGS__))
-#define ALLOW_SHARED(kernel, bytes) \
-  simt::allow_shared(reinterpret_cast<const void*>((ZINIT_UNPAREN kernel)), static_cast<size_t>(bytes))
+#define ALLOW_SHARED(kernel, bytes)                                                                       \
+  (simt::allow_shared(reinterpret_cast<const void*>((ZINIT_UNPAREN kernel)), static_cast<size_t>(bytes)), \
+   true)
 #define DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(simt::dynamic_shared())
 
 namespace simt {

@@ -134,6 +134,16 @@ def test_absurd_cache_lengths_write_nothing_outside_the_sequence(emulator):
     assert sorted(changed) == sorted(given["block_table"][1:, :2].flatten().tolist())
 
 
+def test_a_chip_that_is_too_small_leaves_the_cache_as_it_was(cuda, monkeypatch):
+    case = CacheCase("small_chip", heads_q=2, heads_kv=1, seqlens=(3,), seqlen_q=18, head_dim=256)
+    given, before = make_cache_arguments(case, torch.bfloat16), make_cache_arguments(case, torch.bfloat16)
+    monkeypatch.setenv("SIMT_SHARED_BYTES", str(64 << 10))
+    with pytest.raises(RuntimeError, match="bytes of shared memory asked for, the chip has 65536"):
+        zero_init_attention_with_kvcache(**given, backend="cuda")
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(given[name].nan_to_num(9), before[name].nan_to_num(9))
+
+
 def test_a_nan_that_is_seen_is_not_hidden(cuda):
     inputs = make_inputs(Case("nan", heads_q=2, heads_kv=1, seqlens_q=(40,)), torch.bfloat16)
     inputs.tensors["query"][1, 1, 30] = float("nan")

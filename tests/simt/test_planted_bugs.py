@@ -143,7 +143,7 @@ def compile_planted(folder: Path) -> Path:
     cuda = folder / "csrc" / "cuda"
     edit(cuda / "elements.cuh", "#pragma once\n", '#pragma once\nextern "C" int simt_planted;\n')
     only_64 = r"switch \(w.head_dim\) \{.*?\n  \}\n"
-    edit(cuda / "decode" / "launch.cuh", only_64, "launch_attention<T, 64>(w, plan, stream);\n")
+    edit(cuda / "decode" / "launch.cuh", only_64, "return launch_attention<T, 64>(w, plan, stream);\n")
     edit(cuda / "prefill" / "launch.cuh", only_64, "launch_attention_of<T, 64>(w, stream);\n")
     (folder / "planted.cpp").write_text('extern "C" { int simt_planted = 0; }\n')
     sources = [

@@ -35,21 +35,23 @@ inline int combine_shared_bytes(const DecodeWork& w) {
   return layout.bytes + w.splits * 4;
 }
 
+// False where the chip does not have the shared memory: then nothing was launched.
 template <class T, int D>
-void launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
+bool launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
   constexpr int kSharedWithoutAsking = 48 << 10;
   const int shared_bytes = attention_shared(w, plan).bytes;
   const dim3 grid(plan.num_splits, static_cast<unsigned>(w.num_heads_kv * plan.row_blocks),
                   static_cast<unsigned>(w.num_sequences));
   const auto attend = [&](auto* kernel) {
-    if (shared_bytes > kSharedWithoutAsking) ALLOW_SHARED((kernel), shared_bytes);
+    if (shared_bytes > kSharedWithoutAsking && !ALLOW_SHARED((kernel), shared_bytes)) return false;
     LAUNCH((kernel), grid, dim3(kThreads), shared_bytes, stream, w);
+    return true;
   };
   if (plan.rows_per_block == 1) return attend(decode_on_cuda_cores<T, D, 1>);
   if constexpr (sizeof(T) == 2) {
     if (plan.tensor_cores) return attend(decode_on_tensor_cores<T, D>);
   }
-  attend(decode_on_cuda_cores<T, D, kCudaCoreRows>);
+  return attend(decode_on_cuda_cores<T, D, kCudaCoreRows>);
 }
 
 template <class T>
@@ -61,24 +63,24 @@ void launch_combine(const DecodeWork& w, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_decode(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
+bool launch_attention_of(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
   switch (w.head_dim) {
     case 64:
-      launch_attention<T, 64>(w, plan, stream);
-      break;
+      return launch_attention<T, 64>(w, plan, stream);
     case 80:
-      launch_attention<T, 80>(w, plan, stream);
-      break;
+      return launch_attention<T, 80>(w, plan, stream);
     case 96:
-      launch_attention<T, 96>(w, plan, stream);
-      break;
+      return launch_attention<T, 96>(w, plan, stream);
     case 128:
-      launch_attention<T, 128>(w, plan, stream);
-      break;
+      return launch_attention<T, 128>(w, plan, stream);
     default:
-      launch_attention<T, 256>(w, plan, stream);
+      return launch_attention<T, 256>(w, plan, stream);
   }
-  launch_combine<T>(w, stream);
+}
+
+template <class T>
+void launch_decode(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
+  if (launch_attention_of<T>(w, plan, stream)) launch_combine<T>(w, stream);
 }
 
 extern template void launch_decode<bf16>(const DecodeWork&, const DecodePlan&, cudaStream_t);

@@ -31,17 +31,18 @@ template <class T, int D>
 void launch_attention_of(const PrefillWork& w, cudaStream_t stream) {
   using Shape = PrefillShape<D>;
   constexpr int kSharedBytes = PrefillShared<T, Shape>::kBytes;
+  static_assert(kSharedBytes <= kSharedBytesAtMost);
+  if (!ALLOW_SHARED((prefill_attention<T, D>), kSharedBytes)) return;  // and the cache stays as it was
+  launch_append<T>(w, stream);
   const int64_t blocks = (w.seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
   if (blocks == 0) return;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(w.num_heads_q),
                   static_cast<unsigned>(w.num_sequences));
-  ALLOW_SHARED((prefill_attention<T, D>), kSharedBytes);
   LAUNCH((prefill_attention<T, D>), grid, dim3(kThreads), kSharedBytes, stream, w);
 }
 
 template <class T>
 void launch_prefill(const PrefillWork& w, cudaStream_t stream) {
-  launch_append<T>(w, stream);
   switch (w.head_dim) {
     case 64:
       return launch_attention_of<T, 64>(w, stream);

@@ -16,10 +16,11 @@ template <class T, int D>
 void launch_prompt_of(const PromptWork& w, cudaStream_t stream) {
   using Shape = PromptShape<D>;
   constexpr int kSharedBytes = PromptShared<T, Shape>::kBytes;
+  static_assert(kSharedBytes <= kSharedBytesAtMost);
+  if (!ALLOW_SHARED((add_prompts_to_output<T, D>), kSharedBytes)) return;
   const int64_t blocks = (w.seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(w.num_heads_q),
                   static_cast<unsigned>(w.num_sequences));
-  ALLOW_SHARED((add_prompts_to_output<T, D>), kSharedBytes);
   LAUNCH((add_prompts_to_output<T, D>), grid, dim3(kThreads), kSharedBytes, stream, w);
 }
 

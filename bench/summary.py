@@ -6,16 +6,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .chapters import Measured, chapters, conditions_of, markdown, span
+from .chapters import OURS, Measured, chapters, conditions_of, grouped, markdown, span
 from .contenders import ACCELERATED, PEFT
 from .contenders import OURS as ADAPTER
 from .goals import Goal, judged, summary
 from .ledger import Row
-from .providers import TWICE
+from .providers import TWICE, decode_providers, prefill_providers
 from .suites.attention import NO_PROMPTS
 from .suites.decode import PROBE
 
 FLOOR = "plain SDPA"
+PROMPTED = {
+    provider.name
+    for provider in (*prefill_providers(), *decode_providers())
+    if provider.prompted and not provider.name.startswith("zinit")
+}
+WHOLE = ("forward", "forward+backward", "decode")  # modes that are a call of the user's
 
 
 class Line(NamedTuple):
@@ -29,12 +35,12 @@ class Line(NamedTuple):
     lengths: Sequence[int] = ()  # keys; () = all
     inverse: bool = False  # the rows are the peer's
 
+    def figures(self, rows: Sequence[Measured]) -> list[tuple[Measured, float]]:
+        found = [(m, self.figure(m.row)) for m in rows]
+        return [(m, figure) for m, figure in found if figure is not None]
+
     def figure(self, row: Row) -> float | None:
-        if (
-            row.suite != self.suite
-            or row.provider not in self.provider
-            or (row.launch, row.cache) != ("eager", "warm")
-        ):
+        if row.suite != self.suite or row.provider not in self.provider or not plainly(row):
             return None
         if (self.mode and row.mode != self.mode) or (
             self.lengths and row.sizes["seqlen_k"] not in self.lengths
@@ -44,16 +50,51 @@ class Line(NamedTuple):
         return None if found is None else 1 / found if self.inverse else found
 
 
-def kernels(backend: str, whole: str, one: str, short: Sequence[int], long: Sequence[int]) -> list[Line]:
-    """Of one backend: whole sequences from one suite, decoding from another."""
+class Fastest(NamedTuple):
+    """The range, over all settings of a suite, of this package's time over that of the fastest other which computes the
+    prompts too: another one from shape to shape."""
+
+    what: str
+    suite: str
+    provider: str
+    mode: str
+
+    def figures(self, rows: Sequence[Measured]) -> list[tuple[Measured, float]]:
+        others = [
+            m
+            for m in rows
+            if (m.row.suite, m.row.mode) == (self.suite, self.mode)
+            and plainly(m.row)
+            and m.row.provider in PROMPTED
+            and self.provider in m.row.ratios
+        ]
+        fastest = [
+            min(group, key=lambda m: m.row.ratios[self.provider])
+            for group in grouped(others, "shape", "dtype", "layout").values()
+        ]
+        return [(m, 1 / m.row.ratios[self.provider]) for m in fastest]
+
+
+def plainly(row: Row) -> bool:
+    return (row.launch, row.cache) == ("eager", "warm")
+
+
+def kernels(
+    backend: str, whole: str, one: str, short: Sequence[int], long: Sequence[int]
+) -> list[Line | Fastest]:
+    """Of one backend: whole sequences from one suite, decoding from another; the fastest other from all shapes."""
     few, many = f"{span(short)} tokens", f"{span(long)} tokens"
     forward, both, title = "forward", "forward+backward", "" if backend == "cpu" else f"{backend}, "
     mine = [f"zinit {backend}"]
+    other = "every shape / the fastest other that has prompts"
     return [
         Line(f"{title}forward, {few} / {FLOOR}, which has no prompts", whole, mine, forward, [FLOOR], short),
         Line(f"{title}forward, {many} / {FLOOR}", whole, mine, forward, [FLOOR], long),
         Line(f"{title}forward + backward, {few} / {FLOOR}", whole, mine, both, [FLOOR], short),
         Line(f"{title}forward + backward, {many} / {FLOOR}", whole, mine, both, [FLOOR], long),
+        Fastest(f"{title}forward, {other}", "attention", mine[0], forward),
+        Fastest(f"{title}forward + backward, {other}", "attention", mine[0], both),
+        Fastest(f"{title}decoding, {other}", "decode", mine[0], "decode"),
         Line(f"{title}decoding / {TWICE}", one, mine, "decode", [TWICE]),
         Line(f"{title}decoding / one read of the cache's bytes", one, mine, "decode", list(PROBE.values())),
         Line(f"{title}forward / itself without prompts", whole, mine, forward, [NO_PROMPTS]),
@@ -80,8 +121,9 @@ LINES = {
         *kernels("triton", "attention", "decode", *LONG), *kernels("cuda", "attention", "decode", *LONG), *MODELS
     ],
 }  # fmt: skip
-HEAD = """This package's time over another's, medians of interleaved rounds, the range over all shapes measured: **below
-1 this package is faster**, above 1 slower. `docs/benchmarks.md` has every figure, with pictures.
+HEAD = """This package's time over another's, medians of interleaved rounds, the range over the shapes of a row:
+**below 1 this package is faster**, above 1 slower. [docs/benchmarks.md](docs/benchmarks.md) has every figure, with
+pictures.
 """
 
 
@@ -95,15 +137,15 @@ def readme_table(results: Path, goals_of: Callable[[Sequence[Measured]], Sequenc
         table = []
         for line in LINES[device]:
             found: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
-            for m in measured:
-                if (figure := line.figure(m.row)) is not None:
-                    found[m.row.dtype].append(figure)
-                    used[id(m)] = m
+            for m, figure in line.figures(measured):
+                found[m.row.dtype].append(figure)
+                used[id(m)] = m
             if any(found.values()):
                 table.append([line.what, *(span(found[dtype], ".2f") for dtype in dtypes)])
         if not table:
             continue
         lines += markdown([str(measured[0].run.conditions["chip"]), *dtypes], table)
+        lines += [*coverage(measured), ""]
         ledgers = dict.fromkeys(m.row.suite for m in used.values())
         names = ", ".join(f"`{suite}.jsonl`" for suite in ledgers)
         verdicts = [judged(goal, [m.row for m in measured]) for goal in goals_of(measured)]
@@ -114,3 +156,23 @@ def readme_table(results: Path, goals_of: Callable[[Sequence[Measured]], Sequenc
             "",
         ]
     return "\n".join(lines).rstrip()
+
+
+def coverage(rows: Sequence[Measured]) -> list[str]:
+    """What the kernels' rows leave out, and how much worse it is there."""
+    goals_only = any(m.row.suite == "bars" for m in rows)
+    found = [
+        'The kernels\' rows that do not say "every shape" are of those that the goals are stated for.'
+    ] * goals_only
+    ours = [
+        m.row
+        for m in rows
+        if m.row.suite in ("attention", "decode", "bars") and m.row.mode in WHOLE and m.row.provider in OURS
+    ]
+    worst = []
+    for peer, name in ((FLOOR, FLOOR), (TWICE, TWICE), (NO_PROMPTS, "itself without prompts")):
+        if known := [row for row in ours if plainly(row) and peer in row.ratios]:
+            row = max(known, key=lambda row: row.ratios[peer])
+            where = ", ".join(filter(None, (row.shape, row.layout, row.mode, row.dtype)))
+            worst.append(f"- {row.ratios[peer]:.2f} / {name} ({where})")
+    return [*found, "The worst over every shape measured:", *worst] if worst else found

@@ -114,6 +114,24 @@ def test_the_page_and_the_readme_are_what_the_ledger_says(ledger, tmp_path):
         assert (tmp_path / "docs" / "figures" / picture.partition(")")[0]).stat().st_size > 1000
 
 
+def test_the_readme_names_the_fastest_other_and_the_worst_shape(tmp_path):
+    """Over all shapes, not those of the goals alone; what has no prompts is no such other."""
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    folder = tmp_path / "results" / "a-chip"
+    bars, book = (Ledger(folder / f"{name}.jsonl", FACTS) for name in ("bars", "attention"))
+    bars.add(row(suite="bars", ratios={"plain SDPA": 0.5}))
+    for shape, official, two in (("first", 1.25, 2.0), ("second", 4.0, 1.6)):
+        book.add(row(shape=shape, ratios={"plain SDPA": 1 / official}))
+        book.add(row("plain SDPA", shape=shape, ratios={"zinit cpu": 0.1}))
+        book.add(row("official formula", shape=shape, ratios={"zinit cpu": official}))
+        book.add(row(TWICE, shape=shape, ratios={"zinit cpu": two}))
+    report.write(tmp_path / "results", tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "| forward, every shape / the fastest other that has prompts | 0.62 to 0.80 |" in readme
+    assert "- 0.80 / plain SDPA (first, forward, float32)" in readme
+    assert "| forward, 128 to 512 tokens / plain SDPA, which has no prompts | 0.50 |" in readme
+
+
 @pytest.fixture
 def committed(tmp_path):
     """The ledgers of the index, not what this machine has measured since."""

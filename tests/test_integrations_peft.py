@@ -1,6 +1,7 @@
 """PEFT's adaption prompts, accelerated, against PEFT's own: at gates away from 0 the same numbers, at 0 the base's."""
 
 import copy
+import threading
 from collections import Counter
 
 import pytest
@@ -242,6 +243,34 @@ def test_every_row_its_own_adapter(options):
         model(**inputs, adapter_names=["default", "long", "long", "long", "long"])
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         model.train()(**inputs, adapter_names=["default"] * 5)
+
+
+def test_overlapping_mixed_calls_leave_the_model_as_it_was():
+    model = copy.deepcopy(accelerate(adapted(CONFIGS["llama-gqa"], adapters=("default", "second"))))
+    before = dict(model.named_modules())
+    entered, left = threading.Event(), threading.Event()
+
+    def overlapping():
+        with model.base_model._enable_peft_forward_hooks(adapter_names=["second"]):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=overlapping)
+    with model.base_model._enable_peft_forward_hooks(adapter_names=["default"]):
+        thread.start()
+        assert not entered.wait(0.3)
+    left.set()
+    thread.join()
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("names", [["second"] * 3, ["second", "default", "__base__"]])
+def test_adapters_that_were_not_moved_with_the_model(names):
+    """PEFT keeps those that are not active outside the model, where `.to` does not find them."""
+    model = accelerate(adapted(CONFIGS["llama-gqa"], adapters=("default", "second"))).to("meta")
+    with torch.no_grad():
+        logits = model(input_ids=batch("whole")["input_ids"].to("meta"), adapter_names=names).logits
+    assert logits.device.type == "meta"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,6 +7,8 @@ import contextlib
 import copy
 import importlib.util
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -480,6 +482,30 @@ def test_continuous_batching(name):
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
         expected.append((tuple(prompt), tokens[0, len(prompt) :].tolist()))
     assert found == sorted(expected)
+
+
+def test_continuous_batching_of_two_threads_ends_as_it_began(monkeypatch):
+    class Slow(list):
+        def __len__(self):
+            found = super().__len__()
+            time.sleep(0.1)  # in which another thread gets its turn
+            return found
+
+    monkeypatch.setattr(zinit, "_batching", Slow())
+    before = zinit.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(zinit.ALL_ATTENTION_FUNCTIONS, "sdpa", before)
+    inside = threading.Barrier(2, timeout=10)
+
+    def serve(model):
+        with zinit.continuous_batching(model):
+            inside.wait()
+
+    threads = [threading.Thread(target=serve, args=(adapted("Llama"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert zinit.ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 def test_trainer(tmp_path):

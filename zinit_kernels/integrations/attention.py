@@ -89,8 +89,8 @@ def attention_forward(
     if causal:  # in an empty static cache the keys behind the queries are not written yet
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     out = zero_init_attention(
-        query, key, value, *table, prompts.gate(query.shape[1]), attn_mask=mask, is_causal=causal, scale=scale,
-        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query.shape[0]),
+        query, key, value, *table, prompts.gate(query), attn_mask=mask, is_causal=causal, scale=scale,
+        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query),
     )  # fmt: skip
     return cast(Tensor, out).transpose(1, 2), None
 
@@ -121,14 +121,14 @@ def _decode(
     Lengths and gates as the operator takes them: what has to be converted first costs 30 us more.
     """
     prompt_key, prompt_value = table
-    gate = prompts.gate(query.shape[1]).float()
+    gate = prompts.gate(query).float()
     gate = gate.expand(query.shape[1]).contiguous() if gate.numel() == 1 else gate
     lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
     out = zero_init_attention_with_kvcache(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_k=prompt_key.transpose(1, 2),
         prompt_v=prompt_value.transpose(1, 2), gate=gate, cache_seqlens=lengths,
         causal=False, softmax_scale=scale, gate_activation=prompts.gate_activation,
-        prompt_index=prompts.row_index(query.shape[0]),
+        prompt_index=prompts.row_index(query),
     )  # fmt: skip
     return cast(Tensor, out)
 

@@ -67,7 +67,7 @@ class _FusedAttention:
             return out + prompt_branch(q, table, prompts, scale, softcap).transpose(1, 2)
         repeats = k.shape[1] // table[0].shape[1]  # one of every group's equal heads is enough
         fused = zero_init_attention(
-            q, k[:, ::repeats], v[:, ::repeats], *table, prompts.gate(q.shape[1]), is_causal=q.shape[2] > 1,
+            q, k[:, ::repeats], v[:, ::repeats], *table, prompts.gate(q), is_causal=q.shape[2] > 1,
             scale=scale, gate_activation="identity",
         )  # fmt: skip
         return cast(Tensor, fused).transpose(1, 2)

@@ -14,6 +14,7 @@ once, and prompts are projected once per generation. Right here where PEFT is no
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -52,14 +53,24 @@ class MixedAdaptedAttention(nn.Module):
     def forward(self, **kwargs: Any) -> tuple[Tensor, ...]:
         prompts = [layer.adaption_prompt for layer in self.adapted]
         gates = [layer.adaption_gate for layer in self.adapted]
-        index = self.index.to(prompts[0].device)
-        return self.model(
-            **kwargs, zinit_prompts=Prompts(self.adapted[0], prompts, gates, "identity", SPLIT, index)
-        )
+        mixed = Prompts(self.adapted[0], prompts, gates, "identity", SPLIT, self.index)
+        return self.model(**kwargs, zinit_prompts=mixed)
+
+
+class _Turns:
+    """A lock that a copied or unpickled model gets anew."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
 
 
 class FusedAdaptionPromptModel(AdaptionPromptModel):
-    """PEFT's tuner; new adapters are fused too, and `adapter_names` is obeyed."""
+    """PEFT's tuner; new adapters are fused too, and `adapter_names` is obeyed, by one such call at a time."""
+
+    _turns: _Turns
 
     def _create_adapted_attentions(self, config: Any, parents: list[nn.Module]) -> None:
         super()._create_adapted_attentions(config, parents)
@@ -80,15 +91,16 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
                 f"adapter_names needs the attention implementation {NAME!r}, which accelerate() sets; the model has "
                 f"{self.model.config._attn_implementation!r}"
             )
-        replaced = []
-        try:
-            for parent, target, layer in self._mixed_layers(adapter_names):
-                replaced.append((parent, target, getattr(parent, target)))
-                setattr(parent, target, layer)
-            yield
-        finally:
-            for parent, target, layer in replaced:
-                setattr(parent, target, layer)
+        with self._turns.lock:
+            replaced = []
+            try:
+                for parent, target, layer in self._mixed_layers(adapter_names):
+                    replaced.append((parent, target, getattr(parent, target)))
+                    setattr(parent, target, layer)
+                yield
+            finally:
+                for parent, target, layer in replaced:
+                    setattr(parent, target, layer)
 
     def _mixed_layers(self, names: list[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """What stands in for each adapted attention; the base's own where only the active adapter has prompts."""
@@ -152,6 +164,8 @@ def accelerate(peft_model: _Model) -> _Model:
     before = attend_by_zinit(tuner.model, (layer.model for layer in layers))
     if before != NAME or not isinstance(tuner, FusedAdaptionPromptModel):
         tuner._attention_before = before
+    if not isinstance(tuner, FusedAdaptionPromptModel):
+        tuner._turns = _Turns()
     tuner.__class__ = FusedAdaptionPromptModel
     for layer in layers:
         layer.__class__ = FusedAdaptedAttention
@@ -167,7 +181,7 @@ def restore(peft_model: _Model) -> _Model:
         tuner.__class__ = AdaptionPromptModel
         if tuner.model.config._attn_implementation == NAME:
             tuner.model.set_attn_implementation(tuner._attention_before)
-        del tuner._attention_before
+        del tuner._attention_before, tuner._turns
     return peft_model
 
 

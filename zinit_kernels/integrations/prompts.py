@@ -37,19 +37,21 @@ class Prompts(NamedTuple):
     projection: Projection
     rows: Tensor | None = None  # int32 [B]: the adapter of each row, -1 = none
 
-    def gate(self, heads: int) -> Tensor:
-        """[1 or Hq], or with several adapters [N, Hq]."""
-        if len(self.gates) == 1:
-            return self.gates[0].flatten()
-        return torch.stack([gate.flatten().expand(heads) for gate in self.gates])
+    def gate(self, query: Tensor) -> Tensor:
+        """[1 or Hq], or with several adapters [N, Hq]; on the query's device, where not every adapter needs to be."""
+        gates = [gate.flatten().to(query.device) for gate in self.gates]
+        return gates[0] if len(gates) == 1 else torch.stack([gate.expand(query.shape[1]) for gate in gates])
 
-    def row_index(self, batch: int) -> Tensor | None:
+    def row_index(self, query: Tensor) -> Tensor | None:
         """The adapter of every row; beams and returned sequences of one row follow each other."""
-        if self.rows is None or len(self.rows) == batch:
-            return self.rows
+        if self.rows is None:
+            return None
+        batch, rows = query.shape[0], self.rows.to(query.device)
+        if len(rows) == batch:
+            return rows
         if batch % len(self.rows):
             raise ValueError(f"{len(self.rows)} adapter names do not go evenly into a batch of {batch} rows")
-        return self.rows.repeat_interleave(batch // len(self.rows))
+        return rows.repeat_interleave(batch // len(self.rows))
 
     def at_rest(self) -> bool:
         """Whether every gate is 0; False where looking would cost a synchronisation or a graph."""
@@ -125,7 +127,7 @@ def _is_hooked(module: nn.Module) -> bool:
 def _project(module: nn.Module, prompts: Prompts, query: Tensor) -> tuple[Tensor, Tensor]:
     tables = (prompt.reshape(-1, *prompt.shape[-2:]) for prompt in prompts.prompts)
     # the modules are called, their weights never touched: quantised ones have no weight to multiply with
-    hidden = torch.cat([table.to(query.dtype) for table in tables])
+    hidden = torch.cat([table.to(query.device, query.dtype) for table in tables])
     key, value = prompts.projection.key_value(module, hidden)
     key, value = (t.unflatten(-1, (-1, query.shape[-1])) for t in (key, value))  # [N, P, Hkv, D]
     if prompts.projection.key_norm is not None:
@@ -138,7 +140,7 @@ def prompt_branch(
 ) -> Tensor:
     """act(gate) * softmax(scale * q pk^T) pv, [B, Hq, T, D]; a soft cap bounds these scores as it does the tokens'."""
     prompt_key, prompt_value = table
-    gate, index = prompts.gate(query.shape[1]), prompts.row_index(query.shape[0])
+    gate, index = prompts.gate(query), prompts.row_index(query)
     if softcap is None:
         no_keys = query.new_empty((query.shape[0], prompt_key.shape[1], 0, query.shape[-1]))
         branch = zero_init_attention(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from .prompts import SPLIT, Projection, Prompts
 _Model = TypeVar("_Model", bound=nn.Module)
 _CONFIG = "adapter.json"
 _batching: list[Any] = []  # for each context of continuous_batching, the "sdpa" that it found
+_batching_lock = threading.Lock()
 
 
 def _encoder_key_value(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,15 +191,17 @@ def continuous_batching(model: Any) -> Iterator[None]:
     _required_adapters(model)
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
-    _batching.append(ALL_ATTENTION_FUNCTIONS["sdpa"])
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_forward
+    with _batching_lock:
+        _batching.append(ALL_ATTENTION_FUNCTIONS["sdpa"])
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_forward
     try:
         yield
     finally:
         # whoever leaves last puts back what the first one found
-        if len(_batching) == 1:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = _batching[0]
-        _batching.pop()
+        with _batching_lock:
+            if len(_batching) == 1:
+                ALL_ATTENTION_FUNCTIONS["sdpa"] = _batching[0]
+            _batching.pop()
         model.set_attn_implementation(before)
 
 

@@ -5,7 +5,7 @@
     python -m bench all --smoke                # every suite on tiny shapes, in under a minute, kept nowhere
     python -m bench bars dropins verify        # what the goals are stated for; ends in the goals, met or missed
     python -m bench goals                      # the goals again, from the ledgers
-    python -m bench agree attention            # the last two runs of every setting: how far their ratios differ
+    python -m bench agree attention            # the last two runs of one commit: how far their ratios differ
     python -m bench profile train              # where the time goes: trace, top kernels, roofline
     python -m bench report                     # ledgers -> docs/benchmarks.md, its pictures, the README's table
 

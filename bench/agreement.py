@@ -1,4 +1,4 @@
-"""Two runs of the same settings: how far their ratios differ. `python -m bench agree attention`"""
+"""Two runs of one commit on one machine: how far their ratios differ. `python -m bench agree attention`"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from .conditions import what_and_where
 from .ledger import LedgerError, Row, read
 
 
@@ -28,21 +29,25 @@ class Pair(NamedTuple):
 
 
 def last_two(results: Path, suite: str) -> Iterator[tuple[Row, Row]]:
-    """Every row that at least two runs hold, of the last two of them."""
+    """Every row that at least two runs of one commit, machine and set of versions hold, of the last two of them."""
     for path in sorted(results.glob(f"*/{suite}.jsonl")):
-        found: dict[tuple[str, ...], list[Row]] = {}
+        alike: dict[tuple[str, ...], list[Row]] = {}
+        found: dict[tuple[str, ...], tuple[Row, Row]] = {}
         for run in read(path):
             for row in run.rows:
-                found.setdefault((*row.setting, row.provider), []).append(row)
-        yield from ((rows[-2], rows[-1]) for rows in found.values() if len(rows) > 1)
+                name = (*row.setting, row.provider)
+                rows = alike.setdefault((*name, what_and_where(run.conditions)), [])
+                rows.append(row)
+                if len(rows) > 1:
+                    found[name] = (rows[-2], rows[-1])
+        yield from found.values()
 
 
 def pairs(results: Path, suite: str) -> list[Pair]:
-    """This package's ratios to everything else, by both runs."""
+    """All ratios by both runs: the drop-ins and the clock's check go by other names than this package's."""
     return [
         Pair(", ".join(filter(None, row.setting[1:5])), row.provider, other, row.ratios[other], ratio)
         for row, later in last_two(results, suite)
-        if row.provider.startswith("zinit")
         for other, ratio in later.ratios.items()
         if other in row.ratios
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,6 +69,12 @@ def commit() -> str:
     pages = [f":!{path}" for path in ("bench/results", "docs", "*.md")]
     changed = output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *pages])
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+
+
+def what_and_where(facts: Mapping[str, object]) -> str:
+    """Of the conditions what two runs must share to be runs of the same thing."""
+    same = ("chip", "instructions", "commit", "versions", "malloc")
+    return json.dumps([facts.get(name) for name in same], sort_keys=True)
 
 
 def output(command: list[str]) -> str:

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .conditions import conditions, folder_name, why_failed
+from .conditions import conditions, folder_name, what_and_where, why_failed
 from .ledger import Ledger, LedgerError, Row, read
 from .shapes import COMPILED
 
@@ -121,12 +121,11 @@ def run(
 
 def unfinished(path: Path, facts: Mapping[str, object], jobs: Sequence[Job]) -> list[Job]:
     """The jobs that no run of the same commit, versions and machine has done with as many providers."""
-    same = ("chip", "instructions", "commit", "versions", "malloc")
     runs = read(path) if path.exists() else []
     done = {
         title
         for run in runs
-        if all(run.conditions.get(name) == facts[name] for name in same) and covers(run.conditions, facts)
+        if what_and_where(run.conditions) == what_and_where(facts) and covers(run.conditions, facts)
         for title in run.jobs
     }
     return [job for job in jobs if job.title not in done]

@@ -404,6 +404,25 @@ def test_two_runs_are_compared(ledger, capsys):
     assert "was measured twice" in capsys.readouterr().out
 
 
+def test_only_runs_of_one_commit_and_machine_are_compared(tmp_path, capsys):
+    """Another commit may be faster. What is compared need not have this package's name in front."""
+    path = tmp_path / "a-chip" / "dropins.jsonl"
+
+    def measured(day, ratio, **facts):
+        book = Ledger(path, {**FACTS, "time": f"2026-01-0{day}T03:04:05Z", **facts})
+        book.add(row(dropins.ACCELERATED, suite="dropins", ratios={dropins.PEFT: ratio}))
+
+    measured(1, 0.5)
+    measured(2, 0.9, commit="another")
+    measured(3, 0.3, versions={"torch": "3"})
+    assert main(["agree", "--results", str(tmp_path)]) == 2
+    measured(4, 0.6)
+    assert main(["agree", "--results", str(tmp_path), "--within", "0.21"]) == 0
+    assert "20.0 %" in capsys.readouterr().out
+    measured(5, 0.1, commit="a third")
+    assert main(["agree", "--results", str(tmp_path), "--within", "0.21"]) == 0
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 7), (3, 9), (1, 5)])
 def test_pairs_are_counted_as_the_mask_leaves_them(causal, seqlen_q, seqlen_k):

@@ -110,7 +110,8 @@ def zero_init_attention_varlen(
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`, by
             sequence.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to the totals, never decreasing.
-        max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence.
+        max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence. A GPU is not waited for to check
+            them: where one is too small, rows of out may stay uninitialised.
         softmax_scale: default D ** -0.5.
         causal, window_size: aligned to the bottom right, as flash-attn does: query i of T sees keys j of S
             with i + S - T - left <= j <= i + S - T + right; causal sets right to 0. -1 = no limit.

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "arguments.h"
+#include "block.h"
 
 // It lies in libtorch_cuda; weak, so that this file loads into a torch without CUDA too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);

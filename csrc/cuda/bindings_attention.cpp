@@ -8,8 +8,6 @@
 namespace zinit::cuda {
 namespace {
 
-constexpr int64_t kRowsAtMost = int64_t{1} << 30;
-
 // [B + 1] lengths for packed tensors [1, H, total, D]; the sequences are counted here.
 void set_packing(AttentionParams& p, const Device& device, const OptionalTensor& cu_seqlens_q,
                  const OptionalTensor& cu_seqlens_k) {

@@ -28,7 +28,6 @@ void set_rotary(DecodeParams& p, const Device& device, const OptionalTensor& cos
 
 void set_cache(DecodeParams& p, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
                const Tensor& cache_seqlens, const OptionalTensor& block_table) {
-  constexpr int64_t kPositions = int64_t{1} << 30;
   const int64_t S = key_cache.size(1);
   check_shape(key_cache, "key_cache",
               {block_table.has_value() ? -1 : p.num_sequences, S, p.num_heads_kv, p.head_dim});
@@ -46,8 +45,8 @@ void set_cache(DecodeParams& p, const Device& device, const Tensor& key_cache, c
     p.page_size = S, p.num_pages = key_cache.size(0), p.seqlen_k = S * p.block_table_stride;
     STD_TORCH_CHECK(S > 0 && p.num_pages > 0, "key_cache must have a page of at least one key");
   }
-  STD_TORCH_CHECK(p.seqlen_k < kPositions && p.num_pages < kPositions, "the cache must have fewer than ",
-                  kPositions, " positions a sequence and as many pages");
+  STD_TORCH_CHECK(p.seqlen_k < kRowsAtMost && p.num_pages < kRowsAtMost, "the cache must have fewer than ",
+                  kRowsAtMost, " positions a sequence and as many pages");
 }
 
 void set_new_tokens(DecodeParams& p, const Device& device, const OptionalTensor& key,

@@ -1,7 +1,8 @@
 // The door to the prefill kernels: raw pointers in, launches on a stream, no torch.
 //
 // Limits, for whoever calls: bfloat16 or float16; head_dim 64, 80, 96, 128 or 256; query, key_cache,
-// value_cache and out have one dtype, and their rows start at multiples of 16 bytes; fewer than 2^30 rows.
+// value_cache and out have one dtype, and their rows start at multiples of 16 bytes; fewer than kRowsAtMost
+// rows.
 #pragma once
 #include "../../params.h"
 #include "../stream.h"
@@ -10,7 +11,8 @@ namespace zinit::cuda {
 
 // Appends what there is to append, then attends. What only the device knows (cache_seqlens, cu_seqlens,
 // block_table, prompt_index) is clamped there: a call with absurd values computes nonsense, inside its
-// tensors.
+// tensors. Of a packed sequence longer than seqlen_q the first queries are not computed: their rows of out
+// and lse stay as they were.
 void prefill(const PrefillParams& params, cudaStream_t stream);
 
 // A call of the cache function that is too long for the decode kernels.

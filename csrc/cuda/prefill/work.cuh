@@ -9,7 +9,7 @@ namespace zinit::cuda {
 template <int D>
 using PrefillShape = TileShape<D, D <= 128 ? 2 : 1, D <= 64 ? 64 : 32>;  // what fits into 255 registers
 
-constexpr int kFarthest = (1 << 30) - 1;  // as good as unlimited, and sums with positions stay int
+constexpr int kFarthest = kRowsAtMost;  // as good as unlimited
 
 struct PrefillWork : CacheWork {
   int64_t total_q, total_k;

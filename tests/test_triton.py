@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,8 +159,9 @@ def test_chips_by_capability(monkeypatch, capability, expected):
     from zinit_kernels import dispatch
 
     monkeypatch.setattr(dispatch, "_TRITON_UNAVAILABLE", "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    major, minor = capability
+    chip = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: chip)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key, value = (torch.empty(1, 2, 5, 16, device="cuda") for _ in range(3))
         explanation = explain(query, key, value, None, None, None)

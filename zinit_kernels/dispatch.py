@@ -103,7 +103,7 @@ def add_prompt_branch(backend: str, out: Tensor, call: Call) -> None:
     if select(backend, call, False) != "cuda":
         out.add_(run(backend, call, False)[0])
         return
-    if reason := _no_gradients(ops.records(out)) or _misaligned("out", out):
+    if reason := _no_gradients(ops.records(out)) or _misaligned("out", out) or _other_dtype(out, call.query):
         raise ValueError(f"backend 'cuda' cannot run this call: {reason}; use backend='auto'")
     check_values(call)
     ops.add_prompt_branch(out, call, "cuda")
@@ -170,10 +170,10 @@ def _why_not_on_gpu(call: Call | CacheCall) -> str:
     device = call.query.device
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} is sm_{capability[0]}{capability[1]}; the kernels are written for sm_80 and newer"
+    # a constant to torch.compile, which get_device_capability is not
+    chip = torch.cuda.get_device_properties(device)
+    if (chip.major, chip.minor) < MIN_CAPABILITY:
+        return f"{chip.name} is sm_{chip.major}{chip.minor}; the kernels are written for sm_80 and newer"
     return ""
 
 
@@ -202,6 +202,12 @@ def _no_gradients(recorded: bool) -> str:
     if not recorded:
         return ""
     return "the CUDA kernels have no backward: call them under torch.no_grad(), or use backend='triton'"
+
+
+def _other_dtype(out: Tensor, query: Tensor) -> str:
+    if out.dtype == query.dtype:
+        return ""
+    return f"out must have the dtype that q gets under torch.autocast, {query.dtype}, got {out.dtype}"
 
 
 def _misaligned(name: str, tensor: Tensor) -> str:

@@ -99,3 +99,9 @@ def test_what_is_not_supported_is_said(cuda):
     out = torch.zeros_like(given[0])
     with torch.enable_grad(), pytest.raises(ValueError, match="have no backward"):
         prompt_attention_(out, *given, backend="cuda")
+    query, *prompts = given
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="q gets under torch.autocast, torch.bfloat16, got torch.float32"),
+    ):
+        prompt_attention_(out.float(), query.float(), *prompts, backend="cuda")

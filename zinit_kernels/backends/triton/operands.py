@@ -54,8 +54,8 @@ def arch_of(tensor: Tensor) -> int:
     """10 * major + minor of the tensor's chip; 0 under the interpreter, and on AMD chips, which nobody has tried."""
     if tensor.device.type != "cuda" or torch.version.hip:
         return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
+    chip = torch.cuda.get_device_properties(tensor.device)
+    return 10 * chip.major + chip.minor
 
 
 def num_processors(tensor: Tensor) -> int:

@@ -415,8 +415,17 @@ def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 COMPARE = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
-    "neu": np.not_equal, "equ": lambda a, b: (a == b) | np.isnan(a) | np.isnan(b),
 }  # fmt: skip
+
+
+def _compare(suffixes: list[str], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """setp: a NaN on either side makes lt, le, gt, ge, eq and ne false, and their twins in u (ltu, ...) true."""
+    name = suffixes[0]
+    unordered = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.zeros(a.shape, bool)
+    ordered = COMPARE[name.removesuffix("u")](a, b) & ~unordered
+    return ordered | unordered if name.endswith("u") else ordered
+
+
 ELEMENTWISE = {
     "add": lambda s, a, b: a + b,
     "sub": lambda s, a, b: a - b,
@@ -438,6 +447,6 @@ ELEMENTWISE = {
     "copysign": lambda s, a, b: np.copysign(b, a),
     "shl": lambda s, a, b: _shift(a, b, np.left_shift),
     "shr": lambda s, a, b: _shift(a, b, np.right_shift),
-    "setp": lambda s, a, b: COMPARE[s[0]](a, b),
+    "setp": _compare,
     "prmt": lambda s, a, b, selector: _permute(a, b, selector),
 }

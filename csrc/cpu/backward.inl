@@ -17,7 +17,7 @@ class BackwardUnit {
   using Unit = typename Tile::Unit;
 
  public:
-  BackwardUnit(const BackwardPlan& plan, int64_t b, int64_t head_kv, int64_t split, void* memory)
+  BackwardUnit(const BackwardPlan& plan, int64_t b, int64_t head_kv, void* memory)
       : p(plan),
         s(plan, memory),
         sequence(plan, b),
@@ -26,18 +26,13 @@ class BackwardUnit {
         how(plan),
         b(b),
         head_kv(head_kv),
-        unit((b * plan.num_heads_kv + head_kv) * plan.splits + split),
         width(round_up(plan.head_dim, kLanes)),
         steps(ceil_div(plan.head_dim, Tile::kPack)),
         strip_units(s.strip_units),
-        group_size(plan.num_heads_q / plan.num_heads_kv) {
-    const int64_t passes = group_size * ceil_div(sequence.queries, p.block_queries);
-    pass_begin = passes * split / p.splits;
-    pass_end = passes * (split + 1) / p.splits;
-  }
+        group_size(plan.num_heads_q / plan.num_heads_kv),
+        blocks(ceil_div(sequence.queries, plan.block_queries)) {}
 
-  void run() {
-    prepare_sums();
+  void run(Range splits) {
     if (prompt.given()) {
       pack_prompt_rows<Tile>(p, p.prompt_key, prompt.row, head_kv, s.prompt_key);
       pack_prompt_rows<Tile>(p, p.prompt_value, prompt.row, head_kv, s.prompt_value);
@@ -45,8 +40,25 @@ class BackwardUnit {
         pack_prompt_lanes<Tile>(p, p.prompt_key, prompt.row, head_kv, s.prompt_key_lanes);
       }
     }
-    const int64_t blocks = ceil_div(sequence.queries, p.block_queries);
-    for (int64_t pass = pass_begin; pass < pass_end; ++pass) {
+    for (int64_t split = splits.begin; split < splits.end; ++split) {
+      run_split(split);
+      if (split > splits.begin && key_sum != nullptr) add_to_first_sum();
+    }
+    if (p.key_partials != nullptr) return;
+    if (key_sum != nullptr)
+      store_keys(0, sequence.keys, s.key_sum, s.key_sum + p.seqlen_k * p.padded_dim);
+    else if (blocks == 0)
+      clear_keys(0, sequence.keys);
+  }
+
+ private:
+  bool wants_scores() const { return p.grad_query.data != nullptr || p.grad_key.data != nullptr; }
+  int64_t strip_queries(int64_t row) const { return min(kStrip, queries - row); }
+
+  void run_split(int64_t split) {
+    prepare_sums(split);
+    const int64_t passes = group_size * blocks, end = passes * (split + 1) / p.splits;
+    for (int64_t pass = passes * split / p.splits; pass < end; ++pass) {
       head = head_kv * group_size + pass / blocks;
       first = pass % blocks * p.block_queries;
       queries = min(p.block_queries, sequence.queries - first);
@@ -58,25 +70,17 @@ class BackwardUnit {
                        p.grad_query);
       }
     }
-    if (p.key_partials != nullptr) return;
-    if (key_sum != nullptr)
-      store_keys(0, sequence.keys, key_sum, value_sum);
-    else if (pass_begin == pass_end)
-      clear_keys(0, sequence.keys);
   }
 
- private:
-  bool wants_scores() const { return p.grad_query.data != nullptr || p.grad_key.data != nullptr; }
-  int64_t strip_queries(int64_t row) const { return min(kStrip, queries - row); }
-
-  // Where the gradients of keys and prompts are summed over the passes. A unit with one pass that shares its
-  // keys with nobody needs no sum over passes: each block of keys is written when it is done.
-  void prepare_sums() {
+  // Where the gradients of keys and prompts are summed over the passes of a split. Keys that see one pass
+  // alone need no sum: each block of them is written when it is done.
+  void prepare_sums(int64_t split) {
     const int64_t key_floats = p.seqlen_k * p.padded_dim, used = sequence.keys * p.padded_dim;
+    const int64_t index = (b * p.num_heads_kv + head_kv) * p.splits + split;
     if (p.wants_keys() && p.key_partials != nullptr)
-      key_sum = p.key_partials + unit * 2 * key_floats;
-    else if (p.wants_keys() && pass_end - pass_begin > 1)
-      key_sum = s.key_sum;
+      key_sum = p.key_partials + index * 2 * key_floats;
+    else if (p.wants_keys() && group_size * blocks > 1)
+      key_sum = s.key_sum + (split > 0 ? 2 * key_floats : 0);
     if (key_sum != nullptr) {
       value_sum = key_sum + key_floats;
       __builtin_memset(key_sum, 0, static_cast<size_t>(used) * sizeof(float));
@@ -84,9 +88,19 @@ class BackwardUnit {
     }
     if (p.wants_prompt()) {
       const int64_t floats = p.prompt_length * p.padded_dim;
-      prompt_key_sum = p.prompt_partials + unit * 2 * floats;
+      prompt_key_sum = p.prompt_partials + index * 2 * floats;
       prompt_value_sum = prompt_key_sum + floats;
       __builtin_memset(prompt_key_sum, 0, static_cast<size_t>(2 * floats) * sizeof(float));
+    }
+  }
+
+  // A later split of a unit onto the first, as the second stage adds their partials.
+  void add_to_first_sum() {
+    const int64_t key_floats = p.seqlen_k * p.padded_dim, used = sequence.keys * p.padded_dim;
+    for (int64_t part = 0; part < 2; ++part) {
+      float* sum = s.key_sum + part * key_floats;
+      const float* more = sum + 2 * key_floats;
+      for (int64_t i = 0; i < used; i += kLanes) store(sum + i, load(sum + i) + load(more + i));
     }
   }
 
@@ -283,14 +297,13 @@ class BackwardUnit {
   const Visibility visible;
   const Prompt prompt;
   const ScoreScale how;
-  const int64_t b, head_kv, unit, width, steps, strip_units, group_size;
-  int64_t pass_begin, pass_end;
+  const int64_t b, head_kv, width, steps, strip_units, group_size, blocks;
   int64_t head = 0, first = 0, queries = 0;                      // of the current pass
   float *key_sum = nullptr, *value_sum = nullptr;                // [S, padded_dim]
   float *prompt_key_sum = nullptr, *prompt_value_sum = nullptr;  // [P, padded_dim]
 };
 
-int64_t backward_items(const BackwardPlan& p) { return p.num_sequences * p.num_heads_kv * p.splits; }
+int64_t backward_items(const BackwardPlan& p) { return p.num_sequences * p.num_heads_kv * p.units(); }
 
 int64_t backward_scratch(const BackwardPlan& p) {
   int64_t bytes = 0;
@@ -300,10 +313,11 @@ int64_t backward_scratch(const BackwardPlan& p) {
 
 void backward_run(const BackwardPlan& p, int64_t begin, int64_t end, void* scratch) {
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t split =
-        p.splits - 1 - item % p.splits;  // a causal mask makes the last one the most work: first
-    const int64_t head_kv = item / p.splits % p.num_heads_kv, b = item / p.splits / p.num_heads_kv;
-    with_tile(p.query, [&](auto tile) { BackwardUnit<decltype(tile)>(p, b, head_kv, split, scratch).run(); });
+    const int64_t last =
+        p.splits - item % p.units();  // a causal mask makes the last one the most work: first
+    const Range splits = p.in_turn ? Range{0, p.splits} : Range{last - 1, last};
+    const int64_t head_kv = item / p.units() % p.num_heads_kv, b = item / p.units() / p.num_heads_kv;
+    with_tile(p.query, [&](auto tile) { BackwardUnit<decltype(tile)>(p, b, head_kv, scratch).run(splits); });
   }
 }
 

@@ -27,7 +27,7 @@ struct BackwardScratch {
   Unit *weights, *grad_scores_by_query;                // [keys][kGroup / kPack]: reduced along the queries
   Unit* grad_scores_by_key;                            // [keys / kPack][kGroup]: reduced along the keys
   float *grad_key, *grad_value;                        // [keys][padded_dim]
-  float* key_sum;                                      // [2, S, padded_dim], where no partials are asked for
+  float* key_sum;  // [2, S, padded_dim] of the first split, then of the one at work; without partials alone
   int64_t bytes;
 
   BackwardScratch(const BackwardPlan& p, void* memory) {
@@ -63,7 +63,7 @@ struct BackwardScratch {
     grad_value = arena.take<float>(kBackwardKeys * p.padded_dim);
     const bool sums =
         p.key_partials == nullptr && p.wants_keys() && (p.num_heads_q != p.num_heads_kv || p.blocks > 1);
-    key_sum = arena.take<float>(sums ? 2 * p.seqlen_k * p.padded_dim : 0);
+    key_sum = arena.take<float>(sums ? min(p.splits, 2) * 2 * p.seqlen_k * p.padded_dim : 0);
     bytes = arena.used;
   }
 

@@ -73,12 +73,7 @@ void plan(DecodeWork& w, int64_t longest) {
   const int64_t blocks = w.num_sequences * w.query_blocks * w.head_blocks;
   w.splits = std::clamp<int64_t>(w.num_splits, 1, std::max<int64_t>(longest, 1));
   if (w.num_splits == 0) {
-    const auto busy =
-        [&](int64_t splits) {  // share of the threads' time that has work, if items cost the same
-          const int64_t items = blocks * splits, rounds = (items + threads - 1) / threads;
-          return static_cast<double>(items) / static_cast<double>(rounds * threads);
-        };
-    while (w.splits < most && busy(w.splits) < 0.9) ++w.splits;
+    while (w.splits < most && busy_share(blocks * w.splits, threads) < 0.9) ++w.splits;
   }
 }
 

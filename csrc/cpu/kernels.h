@@ -20,23 +20,26 @@ struct Stage {
   void (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
 };
 
-// How backward is cut into pieces. It depends on the shapes alone, so gradients are the same for any number
-// of threads.
+// How backward is cut into pieces. What is summed, and in which order, depends on the shapes alone, so
+// gradients are the same for any number of threads.
 //
-// A unit is a sequence, a key head and a split of the query blocks of that head's group. It owns the gradient
-// of its queries and makes one partial gradient of its keys and of its prompt row; the second stage sums the
-// partials in order.
+// A split is a part of the query blocks of a key head's group, for one sequence. It owns the gradient of its
+// queries and makes one partial gradient of its keys and of its prompt row. A unit of work is one split, and
+// the second stage sums the partials in order; or all splits of a key head in turn, summed in that same order
+// as they are made.
 struct BackwardPlan : BackwardParams {
-  int64_t block_queries;  // queries of one head that a unit holds packed at a time
-  int64_t blocks;         // of the longest sequence
-  int64_t splits;         // units per sequence and key head
-  int64_t padded_dim;     // D rounded up to 16
-  float* key_partials;  // [B, Hkv, splits, 2, S, padded_dim]: dK, dV; nullptr: splits == 1, written directly
+  int64_t block_queries;   // queries of one head that a unit holds packed at a time
+  int64_t blocks;          // of the longest sequence
+  int64_t splits;          // per sequence and key head
+  bool in_turn;            // one unit takes them all; where that occupies the threads
+  int64_t padded_dim;      // D rounded up to 16
+  float* key_partials;     // [B, Hkv, splits, 2, S, padded_dim]: dK, dV; nullptr: one unit, written directly
   float* prompt_partials;  // [B, Hkv, splits, 2, P, padded_dim]
   float* gate_partials;    // [B, Hq, blocks]
 
   bool wants_keys() const { return grad_key.data != nullptr || grad_value.data != nullptr; }
   bool wants_tokens() const { return grad_query.data != nullptr || wants_keys(); }
+  int64_t units() const { return in_turn ? 1 : splits; }  // per sequence and key head
   bool wants_prompt() const { return grad_prompt_key.data != nullptr || grad_prompt_value.data != nullptr; }
 };
 

@@ -24,6 +24,12 @@ inline void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
+// The share of the threads' time that has work, if all items cost the same.
+inline double busy_share(int64_t items, int64_t threads) {
+  const int64_t rounds = (items + threads - 1) / threads;
+  return static_cast<double>(items) / static_cast<double>(rounds * threads);
+}
+
 // Threads take the next item from a counter, since causal query blocks and ragged sequences cost unequal
 // amounts. Which thread runs an item never changes its result.
 template <class Params>

@@ -133,11 +133,12 @@ std::vector<Result> attention(const KernelTable& table, const Case& c, DType dty
   p.block_queries = 64;
   p.blocks = (c.T + p.block_queries - 1) / p.block_queries;
   p.splits = std::clamp<int64_t>(c.Hq / c.Hkv * p.blocks, 1, splits);
+  p.in_turn = p.splits == 1 || threads == 1;  // the same bits either way
   p.padded_dim = (c.D + 15) / 16 * 16;
-  const int64_t units = c.B * c.Hkv * p.splits;
-  std::vector<float> key_partials(p.splits > 1 && p.wants_tokens() ? units * 2 * c.S * p.padded_dim : 0,
+  const int64_t all_splits = c.B * c.Hkv * p.splits;
+  std::vector<float> key_partials(!p.in_turn && p.wants_tokens() ? all_splits * 2 * c.S * p.padded_dim : 0,
                                   kNaN);
-  std::vector<float> prompt_partials(p.wants_prompt() ? units * 2 * c.P * p.padded_dim : 0, kNaN);
+  std::vector<float> prompt_partials(p.wants_prompt() ? all_splits * 2 * c.P * p.padded_dim : 0, kNaN);
   std::vector<float> gate_partials(c.B * c.Hq * p.blocks, kNaN);
   p.key_partials = key_partials.empty() ? nullptr : key_partials.data();
   p.prompt_partials = prompt_partials.data(), p.gate_partials = gate_partials.data();

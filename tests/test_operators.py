@@ -81,6 +81,17 @@ def test_compiles_as_one_graph_with_backward(case, dynamic):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
 
 
+def test_the_composed_path_compiles_for_sizes_that_change():
+    torch._dynamo.reset()
+    compiled = torch.compile(zero_init_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 9):
+        query, key = torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16)
+        prompts, mask = torch.randn(1, 2, 3, 16), torch.randn(tokens, tokens)
+        args = (query, key, key, prompts, prompts, 0.5)
+        out = compiled(*args, attn_mask=mask, backend="composed")
+        torch.testing.assert_close(out, zero_init_attention(*args, attn_mask=mask, backend="reference"))
+
+
 def test_compiles_with_one_tensor_in_two_places():
     torch._dynamo.reset()
     x = torch.randn(9, 4, 16, requires_grad=True)

@@ -97,7 +97,8 @@ def _token_branch(call: Call) -> Tensor:
     if seqlen_k == 0 or call.query.numel() == 0:
         return torch.zeros_like(call.query)
     plain_causal = (call.window_left, call.window_right) == (-1, 0) and seqlen_q == seqlen_k
-    if plain_causal and call.key_bias is None and call.dense_mask is None:
+    # SDPA's CPU kernel scales its causal mask too: NaN where the scale is 0 or negative
+    if plain_causal and call.key_bias is None and call.dense_mask is None and call.scale > 0:
         return _sdpa(call.query, call.key, call.value, is_causal=True, scale=call.scale)
     mask = reference.token_mask(call)
     if mask is None:
@@ -123,7 +124,7 @@ def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
         call.prompt_key is None
         or call.prompt_value is None
         or call.gate is None
-        or call.prompt_key.shape[2] == 0
+        or call.prompt_key.numel() == 0
     ):
         return out
     query, dtype = call.query, call.query.dtype
@@ -159,6 +160,7 @@ def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, enable_gqa=query.shape[1] != key.shape[1], **options
-    )
+    # a branch, since a comparison of dynamic sizes is no bool that torch.compile could pass on
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(query, key, value, **options)

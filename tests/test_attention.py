@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zinit_kernels import prompt_attention_, reference, zero_init_attention, zero_init_attention_varlen
+from zinit_kernels import (
+    prompt_attention_,
+    reference,
+    zero_init_attention,
+    zero_init_attention_varlen,
+    zero_init_attention_with_kvcache,
+)
 from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -255,12 +262,65 @@ def test_an_empty_batch_with_a_table_of_adapters(backend):
     assert out.shape == query.shape
 
 
-def test_meta_tensors_have_a_shape():
-    query, prompts = torch.empty(2, 4, 5, 16, device="meta"), torch.empty(1, 4, 3, 16, device="meta")
-    gate = torch.ones(4, device="meta")
-    for backend in ("auto", "reference"):
-        out = zero_init_attention(query, query, query, prompts, prompts, gate, backend=backend)
-        assert out.shape == query.shape and out.device.type == "meta"
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_meta_tensors_have_a_shape(backend):
+    with torch.device("meta"):
+        query, cu_seqlens = torch.empty(2, 4, 5, 16), torch.empty(3, dtype=torch.int32)
+        prompts, gate = torch.empty(1, 4, 3, 16), torch.ones(4)
+    packed, table = query.transpose(1, 2), prompts.transpose(1, 2)
+    outputs = (
+        zero_init_attention(query, query, query, prompts, prompts, gate, backend=backend).transpose(1, 2),
+        zero_init_attention_varlen(
+            *[packed.flatten(0, 1)] * 3, table, table, gate, cu_seqlens, cu_seqlens, 5, 5, backend=backend
+        ).unflatten(0, (2, 5)),
+        zero_init_attention_with_kvcache(
+            packed,
+            packed,
+            packed,
+            prompt_k=table,
+            prompt_v=table,
+            gate=gate,
+            cache_seqlens=5,
+            backend=backend,
+        ),
+    )
+    for out in outputs:
+        assert out.shape == packed.shape and out.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fake_tensors_hold_no_values_to_check(dtype):
+    with FakeTensorMode():
+        query, table = torch.empty(2, 4, 5, 16, dtype=dtype), torch.empty(3, 4, 2, 16, dtype=dtype)
+        index = torch.zeros(2, dtype=torch.int64)
+        mask = torch.ones(5, 5, dtype=torch.bool)
+        out = zero_init_attention(query, query, query, table, table, 0.5, attn_mask=mask, prompt_index=index)
+        assert out.shape == query.shape and out.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_vmap_over_the_adapter_of_each_sequence(dtype):
+    query, table = torch.randn(2, 4, 5, 16), torch.randn(3, 4, 2, 16)
+    indices = torch.tensor([[0, 2], [1, -1]], dtype=dtype)
+    attend = lambda index: zero_init_attention(query, query, query, table, table, 0.5, prompt_index=index)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(attend)(indices), torch.stack([attend(i) for i in indices]))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_a_scale_of_zero_or_below_keeps_the_causal_mask(scale):
+    """SDPA's own kernel answers NaN there."""
+    query, key, value = torch.randn(3, 1, 2, 5, 16).unbind()
+    expected = zero_init_attention(query, key, value, is_causal=True, scale=scale, backend="reference")
+    for backend in ("auto", "composed"):
+        found = zero_init_attention(query, key, value, is_causal=True, scale=scale, backend=backend)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed", "reference"])
+def test_a_table_without_rows_that_nobody_asks_for(backend):
+    query, table, index = torch.randn(2, 4, 5, 16), torch.empty(0, 4, 3, 16), torch.tensor([-1, -1])
+    out = zero_init_attention(query, query, query, table, table, 0.5, prompt_index=index, backend=backend)
+    torch.testing.assert_close(out, zero_init_attention(query, query, query, backend=backend))
 
 
 @pytest.mark.parametrize(

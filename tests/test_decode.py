@@ -100,6 +100,7 @@ def test_the_short_way_gives_the_bits_of_the_long_one(case, monkeypatch):
 
 def _convertible() -> dict[str, dict[str, object]]:
     given = make_cache_arguments(CacheCase("convertible"), torch.float32)
+    angles = torch.rand(256, 8, dtype=torch.float64)
     return {
         "lengths": {"cache_seqlens": given["cache_seqlens"].long()},
         "gate": {"gate": given["gate"][:, :, None, None]},
@@ -110,6 +111,8 @@ def _convertible() -> dict[str, dict[str, object]]:
         "window": {"window_size": [20, -1]},
         "parameter": {"gate": given["gate"].clone().requires_grad_()},
         "whole_scale": {"softmax_scale": 1},
+        "float64_rotary": {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()},
+        "rotary_of_two_dtypes": {"rotary_cos": angles.cos().float(), "rotary_sin": angles.sin().half()},
     }
 
 
@@ -130,8 +133,10 @@ def test_one_cache_twice_is_no_place_to_append_to():
     with pytest.raises(ValueError, match="must be two caches"):
         zero_init_attention_with_kvcache(**given | {"v_cache": given["k_cache"]})
     shared = {name: given[name][:1].expand(3, -1, -1, -1) for name in ("k_cache", "v_cache")}
-    with pytest.raises(ValueError, match="slots of its own"):
-        zero_init_attention_with_kvcache(**given | shared)
+    slots = {"k_cache": given["k_cache"][:, :1].expand_as(given["k_cache"])}
+    for expanded in (shared, {"v_cache": shared["v_cache"]}, slots):
+        with pytest.raises(ValueError, match="slots of its own, not expanded ones"):
+            zero_init_attention_with_kvcache(**given | expanded)
     index = {
         "prompt_k": None,
         "prompt_v": None,

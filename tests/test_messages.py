@@ -47,6 +47,13 @@ def cache(**changed):
 x, i32 = torch.randn, torch.int32
 REFUSED = {
     "list": (sdpa, {"query": [1.0]}, TypeError, "query must be a tensor"),
+    "sparse": (sdpa, {"key": x(2, 2, 6, 8).to_sparse()}, TypeError, "key must be a dense tensor.*got torch.sparse_coo"),
+    "nested": (
+        sdpa,
+        {"query": torch.nested.nested_tensor([x(6, 4, 8), x(5, 4, 8)], layout=torch.jagged).transpose(1, 2)},
+        TypeError,
+        "query must be a dense tensor.*got a nested one.*zero_init_attention_varlen",
+    ),
     "three_dims": (sdpa, {"query": x(4, 6, 8)}, ValueError, r"query must have 4 dimensions .*\(4, 6, 8\)"),
     "integers": (sdpa, {"query": torch.ones(2, 4, 6, 8, dtype=i32)}, TypeError, "query must be float32.*int32"),
     "dtype": (sdpa, {"key": x(2, 2, 6, 8).half()}, TypeError, "key must have the query's dtype torch.float32"),
@@ -56,6 +63,9 @@ REFUSED = {
     "swapped": (sdpa, {"query": x(2, 6, 4, 8), "key": x(2, 4, 4, 8), "value": x(2, 4, 4, 8)}, ValueError, "swapped"),
     "prompt_heads": (sdpa, {"prompt_key": x(1, 4, 3, 8)}, ValueError, r"prompt_key must have shape \(N, 2, P, 8\)"),
     "prompt_layout": (sdpa, {"prompt_key": x(1, 3, 2, 8)}, ValueError, "heads and prompts look swapped"),
+    "prompt_float8": (
+        sdpa, {"prompt_key": x(1, 2, 3, 8).to(torch.float8_e4m3fn)}, TypeError, "prompt_key.*got torch.float8_e4m3fn",
+    ),
     "prompt_lengths": (sdpa, {"prompt_value": x(1, 2, 4, 8)}, ValueError, "must have the same shape"),
     "prompt_long": (sdpa, {"prompt_key": x(1, 2, 129, 8), "prompt_value": x(1, 2, 129, 8)}, ValueError, "at most 128"),
     "prompt_alone": (sdpa, {"gate": None}, ValueError, "prompt_key, prompt_value and gate must be given together"),
@@ -99,6 +109,7 @@ REFUSED = {
     "window_huge": (sdpa, {"window_size": (2**63, 0)}, ValueError, "window_size must fit into 64 bits"),
     "longest_huge": (varlen, {"max_seqlen_k": 2**63}, ValueError, "max_seqlen_k must fit into 64 bits"),
     "scale": (sdpa, {"scale": "x"}, TypeError, "scale must be a Python number.*got str"),
+    "scale_complex": (sdpa, {"scale": 1j}, TypeError, "scale must be a Python number.*got complex"),
     "empty_heads": (sdpa, {"query": x(2, 4, 6, 0)}, ValueError, "query must have a head_dim of at least 1"),
 }  # fmt: skip
 FUNCTIONS = {

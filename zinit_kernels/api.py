@@ -44,7 +44,7 @@ def zero_init_attention(
             last dimension.
         key, value: [B, Hkv, S, D], the query's dtype. Hq must be a multiple of Hkv (grouped queries, no flag
             needed).
-        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, any floating dtype. N = 1 is
+        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, any of those dtypes. N = 1 is
             shared by the batch, N = B is one per sample, any N goes with `prompt_index`. None together with
             `gate`: plain attention.
         gate: raw, before its activation: a number, 1 or Hq values ([Hq], [1, Hq, 1, 1], [1, 1, Hq, 1]), or

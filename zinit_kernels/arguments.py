@@ -152,9 +152,10 @@ def from_cache(
     checks.check_written("k_cache", k_cache)
     checks.check_written("v_cache", v_cache)
     if k is not None and v is not None:
-        if k_cache is v_cache or (batch > 1 and block_table is None and k_cache.stride(0) == 0):
+        if k_cache is v_cache or checks.overlaps(k_cache) or checks.overlaps(v_cache):
             raise ValueError(
-                "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own"
+                "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own, not "
+                f"expanded ones; got strides {k_cache.stride()} and {v_cache.stride()}"
             )
         checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
         checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
@@ -261,7 +262,7 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, (Tensor, str)):
+    if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
         raise TypeError(
             "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
             f"got {type(scale).__name__}"
@@ -375,9 +376,11 @@ def _prompt_table(
 
 def _prompt_tensor(name: str, table: Tensor, query: Tensor, heads_kv: int, head_major: bool) -> Tensor:
     """A checked [N, Hkv, P, D] table, or [N, P, Hkv, D] where it is not head-major."""
-    if not isinstance(table, Tensor) or not table.is_floating_point():
+    if not isinstance(table, Tensor) or table.dtype not in checks.DTYPES:
         came = table.dtype if isinstance(table, Tensor) else type(table).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+        raise TypeError(
+            f"{name} must be a floating-point tensor (float32, bfloat16, float16 or float64), got {came}"
+        )
     if table.device != query.device:
         raise ValueError(f"{name} must be on the query's device {query.device}, got {table.device}")
     if table.dim() == 3:

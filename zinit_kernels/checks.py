@@ -12,11 +12,25 @@ from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .calls import CacheCall, Call
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it can be read: not while torch.compile or a torch.func transform looks on, and fake and meta tensors
+    hold nothing."""
+    if torch.compiler.is_compiling() or is_transforming():
+        return False
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_values(call: Call | CacheCall) -> None:
@@ -24,7 +38,7 @@ def check_values(call: Call | CacheCall) -> None:
 
     On a device they would wait for it, so there they run with ZINIT_CHECK=1 alone; without, kernels clamp.
     """
-    if torch.compiler.is_compiling() or (call.query.device.type != "cpu" and not _ON_DEVICES_TOO):
+    if not has_values(call.query) or (call.query.device.type != "cpu" and not _ON_DEVICES_TOO):
         return
     if call.prompt_index is not None and call.prompt_key is not None and len(call.prompt_index):
         low, high, rows = int(call.prompt_index.min()), int(call.prompt_index.max()), call.prompt_key.shape[0]
@@ -85,10 +99,16 @@ def _check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int, l
 def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor | None = None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        came = "a nested one" if tensor.is_nested else tensor.layout
+        raise TypeError(
+            f"{name} must be a dense tensor {layout}, got {came}: use .to_dense(), or for sequences of several lengths "
+            "zero_init_attention_varlen"
+        )
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(tensor.shape)}")
     if like is None:
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}: cast it with {name}.to(...)"
             )
@@ -137,6 +157,11 @@ def check_written(name: str, cache: Tensor) -> None:
         raise ValueError(f"{name} requires grad, but the cache function writes in place and has no backward")
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether it is an expanded tensor: one place in memory stands for several of its elements."""
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     if cos is None or sin is None:
         raise ValueError("rotary_cos and rotary_sin must be given together, or neither")
@@ -155,7 +180,11 @@ def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) 
             )
         if table.device != q.device:
             raise ValueError(f"{name} must be on the query's device {q.device}, got {table.device}")
-    return cos.contiguous(), sin.contiguous()
+    # kernels read tables of one dtype, and of none that is wider than what they compute in
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if cos.dtype == sin.dtype and cos.dtype in DTYPES[:3]:
+        dtype = cos.dtype
+    return cos.to(dtype).contiguous(), sin.to(dtype).contiguous()
 
 
 def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
@@ -170,8 +199,7 @@ def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
     if tensor.dtype == torch.int32:
         return tensor.contiguous()
-    has_values = type(tensor) is Tensor and tensor.device.type == "cpu"  # a fake tensor has none
-    if has_values and tensor.numel() and not torch.compiler.is_compiling():
+    if tensor.device.type == "cpu" and tensor.numel() and has_values(tensor):
         low, high = int(tensor.min()), int(tensor.max())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit into int32, got {low if low < -(2**31) else high}")

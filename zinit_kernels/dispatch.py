@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from . import composed, ops, reference
 from .backends import extension
 from .calls import CacheCall, Call
-from .checks import check_values
+from .checks import check_values, has_values, is_transforming
 
 # Triton and CUDA are taken by name only until a GPU has run their kernels.
 ORDER = {"cpu": ("cpu", "composed", "reference")}
@@ -148,7 +148,7 @@ def _transformed() -> bool:
     """Whether forward-mode AD or a torch.func transform is on: only plain PyTorch can be seen through then."""
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or is_transforming()
 
 
 def _why_not_on_cpu(call: Call | CacheCall) -> str:
@@ -246,8 +246,9 @@ def _why_not_composed(call: Call | CacheCall, return_lse: bool) -> str:
         return "scaled_dot_product_attention does not return the log-sum-exp"
     if _transformed():
         return _TRANSFORMED
-    if torch.compiler.is_compiling() and (isinstance(call, CacheCall) or call.cu_seqlens_q is not None):
-        return "it reads sequence lengths on the host, which torch.compile cannot trace"
+    has_lengths = isinstance(call, CacheCall) or call.cu_seqlens_q is not None
+    if has_lengths and not has_values(call.query):
+        return "it reads sequence lengths on the host: torch.compile cannot trace that, fake and meta tensors have none"
     return ""
 
 

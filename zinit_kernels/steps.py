@@ -43,7 +43,7 @@ def attend(
             not dispatch.takes_native(q)
             or k_cache.requires_grad
             or v_cache.requires_grad
-            or (k is not None and (k_cache is v_cache or k_cache.stride(0) == 0))
+            or (k is not None and (k_cache is v_cache or 0 in k_cache.stride() or 0 in v_cache.stride()))
             or cache_seqlens.dtype != torch.int32
             or (gate is not None and (gate.dtype != torch.float32 or gate.dim() > 2))
             or (prompt_k is not None and prompt_k.dim() != 4)

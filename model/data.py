@@ -110,10 +110,14 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     text = read_text(path)
     objects = _list_objects if text.lstrip().startswith("[") else line_objects
-    records = [_record(value, f"{path}, line {line}") for line, value in objects(text, path)]
-    if not records:
+    found = [(line, _record(value, f"{path}, line {line}")) for line, value in objects(text, path)]
+    if not found:
         raise UserError(f"{path} holds no records.")
-    return records
+    for field in ("instruction", "output"):
+        if empty := [line for line, record in found if not getattr(record, field).strip()]:
+            also = f", and that of {len(empty) - 1} other records" if len(empty) > 1 else ""
+            raise UserError(f"{path}, line {empty[0]}: the {field} is empty{also}: leave such records out.")
+    return [record for _, record in found]
 
 
 def read_text(path: Path) -> str:
@@ -241,6 +245,10 @@ def _targets(sample: Sample) -> list[int]:
 def _list_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
     """The elements of a JSON list one by one, so that each is known by its line."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
+    line, counted = (
+        1,
+        0,
+    )  # the line of `counted`: lines are counted once, the whole text for each record takes minutes
     first = True
     while True:
         position = _skip_space(text, position)
@@ -256,7 +264,8 @@ def _list_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             raise _not_json(path, getattr(error, "lineno", _line(text, position)), error) from None
-        yield _line(text, position), value
+        line, counted = line + text.count("\n", counted, position), position
+        yield line, value
         position, first = end, False
 
 
@@ -291,7 +300,4 @@ def _record(value: object, where: str) -> Record:
     record = Record(value["instruction"], value["output"], input)
     for field, entry in record._asdict().items():
         check_text(entry, field, where)
-    for field in ("instruction", "output"):
-        if not getattr(record, field).strip():
-            raise UserError(f"{where}: the {field} is empty.")
     return record

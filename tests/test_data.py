@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_bad_files_are_named(tmp_path, kind):
     with pytest.raises(UserError) as error:
         read_records(path)
     assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_all_empty_answers_are_counted_at_once(tmp_path):
+    rows = [GOOD, GOOD | {"output": ""}, GOOD, GOOD | {"output": "\n"}, GOOD | {"output": ""}]
+    path = write(tmp_path / "bad.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        UserError, match="line 2: the output is empty, and that of 2 other records: leave such"
+    ):
+        read_records(path)
+
+
+def test_a_long_list_is_read_in_one_sweep(tmp_path):
+    """Alpaca's 52,002 records took 172 s where the lines before a record were counted for each anew, now 0.3 s."""
+    rows = [GOOD | {"output": "3" * 1000}] * 10_000
+    path = write(tmp_path / "long.json", json.dumps(rows, indent=1))
+    began = time.process_time()
+    assert len(read_records(path)) == 10_000
+    assert time.process_time() - began < 3
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -46,7 +46,7 @@ def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("tasks", type=Path, help="seed_tasks.jsonl")
-    parser.add_argument("records", type=Path, help="the JSONL file to write")
+    parser.add_argument("records", type=Path, help="the JSONL file to write, a new one")
     options = parser.parse_args()
     try:
         records = list(convert(options.tasks.read_text(encoding="utf-8")))
@@ -55,7 +55,8 @@ def main() -> None:
         sys.exit(refuse(options.tasks, error))
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in answered)
     try:
-        options.records.write_text(text, encoding="utf-8")
+        with open(options.records, "x", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         sys.exit(refuse(options.records, error))
     print(

@@ -36,7 +36,7 @@ from .llama import Llama
 from .loading import load_base
 from .metrics import running_mean, save_figure
 from .small_base import STEPS, Report, small_base
-from .storage import make_directory, writing
+from .storage import make_directory, refuse_occupied, writing
 from .tokenizer import Tokenizer, load_tokenizer
 from .training import Recipe, evaluate, make_optimizer, train
 
@@ -99,7 +99,9 @@ class Result:
 
 
 def run(output: Path, size: Size, console: Console) -> Result:
-    """The demo; its files go into `output`."""
+    """The demo; its files go into `output`, which is new, empty or an earlier demo's."""
+    if not (output / "cache").is_dir():
+        refuse_occupied(output, "name another with --out")
     with stage(console, "pre-training the base, once", size.pretraining_steps) as show:
         directory = small_base(make_directory(output / "cache"), size.pretraining_steps, show)
     base, tokenizer = load_base(directory).freeze(), load_tokenizer(directory)

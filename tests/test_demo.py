@@ -14,6 +14,7 @@ from rich.console import Console
 from model import corpus, demo, layers, llama, muon, small_base
 from model.adapter_files import load_adapter
 from model.data import format_prompt
+from model.errors import UserError
 from model.loading import load_base
 from model.muon import Muon, orthogonal
 from model.tokenizer import load_tokenizer
@@ -130,6 +131,13 @@ def output(tmp_path_factory):
 def result(output):
     demo.DECODED = 4
     return demo.run(output, TINY, Console(quiet=True))
+
+
+def test_a_folder_of_somebody_elses_is_refused(tmp_path):
+    (tmp_path / "adapter.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="is not empty: name another with --out"):
+        demo.run(tmp_path, TINY, Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
 def test_the_tokenizer_knows_every_word(output, result):

@@ -47,7 +47,11 @@ def test_bad_seed_tasks_are_named(tmp_path):
     assert not (tmp_path / "records.jsonl").exists()
     done = run(tmp_path / "gone.jsonl", tmp_path / "records.jsonl")
     assert done.stderr == f"error: {tmp_path / 'gone.jsonl'}: No such file or directory\n"
-    (tmp_path / "tasks.jsonl").write_text("")
+    (tmp_path / "tasks.jsonl").write_text('{"instruction": "a", "instances": []}\n')
+    before = (tmp_path / "tasks.jsonl").read_text()
+    done = run(tmp_path / "tasks.jsonl", tmp_path / "tasks.jsonl")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'tasks.jsonl'}: File exists\n")
+    assert (tmp_path / "tasks.jsonl").read_text() == before
     done = run(tmp_path / "tasks.jsonl", tmp_path / "nowhere" / "records.jsonl")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'nowhere' / 'records.jsonl'}: No such file or directory\n"

@@ -240,6 +240,8 @@ def _number(config: Mapping[str, Any], file: str, name: str, kind: type, default
     if not isinstance(value, accepted) or isinstance(value, bool) or not 0 < value < math.inf:
         whole = "whole " if kind is int else ""
         raise UserError(f"{file} must have a positive {whole}number as {name}, it has {value!r}.")
+    if kind is int and value >= 1 << 31:
+        raise UserError(f"{file} must have a number below 2**31 as {name}, it has {value}.")
     return kind(value)
 
 

@@ -29,7 +29,7 @@ from .adapter_files import load_adapter, save_adapter
 from .checkpoint import base_print, data_print, load_checkpoint, refuse_missing, restore, save_checkpoint
 from .config import AdapterConfig
 from .data import Sample, batches, encode, read_records, split
-from .errors import UserError, run_program
+from .errors import UserError, run_program, warn
 from .llama import Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .metrics import MetricsLog, loss_picture
@@ -221,6 +221,8 @@ def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sa
     base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
     base.set_backend(options.backend)
     tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
+    if tokenizer.eos_id is None:
+        warn("the tokenizer names no end-of-sequence token: the adapter will not learn where an answer ends.")
     max_seq_len = min(512, base.config.max_seq_len) if options.max_seq_len is None else options.max_seq_len
     if max_seq_len < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {max_seq_len}.")

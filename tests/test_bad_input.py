@@ -274,6 +274,16 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_warned_of(folder, whole
         assert capsys.readouterr().err.count(warning) == expected
 
 
+def test_a_tokenizer_that_cannot_end_an_answer_is_warned_of(folder, tmp_path, capsys):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tokenizer = tmp_path / "base" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("</s>", "<over>"))
+    for base, expected in ((folder / "base", 0), (tmp_path / "base", 1)):
+        words = arguments(folder, tmp_path / f"out{expected}", "--base", str(base), "--epochs", "1")
+        assert run(*words) == 0
+        assert capsys.readouterr().err.count("will not learn where an answer ends") == expected
+
+
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
@@ -304,7 +314,12 @@ def test_resuming_nothing_or_something_damaged_is_refused(folder, whole_run, tmp
     advice = "to resume from: start without --resume, and with --overwrite if"
     refused(capsys, advice, arguments(folder, output, "--resume"))
     output.mkdir()
-    for content in (b"", torch.ones(2), {"run": [1], "step": 1, "adapter": {}, "optimizer": {}}):
+    for content in (
+        b"",
+        b"\x80\x02h\x05.",
+        torch.ones(2),
+        {"run": [1], "step": 1, "adapter": {}, "optimizer": {}},
+    ):
         if isinstance(content, bytes):
             (output / "checkpoint.pt").write_bytes(content)
         else:

@@ -4,6 +4,7 @@ sentence.
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,10 @@ BAD_HF = {
         lambda d: edit_config(d, model_type="mistral", sliding_window=-1),
         "positive whole number as sliding_window, it has -1",
     ),
+    "endless vocabulary": (
+        lambda d: edit_config(d, vocab_size=2**70),
+        r"must have a number below 2\*\*31 as vocab_size, it has 1180",
+    ),
     "ten million layers": (
         lambda d: edit_config(d, num_hidden_layers=10**7),
         "holds 4 layers, the configuration says 10000000",
@@ -220,6 +225,13 @@ def edit_shard(path, name, edit):
     torch.save(shard | {name: edit(shard[name])}, path / "consolidated.01.pth")
 
 
+def damage_pickle(path):
+    """A file of torch.save whose pickle asks for what it never stored."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", b"\x80\x02h\x05.")
+        file.writestr("a/version", "3\n")
+
+
 BAD_META = {
     "no dim": (lambda d: edit_meta(d, dim=None), "positive whole number as dim, it has None"),
     "no heads": (lambda d: edit_meta(d, n_heads=0), "positive whole number as n_heads, it has 0"),
@@ -235,6 +247,10 @@ BAD_META = {
     "one of two shards": (lambda d: (d / "consolidated.01.pth").unlink(), "holds 1 of 2 shards"),
     "first shard missing": (lambda d: (d / "consolidated.00.pth").unlink(), "found consolidated.01.pth"),
     "truncated": (lambda d: truncate(d / "consolidated.01.pth"), "consolidated.01.pth is truncated"),
+    "damaged": (
+        lambda d: damage_pickle(d / "consolidated.01.pth"),
+        "consolidated.01.pth is truncated or not a checkpoint",
+    ),
     "malicious": (
         lambda d: torch.save({"norm.weight": Malicious()}, d / "consolidated.01.pth"),
         "holds more than tensors, so it was not loaded",

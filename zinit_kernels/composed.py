@@ -64,14 +64,12 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
             return grad_out, *(None,) * len(Call._fields)
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
-        # views, so that the search for gradients ends here and not in what an input was computed from
-        views = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=False)]
-        out, _ = reference.attention(Call._make((*views, *tensors[_DIFFERENTIABLE:], *ctx.numbers)))
-        chosen = [view for view, want in zip(views, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(out, chosen, grad_out, create_graph=True, allow_unused=True))
-        unwanted = (None,) * (len(Call._fields) - _DIFFERENTIABLE)
-        return None, *(next(found) if want else None for want in wanted), *unwanted
+        call, wanted = (
+            Call._make((*ctx.saved_tensors, *ctx.numbers)),
+            ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE],
+        )
+        grads = reference.differentiable_gradients(call, wanted, grad_out, None)
+        return None, *grads, *(None,) * (len(Call._fields) - _DIFFERENTIABLE)
 
 
 @torch.no_grad()

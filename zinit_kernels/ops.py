@@ -112,7 +112,8 @@ class _Attention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 17
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward((*inputs, *ctx.numbers), wanted, grad_out, grad_lse)
+            call = _unflatten((*inputs, *ctx.numbers))
+            grads = reference.differentiable_gradients(call, wanted, grad_out, grad_lse)
         else:
             grads = _fused_backward(
                 ctx.backend, (*inputs, *ctx.numbers), wanted, out, lse, grad_out, grad_lse
@@ -137,29 +138,6 @@ def _fused_backward(
     query, key, value, *rest = args
     grads = _OPERATORS["backward", backend](grad_out, grad_lse, query, key, value, out, lse, *rest, needs)
     return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-
-
-def _differentiable_backward(
-    args: tuple[Any, ...], wanted: tuple[bool, ...], grad_out: Tensor | None, grad_lse: Tensor | None
-) -> list[Tensor | None]:
-    """create_graph=True: the gradients of the written-out formula, which can be differentiated again.
-
-    Each input enters through a view of its own: the search for gradients stops there, where it would go on from
-    the query into a key that it was computed from, and one tensor passed twice stays two inputs.
-    """
-    views = [t.view_as(t) if want else t for t, want in zip(args[:6], wanted, strict=True)]
-    outputs = reference.attention(_unflatten((*views, *args[6:])))
-    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            [view for view, want in zip(views, wanted, strict=True) if want],
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if want else None for want in wanted]
 
 
 def _token_major(tensor: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ for judging the kernels, which never import it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,27 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
         compute_dtype,
     )
     return out.transpose(1, 2), lse
+
+
+def differentiable_gradients(
+    call: Call, wanted: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> list[Tensor | None]:
+    """create_graph=True: what backends without a second derivative answer it with, the gradients of the written-out
+    formula for those of the call's first six tensors that are wanted.
+
+    Each input enters through a view of its own: the search for gradients stops there, where it would go on from
+    the query into a key that it was computed from, and one tensor passed twice stays two inputs.
+    """
+    views = [t.view_as(t) if t is not None and want else t for t, want in zip(call[:6], wanted, strict=True)]
+    chosen = [view for view, want in zip(views, wanted, strict=True) if view is not None and want]
+    outputs = attention(Call._make((*views, *call[6:])))
+    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], chosen, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if want else None for want in wanted]
 
 
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -68,11 +68,17 @@ def generate(
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token for each row of logits [B, vocab_size], int64 [B]."""
+    """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers."""
+    largest = logits.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise UserError(
+            "the model's logits are not numbers: damaged weights, or a dtype too narrow for them (float16 ends at "
+            "65504: try bfloat16 or float32)."
+        )
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    smallest = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
+    scaled = (logits.float() - largest) / max(temperature, smallest)  # at most 0: no temperature overflows
     probabilities, order = scaled.softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     count = (before <= top_p).sum(-1, keepdim=True)

@@ -128,7 +128,18 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     drawn = choose(probabilities.log(), 1.0, 1.0, generators).bincount(minlength=4) / 4000
     torch.testing.assert_close(drawn, probabilities[0], rtol=0, atol=0.03)
     assert choose(probabilities.log(), 1.0, 0.05, generators).eq(1).all()
-    assert choose(probabilities.log(), 1e-40, 1.0, generators).eq(1).all()
+    for temperature in (1e-40, 1e-300):
+        assert choose(probabilities.log(), temperature, 1.0, generators).eq(1).all()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_end_it(model, monkeypatch, value, temperature):
+    weight = model.norm.weight.detach().clone()
+    weight[3] = value
+    monkeypatch.setattr(model.norm, "weight", torch.nn.Parameter(weight))
+    with pytest.raises(UserError, match="the model's logits are not numbers: damaged weights, or a dtype"):
+        generate(model, PROMPTS, max_new_tokens=2, temperature=temperature)
 
 
 def test_a_cache_beyond_memory_is_refused(model, monkeypatch):

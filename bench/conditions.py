@@ -27,10 +27,16 @@ def chip(device: torch.device) -> str:
     return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its model name, and its family and model as lscpu says them where that name has no number: a virtual machine's
+    "AMD EPYC" is a Zen 4 on one host and a Zen 5 on another, with vector units of half and of full width."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found: dict[str, str] = {}
+    for name, _, value in (line.partition(":") for line in lines):
+        found.setdefault(name.strip(), value.strip())
+    name = found.get("model name", "unknown CPU").partition(" @ ")[0]  # what follows is a clock
+    told_apart = re.search(r"\d", name) or "cpu family" not in found
+    return name if told_apart else f"{name} family {found['cpu family']} model {found['model']}"
 
 
 def why_missing(*modules: str) -> str:

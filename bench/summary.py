@@ -128,34 +128,70 @@ pictures.
 
 
 def readme_table(results: Path, goals_of: Callable[[Sequence[Measured]], Sequence[Goal]]) -> str:
-    """What stands between the README's marks."""
+    """What stands between the README's marks: of each kind of device one chip's table, a sentence of the others."""
     lines = [HEAD]
-    for folder, measured in chapters(results).items():
-        device = str(measured[0].run.conditions["device"])
-        dtypes = sorted({m.row.dtype for m in measured}, reverse=True)  # float32 first
-        used: dict[int, Measured] = {}
-        table = []
-        for line in LINES[device]:
-            found: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
-            for m, figure in line.figures(measured):
-                found[m.row.dtype].append(figure)
-                used[id(m)] = m
-            if any(found.values()):
-                table.append([line.what, *(span(found[dtype], ".2f") for dtype in dtypes)])
-        if not table:
-            continue
-        lines += markdown([str(measured[0].run.conditions["chip"]), *dtypes], table)
-        lines += [*coverage(measured), ""]
-        ledgers = dict.fromkeys(m.row.suite for m in used.values())
-        names = ", ".join(f"`{suite}.jsonl`" for suite in ledgers)
-        verdicts = [judged(goal, [m.row for m in measured]) for goal in goals_of(measured)]
-        lines += [
-            f"From {names} in `bench/results/{folder}/`. {summary(verdicts)}; the page says which are missed, and by "
-            "how much. Measured on:",
-            *(f"- {sentence}" for sentence in conditions_of(list(used.values()))),
-            "",
-        ]
+    found = chapters(results)
+    for device in dict.fromkeys(map(device_of, found.values())):
+        folders = [folder for folder in found if device_of(found[folder]) == device]
+        first, *others = sorted(folders, key=lambda folder: completeness(found[folder]), reverse=True)
+        lines += chip_table(first, found[first], goals_of(found[first]))
+        if others:
+            lines += [
+                "Other chips, whose tables the page has:",
+                *(short_of(folder, found[folder], goals_of(found[folder])) for folder in others),
+                "",
+            ]
     return "\n".join(lines).rstrip()
+
+
+def device_of(rows: Sequence[Measured]) -> str:
+    return str(rows[0].run.conditions["device"])
+
+
+def completeness(rows: Sequence[Measured]) -> tuple[int, str]:
+    """How many suites were measured, and when the last of them: a few new rows of a chip hide no whole page of
+    another's, and a whole page hides an older one, be it better or worse."""
+    return len({m.row.suite for m in rows}), max(str(m.run.conditions["time"]) for m in rows)
+
+
+def chip_table(folder: str, measured: Sequence[Measured], goals: Sequence[Goal]) -> list[str]:
+    dtypes = sorted({m.row.dtype for m in measured}, reverse=True)  # float32 first
+    used: dict[int, Measured] = {}
+    table = []
+    for line in LINES[device_of(measured)]:
+        found: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+        for m, figure in line.figures(measured):
+            found[m.row.dtype].append(figure)
+            used[id(m)] = m
+        if any(found.values()):
+            table.append([line.what, *(span(found[dtype], ".2f") for dtype in dtypes)])
+    if not table:
+        return []
+    ledgers = dict.fromkeys(m.row.suite for m in used.values())
+    names = ", ".join(f"`{suite}.jsonl`" for suite in ledgers)
+    return [
+        *markdown([str(measured[0].run.conditions["chip"]), *dtypes], table),
+        *coverage(measured),
+        "",
+        f"From {names} in `bench/results/{folder}/`. {goals_met(measured, goals)}; the page says which are missed, "
+        "and by how much. Measured on:",
+        *(f"- {sentence}" for sentence in conditions_of(list(used.values()))),
+        "",
+    ]
+
+
+def goals_met(measured: Sequence[Measured], goals: Sequence[Goal]) -> str:
+    return summary([judged(goal, [m.row for m in measured]) for goal in goals])
+
+
+def short_of(folder: str, measured: Sequence[Measured], goals: Sequence[Goal]) -> str:
+    """A chip without a table of its own: its goals, and its losses as plainly."""
+    days = span(str(m.run.conditions["time"])[:10] for m in measured)
+    lost = "".join(f", {row.ratios[peer]:.2f} / {name}" for row, peer, name in worst_of(measured))
+    return (
+        f"- {measured[0].run.conditions['chip']} (`bench/results/{folder}/`, {days}): {goals_met(measured, goals)}"
+        f"{f'; at worst{lost[1:]}' if lost else ''}."
+    )
 
 
 def coverage(rows: Sequence[Measured]) -> list[str]:
@@ -164,15 +200,27 @@ def coverage(rows: Sequence[Measured]) -> list[str]:
     found = [
         'The kernels\' rows that do not say "every shape" are of those that the goals are stated for.'
     ] * goals_only
+    worst = [
+        f"- {row.ratios[peer]:.2f} / {name} ({', '.join(filter(None, (row.shape, row.layout, row.mode, row.dtype)))})"
+        for row, peer, name in worst_of(rows)
+    ]
+    return [*found, "The worst over every shape measured:", *worst] if worst else found
+
+
+def worst_of(rows: Sequence[Measured]) -> list[tuple[Row, str, str]]:
+    """The row with the greatest ratio to each of three peers, the peer, and how it is called."""
     ours = [
         m.row
         for m in rows
-        if m.row.suite in ("attention", "decode", "bars") and m.row.mode in WHOLE and m.row.provider in OURS
+        if m.row.suite in ("attention", "decode", "bars")
+        and m.row.mode in WHOLE
+        and m.row.provider in OURS
+        and plainly(m.row)
     ]
-    worst = []
-    for peer, name in ((FLOOR, FLOOR), (TWICE, TWICE), (NO_PROMPTS, "itself without prompts")):
-        if known := [row for row in ours if plainly(row) and peer in row.ratios]:
-            row = max(known, key=lambda row: row.ratios[peer])
-            where = ", ".join(filter(None, (row.shape, row.layout, row.mode, row.dtype)))
-            worst.append(f"- {row.ratios[peer]:.2f} / {name} ({where})")
-    return [*found, "The worst over every shape measured:", *worst] if worst else found
+    peers = ((FLOOR, FLOOR), (TWICE, TWICE), (NO_PROMPTS, "itself without prompts"))
+    known = {peer: [row for row in ours if peer in row.ratios] for peer, _ in peers}
+    return [
+        (max(known[peer], key=lambda row: row.ratios[peer]), peer, name)
+        for peer, name in peers
+        if known[peer]
+    ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import chapters, compare, contenders, gpu_check, peers, report, runner
+from bench import chapters, compare, conditions, contenders, gpu_check, peers, report, runner
 from bench.__main__ import main
 from bench.cpu_goals import CPU_GOALS
 from bench.goals import Goal, judged, ratio, rows_of
@@ -130,6 +130,49 @@ def test_the_readme_names_the_fastest_other_and_the_worst_shape(tmp_path):
     assert "| forward, every shape / the fastest other that has prompts | 0.62 to 0.80 |" in readme
     assert "- 0.80 / plain SDPA (first, forward, float32)" in readme
     assert "| forward, 128 to 512 tokens / plain SDPA, which has no prompts | 0.50 |" in readme
+
+
+@pytest.mark.parametrize(
+    "name, processor",
+    [
+        ("AMD EPYC", "AMD EPYC family 26 model 2"),
+        ("AMD EPYC 7R13 Processor", "AMD EPYC 7R13 Processor"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU family 26 model 2"),  # a clock is no name
+    ],
+)
+def test_chips_of_one_name_are_told_apart(tmp_path, name, processor):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(2 * f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\nstepping\t: 1\n\n")
+    assert conditions.processor(cpuinfo) == processor
+
+
+def test_the_readme_shows_the_newest_whole_chip_and_the_losses_of_the_others(tmp_path, capsys):
+    """A few newer rows of a third chip hide neither. The runs of two chips are never one another's second."""
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    results = tmp_path / "results"
+
+    def measured(chip, day, *suites, ratio):
+        for suite in suites:
+            facts = {**FACTS, "chip": chip, "time": f"2026-01-0{day}T03:04:05Z"}
+            book = Ledger(results / conditions.folder_name(chip) / f"{suite}.jsonl", facts)
+            book.add(row(suite=suite, ratios={"plain SDPA": ratio}))
+
+    measured("Zen 4", 1, "attention", "bars", ratio=1.25)
+    measured("Zen 5", 2, "attention", "bars", ratio=0.5)
+    measured("Zen 6", 3, "bars", ratio=0.25)
+    report.write(results, tmp_path)
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    assert "| Zen 5 | float32 |" in readme and "/ plain SDPA, which has no prompts | 0.50 |" in readme
+    assert (
+        "- Zen 4 (`bench/results/zen-4/`, 2026-01-01): 0 of 1 goals met; 0 of 1 figures; at worst 1.25 / plain SDPA."
+        in readme
+    )
+    assert "- Zen 6 (`bench/results/zen-6/`, 2026-01-03): 1 of 1 goals met" in readme
+    assert all(f"## {chip}\n" in page for chip in ("Zen 4", "Zen 5", "Zen 6"))
+    assert main(["agree", "--results", str(results)]) == 2
+    measured("Zen 4", 4, "bars", ratio=1.25)
+    assert main(["agree", "--results", str(results)]) == 0
+    assert "zen-4/bars.jsonl" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -83,7 +83,8 @@ def conditions_of(rows: Sequence[Measured]) -> list[str]:
         facts = measured.run.conditions
         libraries = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         malloc = "" if facts["malloc"] == "default" else f", malloc {facts['malloc']}"
-        same = f"{facts['chip']} ({facts['instructions']}), commit {facts['commit']}, {libraries}{malloc}"
+        settings = "".join(f", {name}={value}" for name, value in facts.get("settings", {}).items())
+        same = f"{facts['chip']} ({facts['instructions']}), commit {facts['commit']}, {libraries}{malloc}{settings}"
         alike.setdefault(same, []).append(measured)
     return [
         f"{same}, {span(m.run.conditions['time'][:10] for m in found)}, load of the minute before "

@@ -17,6 +17,7 @@ import torch
 LIBRARIES = (
     "torch", "triton", "transformers", "peft", "litgpt", "flash_attn", "flashinfer-python", "xformers", "liger-kernel"
 )  # fmt: skip
+SETTINGS = ("ZINIT_AUTOTUNE", "ZINIT_TRY_GPU")  # of the environment: they choose what runs
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -69,17 +70,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" where what runs differs from it: ledgers and pages may."""
+    """The checkout's commit, "-dirty" where what runs differs from it: ledgers and pages may. A copy without its
+    history, on a GPU machine say, is told by ZINIT_COMMIT where it comes from."""
     git = ["git", "-C", str(ROOT)]
     found = output([*git, "rev-parse", "--short=10", "HEAD"])
     pages = [f":!{path}" for path in ("bench/results", "docs", "*.md")]
     changed = output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *pages])
-    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+    return f"{found}{'-dirty' if changed else ''}" if found else os.environ.get("ZINIT_COMMIT", "unknown")
 
 
 def what_and_where(facts: Mapping[str, object]) -> str:
     """Of the conditions what two runs must share to be runs of the same thing."""
-    same = ("chip", "instructions", "commit", "versions", "malloc")
+    same = ("chip", "instructions", "commit", "versions", "malloc", "settings")
     return json.dumps([facts.get(name) for name in same], sort_keys=True)
 
 
@@ -105,4 +107,5 @@ def conditions(device: torch.device) -> dict[str, object]:
             os.getloadavg()[0], 2
         ),  # of the last minute: above the threads, somebody else was at work
         "malloc": os.environ.get("GLIBC_TUNABLES", "default"),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }

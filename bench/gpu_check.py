@@ -1,11 +1,13 @@
-"""The one command for a fresh NVIDIA machine: build, test, sanitize, measure, and a table of the goals.
+"""The one command for a fresh NVIDIA machine: build, test, measure, sanitize, and a table of the goals.
 
     make gpu-check                                # into bench/results/<chip>/, docs/ and README.md
     PY=python3 make gpu-check OUT=/tmp/records    # with the torch that is there, without a network, all into one folder
     make gpu-check PART=decode                    # or build, test, sanitize, attention, memory, train, generate, tune
 
-Every part is a process with a time limit; what a part has written stays when it is stopped, and the parts after it run
-all the same, in the time that the ones before left. All output is in <chip>/gpu-check.log, which ends in the goals.
+Every step is a process with a time limit; what a step has written stays when it is stopped, and the steps after it run
+all the same, in the time that the ones before left. What matters most comes first: whether the kernels are right, then
+the goals' own figures, and last what would take all the time there is. All output is in <chip>/gpu-check.log, which
+ends in the goals. OUT holds few files, since some machines give few back: the ledgers, the log, and docs.zip.
 """
 
 from __future__ import annotations
@@ -20,70 +22,89 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, TextIO
 
 import torch
 from rich.console import Console
 
 from .chapters import chapters
-from .conditions import folder_name
+from .conditions import folder_name, why_failed
 from .goals import goals_table
 from .gpu_goals import GPU_GOALS
-from .ledger import LedgerError
 from .report import ROOT, write
+from .shapes import COMPILED
+
+RESULTS = ROOT / "bench" / "results"
 
 SHORT = "bfloat16 and (plain or grouped or indexed or paged)"  # cases that the sanitizer has time for
 PROCESSES = 12  # of the tests, which compile most of their time
+ALONE = 300.0  # seconds of a part that is asked for by name
+# pytest says which tests failed, and why, when it is told to stop, but waits up to 10 s for its processes
+GRACE = 12.0
 
 
-class Part(NamedTuple):
-    """Commands, and the seconds they may take together: under 9 minutes for all parts."""
+class Step(NamedTuple):
+    """A command of a part, and the seconds it may take: with the page and the pictures under 9 minutes for all."""
 
-    commands: Sequence[Sequence[str]]
-    limit: float
+    part: str
+    seconds: float
+    command: Sequence[str]
     environment: dict[str, str] = {}
 
 
-def parts(results: Path) -> dict[str, Part]:
+def steps(results: Path) -> list[Step]:
     python = sys.executable
     bench = [python, "-m", "bench"]
     kept = ["--results", str(results), "--seconds", "0.4", "--device", "cuda"]
-    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
     many = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-    tuned = ["--results", str(results / "tuned"), *kept[2:], "--provider", "zinit triton"]
-    return {
-        "build": Part([[python, "setup.py", "--quiet", "build_ext", "--inplace"]], 80, this_chip()),
-        # the CUDA kernels first: they are compiled already
-        "test": Part(
-            [
-                [python, "-m", "pytest", *many, *tests, "-k", "test_cuda"],
-                [python, "-m", "pytest", *many, *tests, "-k", "not test_cuda"],
-                [python, "-m", "zinit_kernels.check"],
-            ],
-            110,
+    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
+    test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
+    other_dtypes = "(torch.float32 or torch.float16)"
+    short = [python, "-m", "pytest", "-vv", *tests, "-k", f"test_cuda and {SHORT}"]
+    # whole models call backend="auto", which takes these kernels only when told to
+    fused = {"ZINIT_TRY_GPU": "1"}
+    return [
+        Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
+        Step("test", 60, [*test, f"not test_cuda and not {other_dtypes}"]),
+        Step("test", 40, [*test, "test_cuda"]),
+        Step("attention", 80, [*bench, "attention", *kept, "--compile", "none"]),
+        Step("decode", 35, [*bench, "decode", *kept, "--compile", "none"]),
+        Step("memory", 15, [*bench, "memory", *kept, "--compile", "none"]),
+        Step("train", 50, [*bench, "train", *kept], fused),
+        Step("generate", 35, [*bench, "generate", *kept], fused),
+        # the goals' two shapes again, with the rivals that compile for a minute
+        Step("attention", 60, [*bench, "attention", *kept, *compiled_jobs()]),
+        # float32 of 256 dimensions alone compiles for 50 s
+        Step("test", 40, [*test, f"not test_cuda and {other_dtypes}"]),
+        Step("test", 10, [python, "-m", "zinit_kernels.check"]),
+        # without torch's cache of memory: there a stray read lands in the next tensor
+        *(
+            Step("sanitize", seconds, [*sanitizer(tool), *short], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            for tool, seconds in (("memcheck", 15), ("racecheck", 5), ("synccheck", 5), ("initcheck", 5))
         ),
-        "sanitize": Part(
-            [
-                [*sanitizer(tool), python, "-m", "pytest", "-x", *tests, "-k", f"test_cuda and {SHORT}"]
-                for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-            ],
-            100,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else a stray read lands in the cache's next tensor
-        ),
-        "attention": Part([[*bench, "attention", *kept]], 85),
-        "decode": Part([[*bench, "decode", *kept, "--compile", "none"]], 35),
-        "memory": Part([[*bench, "memory", *kept, "--compile", "none"]], 15),
-        "train": Part([[*bench, "train", *kept]], 60),
-        "generate": Part([[*bench, "generate", *kept]], 40),
-        "tune": Part(
-            [[*bench, "attention", "--shape", "LLaMA-7B", *tuned]],
-            300,
-            {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"},
-        ),
-    }
+    ]
 
 
-ALONE = ("tune",)  # asked for by name, never part of the whole: its rows are not those of the defaults
+def tune(results: Path) -> Step:
+    """Asked for by name, never part of the whole: its rows are not those of the defaults."""
+    kept = ["--results", str(results / "tuned"), "--seconds", "0.4", "--device", "cuda"]
+    only = ["--shape", "LLaMA-7B", "--provider", "zinit triton"]
+    environment = {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"}
+    return Step("tune", ALONE, [sys.executable, "-m", "bench", "attention", *kept, *only], environment)
+
+
+def compiled_jobs() -> list[str]:
+    return [word for shape in COMPILED for word in ("--only", f"{shape}, bfloat16, forward")]
+
+
+def chosen(only: str | None, results: Path) -> list[Step]:
+    """All steps but tune's, or those of one part, which then have its five minutes."""
+    if only is None:
+        return steps(results)
+    mine = [step for step in (*steps(results), tune(results)) if step.part == only]
+    share = ALONE / sum(step.seconds for step in mine)
+    return [step._replace(seconds=share * step.seconds) for step in mine]
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -106,69 +127,53 @@ def this_chip() -> dict[str, str]:
     return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
 
 
-def run_part(name: str, part: Part, limit: float, log: TextIO, console: Console) -> bool:
-    """Runs a part's commands until the time is over; its output goes to the log as it comes."""
-    began = time.monotonic()
-    fine = True
-    for i, command in enumerate(part.commands):
-        left = limit - (time.monotonic() - began)
-        fine &= run_command(name, command, left / (len(part.commands) - i), part.environment, log, console)
-    if fine:
-        console.print(f"{name}: done in {time.monotonic() - began:.0f} s", highlight=False)
-    return fine
-
-
-def run_command(
-    name: str,
-    command: Sequence[str],
-    limit: float,
-    environment: dict[str, str],
-    log: TextIO,
-    console: Console,
-) -> bool:
-    """A group of processes of its own, so that nothing of it outlives its time: asked to stop, then made to."""
-    log.write(f"\n===== {name}: {' '.join(command)}\n")
+def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:
+    """A group of processes of its own, so that nothing of it outlives its time: asked to stop, then made to. Its output
+    goes to the log as it comes."""
+    log.write(f"\n===== {step.part}, {limit:.0f} s at most: {' '.join(step.command)}\n")
     log.flush()
+    began = time.monotonic()
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **environment},
+            step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **step.environment},
         )  # fmt: skip
     except OSError as error:
-        said(f"{name}: {command[0]} cannot be run: {error.strerror}", log, console)
+        said(f"{step.part}: {step.command[0]} cannot be run: {error.strerror}", log, console)
         return False
     try:
         code = process.wait(max(limit, 1))
     except subprocess.TimeoutExpired:
         stop(process)
-        said(f"{name}: stopped after its {limit:.0f} s; what it had is kept", log, console)
+        said(f"{step.part}: stopped after its {limit:.0f} s; what it had is kept", log, console)
         return False
     except KeyboardInterrupt:
         stop(process)
         raise
-    if code:
-        said(f"{name}: failed with exit code {code}, see the log", log, console)
+    failed = f"failed with exit code {code}, see the log" if code else "done"
+    said(f"{step.part}: {failed}, {time.monotonic() - began:.0f} s", log, console, "yellow" if code else "")
     return code == 0
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that a suite says what it keeps; a second later by force."""
+    """As Ctrl-C does, so that tests and suites say what they have; by force where that takes too long."""
     for how in (signal.SIGINT, signal.SIGKILL):
         os.killpg(process.pid, how)
         try:
-            process.wait(2)
+            process.wait(GRACE)
             break
         except subprocess.TimeoutExpired:
             continue
 
 
-def said(text: str, log: TextIO, console: Console) -> None:
-    console.print(text, style="yellow", highlight=False, soft_wrap=True)
+def said(text: str, log: TextIO, console: Console, style: str = "yellow") -> None:
+    console.print(text, style=style, highlight=False, soft_wrap=True)
     log.write(f"{text}\n")
+    log.flush()
 
 
 def main() -> int:
-    known = parts(Path())
+    known = dict.fromkeys(step.part for step in (*steps(Path()), tune(Path())))
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check",
         description=__doc__,
@@ -187,32 +192,33 @@ def main() -> int:
             "run without one.", style="red", soft_wrap=True,
         )  # fmt: skip
         return 2
-    results = arguments.out.resolve() if arguments.out else ROOT / "bench" / "results"
-    return check(results, arguments.out.resolve() if arguments.out else ROOT, arguments.part, console)
+    out = arguments.out.resolve() if arguments.out else None
+    return check(out, chosen(arguments.part, out or RESULTS), console)
 
 
-def check(results: Path, root: Path, only: str | None, console: Console) -> int:
-    """Runs the parts; whatever happens, the log ends in the goals and the page is written."""
-    known = parts(results)
-    names = [only] if only else [name for name in known if name not in ALONE]
+def check(out: Path | None, wanted: Sequence[Step], console: Console) -> int:
+    """Runs the steps; whatever happens, the log ends in the goals and the page is written."""
+    results = out or RESULTS
     folder = results / folder_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "no chip")
     folder.mkdir(parents=True, exist_ok=True)
     began, allowed, done = time.monotonic(), 0.0, []
     with (folder / "gpu-check.log").open("a", encoding="utf-8") as log:
         try:
-            for name in names:
-                allowed += known[name].limit
-                done.append(run_part(name, known[name], allowed - (time.monotonic() - began), log, console))
+            for step in wanted:
+                allowed += step.seconds
+                done.append(run_step(step, allowed - (time.monotonic() - began), log, console))
         except KeyboardInterrupt:
             said("stopped: what was done is kept", log, console)
         finally:
-            if only not in ("build", "test", "sanitize"):  # which measure nothing
-                conclude(results, root, log, console)
+            if any(
+                step.part not in ("build", "test", "sanitize") for step in wanted
+            ):  # which measure nothing
+                conclude(results, out, log, console)
     console.print(f"everything is in {results}", highlight=False, soft_wrap=True)
-    return 0 if len(done) == len(names) and all(done) else 1
+    return 0 if len(done) == len(wanted) and all(done) else 1
 
 
-def conclude(results: Path, root: Path, log: TextIO, console: Console) -> None:
+def conclude(results: Path, out: Path | None, log: TextIO, console: Console) -> None:
     """The goals, into the log too, and the page with its pictures."""
     try:
         rows = [
@@ -223,10 +229,14 @@ def conclude(results: Path, root: Path, log: TextIO, console: Console) -> None:
         ]
         for target in (Console(file=log, width=140), console):
             target.print(goals_table(GPU_GOALS, rows))
-        if rows:
-            write(results, root)
-    except LedgerError as error:
-        said(f"no page and no goals: {error}", log, console)
+        if rows and out is None:
+            write(results, ROOT)
+        elif rows:
+            with TemporaryDirectory() as folder:
+                write(results, Path(folder))
+                shutil.make_archive(str(out / "docs"), "zip", folder)
+    except Exception as error:  # any: the figures are on disk, and a picture of half of them may not be drawn
+        said(f"no page: {why_failed(error)}", log, console)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,16 @@ def run(
                 said.add(text)
                 progress.console.print(text, style="yellow", highlight=False, markup=False)
 
-        task = progress.add_task("", total=sum(map(len, suites.values())))
+        total, began = sum(map(len, suites.values())), time.monotonic()
+        task = progress.add_task("", total=total)
         try:
             for name, jobs in suites.items():
                 for job in jobs:
                     progress.update(task, description=job.title)
+                    if not console.is_terminal:  # a log shows no bar
+                        done, passed = int(progress.tasks[0].completed), time.monotonic() - began
+                        left = f", about {passed / done * (total - done):.0f} s left" if done else ""
+                        console.print(f"{done} of {total}, {passed:.0f} s{left}: {job.title}", style="dim")
                     try:
                         for row in job.run(note):
                             if name not in ledgers:

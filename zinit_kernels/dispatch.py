@@ -20,9 +20,12 @@ from .backends import extension
 from .calls import CacheCall, Call
 from .checks import check_values, has_values, is_transforming
 
-# Triton and CUDA are taken by name only until a GPU has run their kernels.
-ORDER = {"cpu": ("cpu", "composed", "reference")}
-ORDER_ELSEWHERE = ("composed", "reference")
+# Triton and CUDA are taken by name only until a GPU has run their kernels; ZINIT_TRY_GPU=1 takes them all the same, for
+# whole models that name no backend: bench.gpu_check times those. CUDA first: it refuses what wants gradients.
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "composed", "reference")}
+ORDER_ELSEWHERE: tuple[str, ...] = ("composed", "reference")
+if os.environ.get("ZINIT_TRY_GPU") == "1":
+    ORDER["cuda"] = ("cuda", "triton", *ORDER_ELSEWHERE)
 BACKENDS = ("cpu", "triton", "cuda", "composed", "reference")
 MAX_FUSED_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
@@ -67,7 +70,7 @@ def explain(call: Call | CacheCall, return_lse: bool, backend: str) -> Explanati
 def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     """The backend that runs the call; raises with the reason where a named one cannot."""
     if backend == "auto":
-        order: tuple[str, ...] = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
+        order = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
         if call.query.dtype == torch.float64 and call.query.device.type == "cpu":
             # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
             order = ("reference",)

@@ -56,6 +56,7 @@ bench: build
 ifdef PY
 gpu-check: export PIP_NO_INDEX := 1
 endif
+gpu-check: export PYTHONUNBUFFERED := 1
 gpu-check: $(VENV)/.ready
 	$(PYTHON) -m bench.gpu_check $(if $(OUT),--out $(OUT)) $(if $(PART),--part $(PART))
 

@@ -4,15 +4,19 @@
     {"kind": "row", "run": ID, "suite": ..., ...}
     {"kind": "job", "run": ID, "title": ...}          after the last row of a job: --resume skips it
 
-Every line holds a digest of the one before it, so that a line changed, lost or moved is found, and named, when the
-ledger is read. A run that was interrupted keeps the rows it had.
+Every line holds a digest of the one before it and, at its end, one of itself (older ledgers do not), so that a line
+changed, lost or moved is found, and named, when the ledger is read. Lines cut off the end are not: the page tells how
+far a ledger goes. A run that was interrupted keeps the rows it had. Two runs at once write in turns.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -69,15 +73,20 @@ def digest(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
+def sealed(entry: Mapping[str, Any]) -> str:
+    """The entry as a line that ends in a digest of what is before it."""
+    line = json.dumps(entry, separators=(",", ":"), allow_nan=False)
+    return f'{line[:-1]},"digest":"{digest(line)}"}}'
+
+
 class Ledger:
     """Appends one run to a file; every row is on disk when `add` returns."""
 
     def __init__(self, path: Path, conditions: Mapping[str, Any]):
-        lines = _lines(path) if path.exists() else []
-        _check_chain(path, lines)
+        _check_chain(path, _lines(path) if path.exists() else [])
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._after = path, digest(lines[-1]) if lines else ""
-        self.identity = f"{conditions['time']} {conditions['commit']}"
+        # of two runs that begin within a second too, each has a name of its own
+        self.path, self.identity = path, f"{conditions['time']} {conditions['commit']} {secrets.token_hex(2)}"
         self._append({"kind": "run", "run": self.identity, **conditions})
 
     def add(self, row: Row) -> None:
@@ -88,12 +97,20 @@ class Ledger:
         self._append({"kind": "job", "run": self.identity, "title": title})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps({"after": self._after, **entry}, separators=(",", ":"), allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._after = digest(line)
+        """A whole line after whatever is the last one now, or none of it: half a line would spoil all before it."""
+        with self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            file.seek(0)
+            before = file.read().decode()
+            line = sealed({"after": digest(before.splitlines()[-1]) if before else "", **entry})
+            data, end = f"{line}\n".encode(), file.tell()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(end)
+                raise LedgerError(f"{self.path} cannot be written, what it had is kept: {error}") from error
 
 
 def read(path: Path) -> list[Run]:
@@ -105,7 +122,8 @@ def read(path: Path) -> list[Run]:
     for number, line in enumerate(lines, 1):
         entry = json.loads(line)
         kind, identity = entry.pop("kind", None), entry.pop("run", None)
-        entry.pop("after")
+        del entry["after"]
+        entry.pop("digest", None)
         if kind == "run":
             runs[identity] = (entry, [], [])
         elif kind == "row" and identity in runs and entry.keys() <= names:
@@ -118,6 +136,12 @@ def read(path: Path) -> list[Run]:
         Run(identity, conditions, tuple(rows), tuple(jobs))
         for identity, (conditions, rows, jobs) in runs.items()
     ]
+
+
+def extent(path: Path) -> str:
+    """How far a ledger goes: what was cut off its end is seen by who noted this."""
+    lines = _lines(path)
+    return f"{len(lines)} lines to {digest(lines[-1])}"
 
 
 def _short(value: Any) -> Any:
@@ -148,9 +172,14 @@ def _check_chain(path: Path, lines: list[str]) -> None:
             raise LedgerError(
                 f"{path}, line {number} is not JSON ({error}): restore it (git checkout)."
             ) from error
+        fault = ""
         if not isinstance(entry, dict) or entry.get("after") != after:
+            fault = f"line {number - 1} or {number} was changed, deleted or moved"
+        elif "digest" in entry and sealed({k: v for k, v in entry.items() if k != "digest"}) != line:
+            fault = f"line {number} was changed"
+        if fault:
             raise LedgerError(
-                f"{path}: line {number - 1} or {number} was changed, deleted or moved; the ledger is append-only: "
-                "restore it (git checkout), or measure anew into an empty one."
+                f"{path}: {fault}; the ledger is append-only: restore it (git checkout), or measure anew into an empty "
+                "one."
             )
         after = digest(line)

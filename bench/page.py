@@ -9,7 +9,7 @@ from .chapters import OURS, Measured, chapters, conditions_of, grouped, markdown
 from .cpu_goals import CPU_GOALS
 from .goals import HEADER, Goal, cells, judged, summary
 from .gpu_goals import GPU_GOALS
-from .ledger import Row
+from .ledger import Row, extent
 from .tables import columns_of, number
 
 GOALS = {"cpu": CPU_GOALS, "cuda": GPU_GOALS}
@@ -176,7 +176,9 @@ def page(results: Path, pictures: dict[str, list[str]]) -> str:
     """`pictures` are the file names in docs/figures of each chip's folder."""
     lines = [HEAD]
     for folder, rows in chapters(results).items():
-        lines += [f"## {rows[0].run.conditions['chip']}", "", f"Ledgers: `bench/results/{folder}/`", ""]
+        ledgers = (f"{path.name}, {extent(path)}" for path in sorted((results / folder).glob("*.jsonl")))
+        lines += [f"## {rows[0].run.conditions['chip']}", ""]
+        lines += [f"Ledgers in `bench/results/{folder}/`: {'; '.join(ledgers)}.", ""]
         lines += [f"![{name.removesuffix('.png')}](figures/{name})\n" for name in pictures.get(folder, ())]
         lines += goals_section(rows)
         by_suite = grouped(rows, "suite")

@@ -3,6 +3,7 @@
 A kernel's budget follows from how many of its blocks a multiprocessor must hold for enough loads to be in flight.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -44,9 +45,10 @@ KERNELS = {  # of one source
 
 
 def compile_one(cuda: Path, source: str, arch: int, folder: Path) -> list[dict]:
+    cubin = folder / f"{Path(source).name}_{arch}.cubin"
     command = [
         cuda / "bin" / "nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v",
-        "-o", folder / f"{Path(source).name}_{arch}.cubin", ROOT / "csrc" / "cuda" / f"{source}.cu",
+        "-o", cubin, ROOT / "csrc" / "cuda" / f"{source}.cu",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -58,8 +60,11 @@ def compile_one(cuda: Path, source: str, arch: int, folder: Path) -> list[dict]:
         if name == "decode_on_cuda_cores":
             name += f", {numbers[1]} row{'s' * (numbers[1] > 1)}"
         rows.append(
-            {**row, "kernel": name, "dtype": dtype, "head_dim": numbers[0] if numbers else 0, "arch": arch}
-        )
+            {
+                **row, "kernel": name, "dtype": dtype, "head_dim": numbers[0] if numbers else 0, "arch": arch,
+                "symbol": row["kernel"], "cubin": cubin,
+            }
+        )  # fmt: skip
     assert len(rows) == KERNELS[source], [row["kernel"] for row in rows]
     return rows
 
@@ -88,3 +93,28 @@ def test_no_spills_and_registers_within_budget(kernels):
     for row in kernels:
         assert row["stack"] == 0 and row["spilled"] == 0, f"spills: {row}"
         assert row["registers"] <= REGISTERS // THREADS // BLOCKS[row["kernel"]], f"over its budget: {row}"
+
+
+def instructions(cubin: Path, symbol: str) -> list[str]:
+    """The machine code of a kernel."""
+    triton = importlib.util.find_spec("triton")
+    program = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else Path()
+    if not program.is_file():
+        pytest.skip("cuobjdump is not here: pip install triton")
+    command = [program, "-sass", "-fun", symbol, cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
+
+
+def test_the_loads_of_a_tile_are_on_their_way_together(kernels):
+    """Not so where each is predicated: ptxas took the keys out of their registers before it asked for the values."""
+    for row in kernels:
+        kernel, head_dim = row["kernel"], row["head_dim"]
+        if not kernel.startswith("decode_on") or (kernel, head_dim) == ("decode_on_tensor_cores", 256):
+            continue  # the latter's come in pieces, for want of registers
+        of_a_lane = 8 if "cuda_cores" in kernel else 2 * -(-head_dim // 32) + 4 * -(-head_dim // 64)
+        code = instructions(row["cubin"], row["symbol"])
+        at = [i for i, instruction in enumerate(code) if re.search(r"\bLDG?\.E\S*\.128", instruction)]
+        span = at[of_a_lane - 1] - at[0]
+        print(f"{kernel}, D {head_dim}, sm_{row['arch']}: {of_a_lane} loads within {span} instructions")
+        assert span <= 8 * of_a_lane, row

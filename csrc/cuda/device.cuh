@@ -21,17 +21,14 @@
 
 namespace zinit::cuda {
 
-// 16 bytes of global memory, 16-byte aligned, that will not be read again soon; zeros where not wanted.
-__device__ __forceinline__ uint4 load_streaming(const void* address, bool wanted) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  asm volatile(
-      "{\n"
-      "  .reg .pred wanted;\n"
-      "  setp.ne.b32 wanted, %5, 0;\n"
-      "  @wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}\n"
-      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "l"(address), "r"(static_cast<int>(wanted)));
+// 16 bytes of global or shared memory, 16-byte aligned. Volatile: several stay one after another, ahead of
+// the products that need them, and so are on their way together.
+__device__ __forceinline__ uint4 load_vector(const void* address) {
+  uint4 v;
+  asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
   return v;
 }
 

@@ -63,6 +63,20 @@ __device__ __forceinline__ float load_any(const void* data, int64_t index, DType
   }
 }
 
+// f(elements) of a tensor of any dtype. A loop inside f has no branch on the dtype for each element, which
+// would make each load wait for the one before.
+template <class F>
+__device__ __forceinline__ void with_elements(const View& view, const F& f) {
+  switch (view.dtype) {
+    case DType::kFloat32:
+      return f(static_cast<const float*>(view.data));
+    case DType::kBFloat16:
+      return f(static_cast<const bf16*>(view.data));
+    default:
+      return f(static_cast<const fp16*>(view.data));
+  }
+}
+
 template <class T>
 __device__ __forceinline__ T* row_of(const View& view, int64_t batch, int64_t head, int64_t token) {
   return static_cast<T*>(view.data) + batch * view.batch + head * view.head + token * view.token;

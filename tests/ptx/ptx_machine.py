@@ -14,6 +14,7 @@ import numpy as np
 from ptx_module import TYPES, Entry, Instruction
 
 PARAMETERS, SHARED = 0x10, 0x1000  # where these memories begin; global addresses are those of the process
+SPACES = ("param", "shared", "global")  # an access that names none is generic: its address tells
 
 
 class Fault(Exception):
@@ -205,13 +206,20 @@ class Block:
         result = np.zeros((len(at), size), np.uint8)
         if space == "param":
             return self.parameters[(at - PARAMETERS)[:, None] + span]
-        pieces = [(np.ones(len(at), bool), at - SHARED, self.shared, self.shared_shadow)]
-        if space == "global":
-            which = np.searchsorted(self.memory.starts, at, side="right") - 1
-            pieces = [
-                (which == i, at - self.memory.starts[max(i, 0)], self.memory.bytes[i], self.memory.shadows[i])
-                for i in np.unique(which)
-            ]
+        is_shared = np.full(len(at), space == "shared")
+        if space == "generic":
+            is_shared = (at >= SHARED) & (at < SHARED + len(self.shared))
+        pieces = [(is_shared, at - SHARED, self.shared, self.shared_shadow)]
+        which = np.searchsorted(self.memory.starts, at, side="right") - 1
+        pieces += [
+            (
+                ~is_shared & (which == i),
+                at - self.memory.starts[max(i, 0)],
+                self.memory.bytes[i],
+                self.memory.shadows[i],
+            )
+            for i in np.unique(which[~is_shared])
+        ]
         for chosen, offset, content, shadow in pieces:
             bytes_at = offset[chosen][:, None] + span
             if (bytes_at < 0).any() or (bytes_at >= len(content)).any():
@@ -276,7 +284,8 @@ class Block:
     def do_ld(self, suffixes, operands, mask):
         names, kind = _names(operands[0]), suffixes[-1]
         itemsize = np.dtype(TYPES[kind]).itemsize
-        found = self.access(suffixes[0], self.addresses(operands[1], mask), itemsize * len(names), mask)
+        at, space = self.addresses(operands[1], mask), suffixes[0] if suffixes[0] in SPACES else "generic"
+        found = self.access(space, at, itemsize * len(names), mask)
         for column, name in zip(found.view(TYPES[kind]).T, names, strict=True):
             value = np.zeros(self.threads, TYPES[kind])
             value[mask] = column

@@ -52,7 +52,7 @@ def parse(text: str) -> dict[str, Entry]:
 def _parse_body(entry: Entry, body: str) -> None:
     line = 0
     for raw in body.splitlines():
-        text = raw.strip()
+        text = raw.strip().lstrip("{ ")  # a scope's own registers come behind its brace
         if text.startswith(".loc"):
             line = int(text.split()[2])
         elif label := re.match(r"(\$\w+):", text):
@@ -62,9 +62,7 @@ def _parse_body(entry: Entry, body: str) -> None:
             names = [f"{name}{i}" for i in range(int(count))] if count else [name]
             entry.registers.update(dict.fromkeys(names, kind))
         elif text and text not in "{}" and not text.startswith("."):
-            for statement in filter(
-                None, (part.strip().lstrip("{ ") for part in text.removesuffix("}").split(";"))
-            ):
+            for statement in filter(None, (part.strip() for part in text.removesuffix("}").split(";"))):
                 guard, name, rest = re.fullmatch(
                     r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", statement
                 ).groups()

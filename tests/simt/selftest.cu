@@ -95,7 +95,7 @@ __global__ void exit_while_awaited() {
 }
 
 __global__ void load_misaligned(const float* in, float* out) {
-  out[threadIdx.x] = static_cast<float>(load_streaming(in + 1, true).x);
+  out[threadIdx.x] = static_cast<float>(load_vector(in + 1).x);
 }
 
 __global__ void nothing() {}

@@ -45,8 +45,7 @@ bool next_copy(unsigned groups_on_their_way, Copy* copy);
 namespace zinit::cuda {
 
 // Here in the kernel's translation unit, and a plain load, so that the sanitizers judge it.
-inline uint4 load_streaming(const void* address, bool wanted) {
-  if (!wanted) return make_uint4(0, 0, 0, 0);
+inline uint4 load_vector(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16)
     simt::fail("16-byte load from %p, which is misaligned", address);
   return *static_cast<const uint4*>(address);

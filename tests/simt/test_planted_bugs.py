@@ -53,7 +53,7 @@ def tiles(file: str, correct: str, wrong: str, around: str = "@", case: Case | C
 
 BUGS = {
     "no_barrier_before_states_are_read": Bug("decode/finish.cuh", BARRIER, "", "kWarps * ROWS * 2;\n  @"),
-    "no_barrier_after_prompt_scores": Bug("decode/finish.cuh", BARRIER, "", "kLog2E);\n  }\n  @"),
+    "no_barrier_after_prompt_scores": Bug("decode/finish.cuh", BARRIER, "", "  });\n  @\n  for (int row"),
     "no_barrier_after_staging": Bug("decode/tensor_cores.cuh", BARRIER, "", "shared);\n  @"),
     "no_barrier_between_turns": Bug("decode/finish.cuh", BARRIER, "", "  @\n  }\n  const int b"),
     "one_key_too_many": Bug("decode/work.cuh", "1", "2", "position + w.window_right + @, int64_t"),
@@ -61,7 +61,7 @@ BUGS = {
         "decode/stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
     ),
     "gate_without_its_activation": Bug("prompt_table.cuh", "tanhf(raw)", "raw", "w.tanh_gate ? @ : raw"),
-    "one_split_for_all": Bug("decode/combine.cuh", "(at + s)", "at", "w.partials[@ * head_dim + d]"),
+    "one_split_for_all": Bug("decode/combine.cuh", "head_dim", "0", "+ d, @, w.splits"),
     "splits_without_keys_are_read": Bug(
         "decode/combine.cuh", "states[2 * s + 1] == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS
     ),
@@ -205,7 +205,7 @@ def test_without_a_bug_nothing_is_caught(planted, register, monkeypatch, case):
 
 
 SANITIZED = {  # caught whatever the values are
-    "thread": Bug("decode/finish.cuh", BARRIER, "", "kLog2E);\n  }\n  @"),
+    "thread": Bug("decode/finish.cuh", BARRIER, "", "  });\n  @\n  for (int row"),
     "address": Bug("decode/launch.cuh", "shared_bytes", "shared_bytes - 16", "dim3(kThreads), @, stream"),
 }
 

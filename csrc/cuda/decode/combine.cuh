@@ -34,10 +34,7 @@ __global__ void __launch_bounds__(kThreads) decode_combine(const DecodeWork w) {
   }
   __syncthreads();
   for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
-    float merged = 0.f;
-#pragma unroll 8
-    for (int s = 0; s < w.splits; ++s) merged += weights[s] * w.partials[(at + s) * head_dim + d];
-    shared.merged[d] = merged;
+    shared.merged[d] = weighted_sum(weights, w.partials + at * head_dim + d, head_dim, w.splits);
   }
   finish_rows(w, sequence.index, kv_head, row, 1, shared.states, shared);
 }

@@ -13,7 +13,7 @@ __host__ __device__ constexpr int lanes_for(int vectors) {
 }
 
 // A key is read by as many neighbouring lanes as it has vectors of 16 bytes, rounded up to a power of two
-// (the rest load nothing); each lane has kUnroll keys and their values in flight.
+// (what the rest load is not used); each lane has kUnroll keys and their values in flight.
 template <class T, int D, int ROWS>
 __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_cores(const DecodeWork w) {
   constexpr int kVector = kPerVector<T>, kLanes = lanes_for(D / kVector);
@@ -30,9 +30,11 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_co
   stage_new_tokens(w, share, shared);
   __syncthreads();
 
+  Visible visible[ROWS];
   float query[ROWS][kChunks][kVector], out[ROWS][kChunks][kVector] = {}, largest[ROWS], sum[ROWS] = {};
 #pragma unroll
   for (int row = 0; row < ROWS; ++row) {
+    visible[row] = share.visible(w, row);
     largest[row] = -INFINITY;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -52,18 +54,16 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_co
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int key = u * kLaneGroups + lane_group;
-      const CacheRow row = tile.row(key);
+      const T *key_at = tile.key(key), *value_at = tile.value(key);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        const int d = first_d + c * kLanes * kVector;
-        const bool wanted = first + key < share.end && d < D;
-        keys[u][c] = tile.load_key(row, d, wanted);
-        values[u][c] = tile.load_value(row, d, wanted);
+        const int d = first_d + c * kLanes * kVector, inside = d < D ? d : 0;  // the query is zero behind D
+        keys[u][c] = load_vector(key_at + inside);
+        values[u][c] = load_vector(value_at + inside);
       }
     }
     tile.find(first + kWarps * kTile);
 
-    const bool whole = first >= share.common.begin && first + kTile <= share.common.end;
     float weights[ROWS][kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_co
           weights[row][u] += __shfl_xor_sync(kAllLanes, weights[row][u], distance);
         }
         const int key = first + u * kLaneGroups + lane_group;
-        if (!whole && !share.sees(w, row, key)) weights[row][u] = -INFINITY;
+        if (!visible[row].holds(key)) weights[row][u] = -INFINITY;
         new_largest = fmaxf(new_largest, weights[row][u]);
       }
       const float pivot = new_largest == -INFINITY ? 0.f : new_largest;
@@ -147,16 +147,21 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_co
       shared.states[(warp * ROWS + row) * 2 + 1] = sum[row];
     }
   }
-  merge_and_finish<T, ROWS>(w, share, shared, [&](auto&& add) {
+  merge_and_finish<T, ROWS>(w, share, shared, [&](auto&& factor_of, auto&& add) {
     if (lane_group > 0) return;
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
+      if (row >= share.rows) continue;
+      const float factor = factor_of(row);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int d = first_d + c * kLanes * kVector;
         if (d >= D) continue;
+        const float (&part)[kVector] = out[row][c];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) add(row, d + i, out[row][c][i]);
+        for (int i = 0; i < kVector; i += 4) {
+          add(row, d + i, factor, make_float4(part[i], part[i + 1], part[i + 2], part[i + 3]));
+        }
       }
     }
   });

@@ -17,6 +17,25 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Sum over i of weights[i] * column[i * stride]. The loads of a batch are on their way together, those behind
+// the last of it again: of a loop that was only unrolled, ptxas made one load after another.
+template <class E>
+__device__ __forceinline__ float weighted_sum(const float* weights, const E* column, int64_t stride,
+                                              int count) {
+  constexpr int kBatch = 16;
+  float sum = 0.f;
+  for (int first = 0; first < count; first += kBatch) {
+    E elements[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) elements[i] = column[min(first + i, count - 1) * stride];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < count) sum += weights[first + i] * to_float(elements[i]);
+    }
+  }
+  return sum;
+}
+
 // shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk), of the rows whose head takes prompts.
 template <class T>
 __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row, int kv_head, int first,
@@ -25,17 +44,19 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row
   const auto prompts = static_cast<int>(w.prompt_length);
   const int64_t table = table_row * w.prompt_key.batch + kv_head * w.prompt_key.head;
   const auto head_of = [&](int row) { return kv_head * w.group + (first + row) % w.group; };
-  for (int i = warp; i < count * prompts; i += kWarps) {
-    const int row = i / prompts, p = i % prompts;
-    if (!takes_prompts(w, table_row, head_of(row))) continue;
-    float score = 0.f;
-    for (int d = lane; d < w.head_dim; d += 32) {
-      const float key = load_any(w.prompt_key.data, table + p * w.prompt_key.token + d, w.prompt_key.dtype);
-      score += to_float(shared.queries[row * shared.query_stride + d]) * key;
+  with_elements(w.prompt_key, [&](const auto* elements) {
+    for (int i = warp; i < count * prompts; i += kWarps) {
+      const int row = i / prompts, p = i % prompts;
+      if (!takes_prompts(w, table_row, head_of(row))) continue;
+      const T* query = shared.queries + row * shared.query_stride;
+      const auto* key = elements + table + p * w.prompt_key.token;
+      float score = 0.f;
+#pragma unroll 4
+      for (int d = lane; d < w.head_dim; d += 32) score += to_float(query[d]) * to_float(key[d]);
+      score = warp_sum(score);
+      if (lane == 0) shared.scores[i] = score * (w.scale * kLog2E);
     }
-    score = warp_sum(score);
-    if (lane == 0) shared.scores[i] = score * (w.scale * kLog2E);
-  }
+  });
   __syncthreads();
   for (int row = warp; row < count; row += kWarps) {
     if (!takes_prompts(w, table_row, head_of(row))) continue;
@@ -66,11 +87,13 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
     const int taken = prompts && takes_prompts(w, table_row, head) ? prompts : 0;
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
       float prompt = 0.f;
-      for (int p = 0; p < taken; ++p) {
-        prompt += shared.scores[row * prompts + p] *
-                  load_any(w.prompt_value.data, table + p * w.prompt_value.token + d, w.prompt_value.dtype);
+      if (taken) {
+        with_elements(w.prompt_value, [&](const auto* elements) {
+          prompt =
+              weighted_sum(shared.scores + row * prompts, elements + table + d, w.prompt_value.token, taken);
+        });
       }
-      const float out = (sum == 0.f ? 0.f : shared.merged[row * head_dim + d] / sum) + prompt;
+      const float out = (sum == 0.f ? 0.f : shared.merged[row * shared.merged_stride + d] / sum) + prompt;
       row_of<T>(w.out, sequence, head, token)[d] = from_float<T>(out);
     }
     if (threadIdx.x == 0) {
@@ -88,11 +111,12 @@ __device__ __forceinline__ int64_t partial_index(const DecodeWork& w, int sequen
 }
 
 // What the warps of a block found becomes one. Each warp has left its states (maximum and sum of every row)
-// in shared memory; `each_element(f)` calls f(row, d, value) for the weighted values that a lane holds. The
-// warps add in turns, in the order of the keys, so the result has the same bits every time.
-template <class T, int ROWS, class EachElement>
+// in shared memory; `each_vector(factor_of, add)` calls add(row, d, factor_of(row), four values) for the
+// weighted values that a lane holds. The warps add in turns, in the order of the keys, so the result has the
+// same bits every time.
+template <class T, int ROWS, class EachVector>
 __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Share& share,
-                                                 const Shared<T>& shared, const EachElement& each_element) {
+                                                 const Shared<T>& shared, const EachVector& each_vector) {
   const auto head_dim = static_cast<int>(w.head_dim);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   float* merged_states = shared.states + kWarps * ROWS * 2;
@@ -110,11 +134,15 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
   __syncthreads();
   for (int turn = 0; turn < kWarps; ++turn) {
     if (warp == turn) {
-      each_element([&](int row, int d, float value) {
+      const auto factor_of = [&](int row) {
         const float largest = merged_states[2 * row], own = shared.states[(warp * ROWS + row) * 2];
-        const float factor = largest == -INFINITY ? 0.f : fast_exp2(own - largest);
-        float& to = shared.merged[row * head_dim + d];
-        to = turn == 0 ? value * factor : to + value * factor;
+        return largest == -INFINITY ? 0.f : fast_exp2(own - largest);
+      };
+      each_vector(factor_of, [&](int row, int d, float factor, float4 values) {
+        float4& to = *reinterpret_cast<float4*>(shared.merged + row * shared.merged_stride + d);
+        const float4 sum = turn == 0 ? make_float4(0.f, 0.f, 0.f, 0.f) : to;
+        to = make_float4(sum.x + values.x * factor, sum.y + values.y * factor, sum.z + values.z * factor,
+                         sum.w + values.w * factor);
       });
     }
     __syncthreads();
@@ -126,7 +154,7 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
   for (int row = 0; row < share.rows; ++row) {
     const int64_t at = partial_index(w, b, share.kv_head, share.first_row + row, share.split);
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
-      w.partials[at * head_dim + d] = shared.merged[row * head_dim + d];
+      w.partials[at * head_dim + d] = shared.merged[row * shared.merged_stride + d];
     }
     if (threadIdx.x < 2) w.states[2 * at + threadIdx.x] = merged_states[2 * row + threadIdx.x];
   }

@@ -40,7 +40,10 @@ __device__ __forceinline__ void stage_new_tokens(const DecodeWork& w, const Shar
   }
 }
 
-// A tile of keys: lane l knows where key l % KEYS lies, and tells the others.
+// A tile of keys: lane l knows where key l % KEYS and its value lie, in the cache or among the new ones in
+// shared memory, and tells the others. Behind the last key of the share that one stands again, to get no
+// weight: loads that are all wanted need no zeros in their place. With them ptxas took each key out of its
+// registers before it asked for the values, and a tile waited for memory several times.
 template <class T, int KEYS>
 class KeyTile {
  public:
@@ -49,33 +52,27 @@ class KeyTile {
 
   // Ahead of use: the block table is read while the tile before is computed.
   __device__ __forceinline__ void find(int first) {
-    const int key = first + static_cast<int>(threadIdx.x) % KEYS;
-    found_ = key < share_.end ? locate(w_, share_.sequence, key) : CacheRow{0, 0};
+    const int key = max(min(first + static_cast<int>(threadIdx.x) % KEYS, share_.end - 1), 0);
+    const CacheRow at = locate(w_, share_.sequence, key);
+    const auto place = [&](const View& cache, const T* new_rows) {
+      return at.page < 0 ? new_rows + at.slot * w_.head_dim
+                         : row_of<T>(cache, at.page, share_.kv_head, at.slot);
+    };
+    key_ = place(w_.key_cache, shared_.new_keys);
+    value_ = place(w_.value_cache, shared_.new_values);
   }
-  __device__ __forceinline__ CacheRow row(int key) const {
-    return {__shfl_sync(kAllLanes, found_.page, key), __shfl_sync(kAllLanes, found_.slot, key)};
-  }
-  __device__ __forceinline__ uint4 load_key(const CacheRow& row, int d, bool wanted) const {
-    return load(w_.key_cache, shared_.new_keys, row, d, wanted);
-  }
-  __device__ __forceinline__ uint4 load_value(const CacheRow& row, int d, bool wanted) const {
-    return load(w_.value_cache, shared_.new_values, row, d, wanted);
-  }
+  __device__ __forceinline__ const T* key(int i) const { return told(key_, i); }
+  __device__ __forceinline__ const T* value(int i) const { return told(value_, i); }
 
  private:
-  __device__ __forceinline__ uint4 load(const View& cache, const T* new_rows, const CacheRow& row, int d,
-                                        bool wanted) const {
-    const bool is_new = row.page < 0;
-    uint4 vector =
-        load_streaming(row_of<T>(cache, row.page, share_.kv_head, row.slot) + d, wanted && !is_new);
-    if (wanted && is_new) vector = *reinterpret_cast<const uint4*>(new_rows + row.slot * w_.head_dim + d);
-    return vector;
+  __device__ __forceinline__ static const T* told(const T* place, int i) {
+    return reinterpret_cast<const T*>(__shfl_sync(kAllLanes, reinterpret_cast<uintptr_t>(place), i));
   }
 
   const DecodeWork& w_;
   const Share& share_;
   const Shared<T>& shared_;
-  CacheRow found_;
+  const T *key_, *value_;
 };
 
 }  // namespace zinit::cuda

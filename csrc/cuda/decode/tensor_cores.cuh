@@ -33,29 +33,29 @@ __global__ void __launch_bounds__(kThreads, 2) decode_on_tensor_cores(const Deco
   __syncthreads();
 
   const float scale = w.scale * kLog2E;
+  const Visible visible[2] = {share.visible(w, group), share.visible(w, group + 8)};
   float out[kValueChunks][8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
   KeyTile<T, kTile> tile(w, share, shared);
   tile.find(share.begin + warp * kTile);
   for (int first = share.begin + warp * kTile; first < share.end; first += kWarps * kTile) {
     uint4 keys[2][kKeyChunks];
-    const CacheRow key_rows[2] = {tile.row(group), tile.row(group + 8)};
     const auto load_keys = [&](int n) {
+      const T* key = tile.key(n * 8 + group);
 #pragma unroll
       for (int c = 0; c < kKeyChunks; ++c) {
         const int d = c * 32 + quarter * 8;
-        keys[n][c] = tile.load_key(key_rows[n], d, first + n * 8 + group < share.end && d < D);
+        keys[n][c] = load_vector(key + (d < D ? d : 0));  // the query is zero behind D
       }
     };
+    const T* value_rows[4];  // of the keys whose weights this lane will hold
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value_rows[i] = tile.value(quarter * 2 + i % 2 + i / 2 * 8);
     uint4 values[kValueChunks][4];
     const auto load_values = [&](int c) {
       const int d = c * 64 + group * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // of the keys whose weights this lane will hold
-        const int key = quarter * 2 + i % 2 + i / 2 * 8;
-        const CacheRow row = tile.row(key);
-        values[c][i] = tile.load_value(row, d, first + key < share.end && d < D);
-      }
+      for (int i = 0; i < 4; ++i) values[c][i] = load_vector(value_rows[i] + (d < D ? d : 0));
     };
     if constexpr (kAllEarly) {
       load_keys(0);
@@ -79,15 +79,14 @@ __global__ void __launch_bounds__(kThreads, 2) decode_on_tensor_cores(const Deco
       }
     }
 
-    const bool whole = first >= share.common.begin && first + kTile <= share.common.end;
     float new_largest[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = first + n * 8 + quarter * 2 + i % 2;
-        const bool seen = whole || share.sees(w, group + i / 2 * 8, key);
-        scores[n][i] = seen ? __fmul_rn(scores[n][i], scale) : -INFINITY;  // see kFusedBelow in softmax.cuh
+        const float score = __fmul_rn(scores[n][i], scale);  // see kFusedBelow in softmax.cuh
+        scores[n][i] = visible[i / 2].holds(key) ? score : -INFINITY;
         new_largest[i / 2] = fmaxf(new_largest[i / 2], scores[n][i]);
       }
     }
@@ -143,15 +142,23 @@ __global__ void __launch_bounds__(kThreads, 2) decode_on_tensor_cores(const Deco
       shared.states[2 * row + 1] = sum[half];
     }
   }
-  merge_and_finish<T, kRows>(w, share, shared, [&](auto&& add) {
+  merge_and_finish<T, kRows>(w, share, shared, [&](auto&& factor_of, auto&& add) {
 #pragma unroll
-    for (int c = 0; c < kValueChunks; ++c) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = group + half * 8;
+      if (row >= share.rows) continue;
+      const float factor = factor_of(row);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int c = 0; c < kValueChunks; ++c) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int d = c * 64 + (quarter * 2 + i % 2) * 8 + j;
-          if (d < D) add(group + i / 2 * 8, d, out[c][j][i]);
+        for (int i = half * 2; i < half * 2 + 2; ++i) {
+          const int d = c * 64 + (quarter * 2 + i % 2) * 8;
+          if (d >= D) continue;
+#pragma unroll
+          for (int j = 0; j < 8; j += 4) {
+            add(row, d + j, factor,
+                make_float4(out[c][j][i], out[c][j + 1][i], out[c][j + 2][i], out[c][j + 3][i]));
+          }
         }
       }
     }

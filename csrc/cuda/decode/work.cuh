@@ -19,6 +19,7 @@ struct DecodeWork : CacheWork {
 struct Visible {
   int begin, end;
 
+  Visible() = default;
   __device__ Visible(int from, int to) : begin(from), end(to) {}
   __device__ Visible(const DecodeWork& w, const Sequence& s, int token) {
     const int position = s.total - static_cast<int>(w.seqlen_q) + token;
@@ -34,7 +35,6 @@ struct Share {
   Sequence sequence;
   int kv_head, first_row, rows, split;
   int begin, end;
-  Visible common;  // what all of its rows see of its keys
   bool appends;
 
   template <int ROWS>
@@ -48,12 +48,14 @@ struct Share {
               share = ((keys + w.splits - 1) / w.splits + 15) / 16 * 16;
     const int begin = min(first.begin + split * share, last.end), end = min(begin + share, last.end);
     const bool appends = sequence.appended > 0 && split == w.splits - 1 && row_block == 0;
-    return {sequence, static_cast<int>(blockIdx.y) / w.row_blocks, first_row, rows, split, begin,
-            end,      {last.begin, min(first.end, end)},           appends};
+    return {sequence, static_cast<int>(blockIdx.y) / w.row_blocks, first_row, rows, split, begin, end,
+            appends};
   }
   __device__ bool sees_new_keys() const { return end > sequence.length; }
-  __device__ bool sees(const DecodeWork& w, int row, int key) const {
-    return key < end && Visible(w, sequence, (first_row + row) / w.group).holds(key);
+  // What one of its rows sees of its keys.
+  __device__ Visible visible(const DecodeWork& w, int row) const {
+    const Visible all(w, sequence, (first_row + row) / w.group);
+    return {all.begin, min(all.end, end)};
   }
 };
 
@@ -72,14 +74,16 @@ __device__ __forceinline__ CacheRow locate(const DecodeWork& w, const Sequence& 
 
 // The dynamic shared memory of a block, in bytes from its start.
 struct SharedLayout {
-  int query_stride;  // elements: 64 bytes past a multiple of 128, so that an mma's fragments meet no bank
-                     // twice
-  int queries;       // T [ROWS, query_stride], rotated, zeros behind D
-  int merged;        // float [ROWS, D]
-  int states;        // float [kWarps + 1, ROWS, 2]: of each warp, and merged
-  int scores;        // float [ROWS, P]
-  int new_keys;      // T [T_new, D], rotated
-  int new_values;    // T [T_new, D]
+  int query_stride;   // elements: 64 bytes past a multiple of 128, so that an mma's fragments meet no bank
+                      // twice
+  int queries;        // T [ROWS, query_stride], rotated, zeros behind D
+  int merged_stride;  // floats: 8 past D, so that at most two of eight lanes with four floats each meet a
+                      // bank
+  int merged;         // float [ROWS, merged_stride]
+  int states;         // float [kWarps + 1, ROWS, 2]: of each warp, and merged
+  int scores;         // float [ROWS, P]
+  int new_keys;       // T [T_new, D], rotated
+  int new_values;     // T [T_new, D]
   int bytes;
 
   __host__ __device__ SharedLayout(int rows, int head_dim, int element_bytes, int prompt_length,
@@ -88,7 +92,8 @@ struct SharedLayout {
     query_stride = row_bytes / element_bytes;
     queries = 0;
     merged = queries + rows * row_bytes;
-    states = merged + rows * head_dim * 4;
+    merged_stride = head_dim + 8;
+    states = merged + rows * merged_stride * 4;
     scores = states + (kWarps + 1) * rows * 8;
     new_keys = (scores + rows * prompt_length * 4 + 15) / 16 * 16;
     new_values = new_keys + new_tokens * head_dim * element_bytes;
@@ -99,13 +104,14 @@ struct SharedLayout {
 template <class T>
 struct Shared {
   T* queries;
-  int query_stride;
+  int query_stride, merged_stride;
   float *merged, *states, *scores;
   T *new_keys, *new_values;
 
   __device__ Shared(unsigned char* memory, const SharedLayout& at)
       : queries(reinterpret_cast<T*>(memory + at.queries)),
         query_stride(at.query_stride),
+        merged_stride(at.merged_stride),
         merged(reinterpret_cast<float*>(memory + at.merged)),
         states(reinterpret_cast<float*>(memory + at.states)),
         scores(reinterpret_cast<float*>(memory + at.scores)),

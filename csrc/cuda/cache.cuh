@@ -45,18 +45,44 @@ __device__ __forceinline__ int page_of(const CacheWork& w, int sequence, int ind
   return page >= 0 && page < w.num_pages ? page : -1;
 }
 
-// Dimension d of a row, turned by the angles of `position`, rounded to the dtype that the cache would hold.
+// Dimensions d .. d + N of a row, turned by the angles of `position`, rounded to the dtype that the cache
+// would hold. All of it is asked for before any of it is used.
+template <class T, int N>
+__device__ __forceinline__ void rotate(const CacheWork& w, const T* row, int d, int position, T (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = row[d + i];
+  if (!w.rotary_cos || d >= w.rotary_dim) return;
+  const int turned = static_cast<int>(w.rotary_dim), half = turned / 2;
+  const int64_t angles = min(static_cast<int64_t>(position), w.rotary_positions - 1) * w.rotary_stride;
+  T partner[N];
+  int pair[N];
+  bool second[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int at = min(d + i, turned - 1);
+    second[i] = w.rotary_interleaved ? at % 2 : at >= half;
+    pair[i] = w.rotary_interleaved ? at / 2 : second[i] ? at - half : at;
+    partner[i] = row[w.rotary_interleaved ? at ^ 1 : second[i] ? at - half : at + half];
+  }
+  with_elements(w.rotary_cos, w.rotary_dtype, [&](const auto* cosines) {
+    const auto* sines = static_cast<decltype(cosines)>(w.rotary_sin);
+    std::remove_cvref_t<decltype(*cosines)> cosine[N], sine[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) cosine[i] = cosines[angles + pair[i]], sine[i] = sines[angles + pair[i]];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float turn = second[i] ? to_float(sine[i]) : -to_float(sine[i]);
+      const float element = to_float(to[i]) * to_float(cosine[i]) + to_float(partner[i]) * turn;
+      if (d + i < turned) to[i] = from_float<T>(element);
+    }
+  });
+}
+
 template <class T>
 __device__ __forceinline__ T rotated(const CacheWork& w, const T* row, int d, int position) {
-  if (!w.rotary_cos || d >= w.rotary_dim) return row[d];
-  const int half = static_cast<int>(w.rotary_dim) / 2;
-  const bool second = w.rotary_interleaved ? d % 2 : d >= half;
-  const int pair = w.rotary_interleaved ? d / 2 : second ? d - half : d;
-  const int partner = w.rotary_interleaved ? d ^ 1 : second ? d - half : d + half;
-  const int64_t at = min(static_cast<int64_t>(position), w.rotary_positions - 1) * w.rotary_stride + pair;
-  const float cosine = load_any(w.rotary_cos, at, w.rotary_dtype);
-  const float sine = load_any(w.rotary_sin, at, w.rotary_dtype);
-  return from_float<T>(to_float(row[d]) * cosine + to_float(row[partner]) * (second ? sine : -sine));
+  T to[1];
+  rotate(w, row, d, position, to);
+  return to[0];
 }
 
 // Dimension d of a new key and value at their position; a table entry outside the pool writes nowhere.

@@ -51,29 +51,17 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return word;
 }
 
-// For what is read once and may have any dtype: prompt tables, rotary tables.
-__device__ __forceinline__ float load_any(const void* data, int64_t index, DType dtype) {
+// f(elements) of data of any dtype. Inside f there is no branch on the dtype for each element, which would
+// make each load wait for the one before.
+template <class F>
+__device__ __forceinline__ void with_elements(const void* data, DType dtype, const F& f) {
   switch (dtype) {
     case DType::kFloat32:
-      return static_cast<const float*>(data)[index];
+      return f(static_cast<const float*>(data));
     case DType::kBFloat16:
-      return to_float(static_cast<const bf16*>(data)[index]);
+      return f(static_cast<const bf16*>(data));
     default:
-      return to_float(static_cast<const fp16*>(data)[index]);
-  }
-}
-
-// f(elements) of a tensor of any dtype. A loop inside f has no branch on the dtype for each element, which
-// would make each load wait for the one before.
-template <class F>
-__device__ __forceinline__ void with_elements(const View& view, const F& f) {
-  switch (view.dtype) {
-    case DType::kFloat32:
-      return f(static_cast<const float*>(view.data));
-    case DType::kBFloat16:
-      return f(static_cast<const bf16*>(view.data));
-    default:
-      return f(static_cast<const fp16*>(view.data));
+      return f(static_cast<const fp16*>(data));
   }
 }
 

@@ -44,7 +44,7 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row
   const auto prompts = static_cast<int>(w.prompt_length);
   const int64_t table = table_row * w.prompt_key.batch + kv_head * w.prompt_key.head;
   const auto head_of = [&](int row) { return kv_head * w.group + (first + row) % w.group; };
-  with_elements(w.prompt_key, [&](const auto* elements) {
+  with_elements(w.prompt_key.data, w.prompt_key.dtype, [&](const auto* elements) {
     for (int i = warp; i < count * prompts; i += kWarps) {
       const int row = i / prompts, p = i % prompts;
       if (!takes_prompts(w, table_row, head_of(row))) continue;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
       float prompt = 0.f;
       if (taken) {
-        with_elements(w.prompt_value, [&](const auto* elements) {
+        with_elements(w.prompt_value.data, w.prompt_value.dtype, [&](const auto* elements) {
           prompt =
               weighted_sum(shared.scores + row * prompts, elements + table + d, w.prompt_value.token, taken);
         });

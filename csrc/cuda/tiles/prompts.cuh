@@ -34,9 +34,10 @@ __device__ __forceinline__ void stage_prompts(const AttentionParams& w, const Pr
         return copy_async(to, row_of<T>(table, branch.table_row, branch.kv_head, prompt) + d, wanted);
       }
       const int64_t at = branch.table_row * table.batch + branch.kv_head * table.head + prompt * table.token;
-      for (int i = 0; i < 8; ++i) {
-        to[i] = from_float<T>(wanted ? load_any(table.data, at + d + i, table.dtype) : 0.f);
-      }
+      with_elements(table.data, table.dtype, [&](const auto* elements) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = from_float<T>(wanted ? to_float(elements[at + d + i]) : 0.f);
+      });
     };
     stage(w.prompt_key, keys + row * Shape::kStride + d);
     stage(w.prompt_value, values + row * Shape::kStride + d);

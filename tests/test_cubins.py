@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,7 @@ def test_no_spills_and_registers_within_budget(kernels):
         assert row["registers"] <= REGISTERS // THREADS // BLOCKS[row["kernel"]], f"over its budget: {row}"
 
 
+@cache
 def instructions(cubin: Path, symbol: str) -> list[str]:
     """The machine code of a kernel."""
     triton = importlib.util.find_spec("triton")
@@ -118,3 +120,18 @@ def test_the_loads_of_a_tile_are_on_their_way_together(kernels):
         span = at[of_a_lane - 1] - at[0]
         print(f"{kernel}, D {head_dim}, sm_{row['arch']}: {of_a_lane} loads within {span} instructions")
         assert span <= 8 * of_a_lane, row
+
+
+def test_the_combination_begins_while_the_splits_end_and_waits_for_them(kernels):
+    """On sm_90 and newer; what waits for nothing there must not be launched behind another."""
+    for row in kernels:
+        if not row["kernel"].startswith("decode"):
+            continue
+        code = instructions(row["cubin"], row["symbol"])
+        waits = [i for i, instruction in enumerate(code) if "ACQBULK" in instruction]
+        lets_begin = any("PREEXIT" in instruction for instruction in code)
+        if row["kernel"] != "decode_combine" or row["arch"] < 90:
+            assert not waits and lets_begin == (row["kernel"] != "decode_combine" and row["arch"] >= 90), row
+            continue
+        writes = [i for i, instruction in enumerate(code) if re.search(r"\bSTG?\.E", instruction)]
+        assert len(waits) == 1 and waits[0] < writes[0] and not lets_begin, row

@@ -12,6 +12,10 @@
 #define ZINIT_UNPAREN(...) __VA_ARGS__
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (ZINIT_UNPAREN kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// The same for a kernel whose threads all call wait_for_launch_before: its blocks may take their places while
+// the launch before it, on this stream, still runs.
+#define LAUNCH_BEHIND(kernel, grid, block, shared_bytes, stream, ...) \
+  ::zinit::cuda::launch_behind((ZINIT_UNPAREN kernel), (grid), (block), (shared_bytes), (stream), __VA_ARGS__)
 // More than 48 KB of shared memory must be asked for. False where it is refused: then cudaGetLastError says
 // why.
 #define ALLOW_SHARED(kernel, bytes)                                                          \
@@ -20,6 +24,39 @@
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace zinit::cuda {
+
+// Compiled for older chips a kernel has no such wait, also where a newer chip runs its PTX: it is launched as
+// any other.
+template <class... Parameters, class... Arguments>
+void launch_behind(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  constexpr int kFirstThatWaits = 90;
+  cudaFuncAttributes compiled{};
+  const bool waits =
+      cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= kFirstThatWaits;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes,
+  config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = waits ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Once every block of this launch has come here or ended, one LAUNCH_BEHIND it may begin.
+__device__ __forceinline__ void let_launch_behind_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
+// Until the launch before has ended, and all that it wrote can be read.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
 
 // 16 bytes of global or shared memory, 16-byte aligned. Volatile: several stay one after another, ahead of
 // the products that need them, and so are on their way together.

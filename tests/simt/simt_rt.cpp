@@ -101,6 +101,7 @@ struct Runtime {
   const void* main_stack_bottom;
   size_t main_stack_bytes;
   char barrier_token, launch_token;  // what the thread sanitizer orders by
+  size_t waits;                      // of a launch behind another
   std::vector<void*> blocks_shared;  // kept to the end of a launch: an address used twice would hide a race
 } R;
 
@@ -430,6 +431,14 @@ void allow_shared(const void* kernel, size_t bytes) {
   const size_t has = smaller_chip ? strtoul(smaller_chip, nullptr, 10) : kSharedBytesAtMost;
   if (bytes > has) fail("%zu bytes of shared memory asked for, the chip has %zu", bytes, has);
   R.allowed[kernel] = bytes;
+}
+
+void begin_behind() { R.waits = 0; }
+void note_wait() { ++R.waits; }
+
+void require_waits(const char* name, dim3 grid, dim3 block) {
+  const size_t threads = size_t{grid.x} * grid.y * grid.z * block.x * block.y * block.z;
+  if (R.waits != threads) fail("%s: %zu of %zu threads waited for the launch before", name, R.waits, threads);
 }
 
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,

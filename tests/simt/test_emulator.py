@@ -21,6 +21,7 @@ ERRORS = {
     "wait_for_each_other": r"(?s)deadlock:.*waits at __syncthreads.*thread 40 waits at __syncwarp",
     "exit_while_awaited": r"names lanes that have exited|exits while lanes wait for it at __syncwarp",
     "too_many_threads": r"2048 threads per block",
+    "without_a_wait": r"64 of 128 threads waited for the launch before",
     "bad_grid": r"bad grid \(1, 65536, 1\)",
     "too_much_shared": r"65536 bytes of shared memory, 49152 allowed",
     "too_much_asked_for": r"300000 bytes of shared memory asked for",

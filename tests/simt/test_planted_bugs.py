@@ -61,6 +61,7 @@ BUGS = {
         "decode/stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
     ),
     "gate_without_its_activation": Bug("prompt_table.cuh", "tanhf(raw)", "raw", "w.tanh_gate ? @ : raw"),
+    "combined_without_a_wait": Bug("decode/combine.cuh", "wait_for_launch_before();", ""),
     "one_split_for_all": Bug("decode/combine.cuh", "head_dim", "0", "+ d, @, w.splits"),
     "splits_without_keys_are_read": Bug(
         "decode/combine.cuh", "states[2 * s + 1] == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS

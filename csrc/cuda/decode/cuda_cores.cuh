@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) decode_on_cuda_co
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int lane_group = lane / kLanes, first_d = lane % kLanes * kVector;
 
+  let_launch_behind_begin();
   stage_queries(w, share.sequence, share.kv_head, share.first_row, share.rows, ROWS, shared);
   stage_new_tokens(w, share, shared);
   __syncthreads();

@@ -59,7 +59,7 @@ void launch_combine(const DecodeWork& w, cudaStream_t stream) {
   if (w.splits == 1 || w.query_rows == 0) return;
   const dim3 grid(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
                   static_cast<unsigned>(w.num_sequences));
-  LAUNCH((decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w), stream, w);
+  LAUNCH_BEHIND((decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w), stream, w);
 }
 
 template <class T>

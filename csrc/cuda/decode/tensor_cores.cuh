@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_on_tensor_cores(const Deco
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = lane / 4, quarter = lane % 4;  // of an mma's fragments: row or column, and place in it
 
+  let_launch_behind_begin();
   stage_queries(w, share.sequence, share.kv_head, share.first_row, share.rows, kRows, shared);
   stage_new_tokens(w, share, shared);
   __syncthreads();

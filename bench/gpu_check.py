@@ -120,11 +120,11 @@ def sanitizer(tool: str) -> list[str]:
 
 
 def this_chip() -> dict[str, str]:
-    """Kernels for it alone: those for every chip of a list take the compilers several times as long."""
+    """The CUDA kernels, or a failure that says why not; for it alone, since each chip more takes as long again."""
     if not torch.cuda.is_available():
         return {}
     major, minor = torch.cuda.get_device_capability()
-    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "ZINIT_CUDA": "1"}
 
 
 def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:

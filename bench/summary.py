@@ -123,7 +123,7 @@ LINES = {
 }  # fmt: skip
 HEAD = """This package's time over another's, medians of interleaved rounds, the range over the shapes of a row:
 **below 1 this package is faster**, above 1 slower. [docs/benchmarks.md](docs/benchmarks.md) has every figure, with
-pictures.
+pictures. Of plain SDPA's kernels, where several were timed, the fastest of each round counts.
 """
 
 

@@ -13,7 +13,7 @@ from tiny_peft import BIASED, CONFIGS, NEMO, PROMPTS, adapted, assert_same_step,
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForSequenceClassification  # noqa: E402
 
 from zinit_kernels.integrations.peft import accelerate, restore  # noqa: E402
-from zinit_kernels.integrations.prompts import _projected_prompts  # noqa: E402
+from zinit_kernels.integrations.prompts import _kept_tables  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["whole", "left-padded", "right-padded", "packed"])
@@ -356,10 +356,10 @@ class TestProjectedPromptsAreNeverStale:
         model, cache, token = prefilled
         layer = model.base_model.model.model.layers[-1].self_attn
         calls = Counter()
-        kept = _projected_prompts[layer]
+        kept = _kept_tables[layer]
         for _ in range(3):
             self.decode(model, cache, token)
-            assert _projected_prompts[layer] is kept
+            assert _kept_tables[layer] is kept
         layer.model.k_proj.register_forward_hook(lambda *_: calls.update(["k"]))
         self.decode(model, cache, token)
         assert calls["k"] == 2, "a hooked projection is called again: its hook may do anything"
@@ -372,6 +372,11 @@ class TestProjectedPromptsAreNeverStale:
         ),
         "load_state_dict": lambda layer: layer.load_state_dict(
             {"adaption_prompt": torch.ones_like(layer.adaption_prompt)}, strict=False
+        ),
+        "gate in place": lambda layer: layer.adaption_gate.mul_(-1),
+        "gate to 0": lambda layer: layer.adaption_gate.zero_(),
+        "new gate": lambda layer: setattr(
+            layer, "adaption_gate", torch.nn.Parameter(torch.ones_like(layer.adaption_gate))
         ),
         "key projection": lambda layer: layer.model.k_proj.weight.mul_(-1),
         "new value weight": lambda layer: setattr(
@@ -388,7 +393,7 @@ class TestProjectedPromptsAreNeverStale:
         with torch.no_grad():
             self.CHANGES[change](layer)
         after = self.decode(model, cache, token)
-        _projected_prompts.clear()
+        _kept_tables.clear()
         assert torch.equal(after, self.decode(model, cache, token))
         assert not torch.equal(after, before)
 
@@ -405,15 +410,15 @@ class TestProjectedPromptsAreNeverStale:
 
     def test_they_end_with_their_layer(self):
         model = accelerate(adapted(CONFIGS["llama"]))
-        before = len(_projected_prompts)
+        before = len(_kept_tables)
         with torch.no_grad():
             model(**batch("whole"))
-        assert len(_projected_prompts) == before + 3
+        assert len(_kept_tables) == before + 3
         del model
         import gc
 
         gc.collect()
-        assert len(_projected_prompts) <= before
+        assert len(_kept_tables) <= before
 
 
 def test_what_is_no_adaption_prompt_model_is_told():

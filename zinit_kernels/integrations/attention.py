@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from ..api import zero_init_attention, zero_init_attention_with_kvcache
-from .prompts import Prompts, projected, prompt_branch
+from .prompts import Prompts, Table, prompt_branch, recall, tabulate
 
 NAME = "zinit"
 _UNFUSED = {"cache", "position_bias"}  # arguments of sdpa's that change its keys or scores
@@ -73,13 +73,14 @@ def attention_forward(
         )
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks (s_aux) are not supported together with zero-init prompts")
-    at_rest = prompts.at_rest()
+    table = recall(module, prompts, query, key.shape[2])
+    at_rest = table is None and prompts.at_rest()
     if at_rest and not torch.is_grad_enabled():
         return _token_branch(*token), None
 
+    table = table or tabulate(module, prompts, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.get("softcap")
-    table = projected(module, prompts, query, key.shape[2])
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
     if at_rest or dropout or softcap is not None or not fusable or _UNFUSED & kwargs.keys():
         branch = prompt_branch(query, table, prompts, scale, softcap)
@@ -89,8 +90,9 @@ def attention_forward(
     if causal:  # in an empty static cache the keys behind the queries are not written yet
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     out = zero_init_attention(
-        query, key, value, *table, prompts.gate(query), attn_mask=mask, is_causal=causal, scale=scale,
-        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query),
+        query, key, value, table.key.transpose(1, 2), table.value.transpose(1, 2), table.gate, attn_mask=mask,
+        is_causal=causal, scale=scale, gate_activation=prompts.gate_activation,
+        prompt_index=prompts.row_index(query),
     )  # fmt: skip
     return cast(Tensor, out).transpose(1, 2), None
 
@@ -114,21 +116,17 @@ def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
 
 
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, table: tuple[Tensor, Tensor], prompts: Prompts, scale: float
+    query: Tensor, key: Tensor, value: Tensor, table: Table, prompts: Prompts, scale: float
 ) -> Tensor:
     """One query against many keys: with 32/8 heads, D = 128 and 512 keys 166 us a call, 1208 us by the other door.
 
-    Lengths and gates as the operator takes them: what has to be converted first costs 30 us more.
+    Everything as the operator takes it: what has to be converted first costs 30 us more.
     """
-    prompt_key, prompt_value = table
-    gate = prompts.gate(query).float()
-    gate = gate.expand(query.shape[1]).contiguous() if gate.numel() == 1 else gate
     lengths = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
     out = zero_init_attention_with_kvcache(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_k=prompt_key.transpose(1, 2),
-        prompt_v=prompt_value.transpose(1, 2), gate=gate, cache_seqlens=lengths,
-        causal=False, softmax_scale=scale, gate_activation=prompts.gate_activation,
-        prompt_index=prompts.row_index(query),
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_k=table.key,
+        prompt_v=table.value, gate=table.gate, cache_seqlens=lengths, causal=False, softmax_scale=scale,
+        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query),
     )  # fmt: skip
     return cast(Tensor, out)
 

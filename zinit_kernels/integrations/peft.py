@@ -35,10 +35,11 @@ class FusedAdaptedAttention(AdaptedAttention):
     """PEFT's layer with its parameters; where the model attends by "zinit", the base's forward with prompts."""
 
     def forward(self, **kwargs: Any) -> tuple[Tensor, ...]:
-        if self.model.config._attn_implementation != NAME:
+        attention = self.model
+        if attention.config._attn_implementation != NAME:
             return super().forward(**kwargs)
         prompts = Prompts(self, (self.adaption_prompt,), (self.adaption_gate,), "identity", SPLIT)
-        return self.model(**kwargs, zinit_prompts=prompts)
+        return attention(**kwargs, zinit_prompts=prompts)
 
 
 class MixedAdaptedAttention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -60,64 +61,86 @@ class Prompts(NamedTuple):
         return not any(bool(gate.any()) for gate in self.gates)
 
 
-class _Projected(NamedTuple):
-    made_by: tuple[torch.dtype, Projection]
-    sources: tuple[tuple[ref[Tensor], tuple[int, int]], ...]  # all they were made from, each with its stamp
-    key: Tensor
+class Table(NamedTuple):
+    """The adapters as attention takes them."""
+
+    key: Tensor  # [N, P, Hkv, D]
     value: Tensor
+    gate: Tensor  # [1 or Hq], or with several adapters [N, Hq]
 
 
-_projected_prompts: WeakKeyDictionary[nn.Module, _Projected] = WeakKeyDictionary()
+class _Kept(NamedTuple):
+    dtype: torch.dtype
+    projection: Projection
+    sources: tuple[
+        tuple[ref[Tensor], int, int], ...
+    ]  # all the table was made from, with versions and addresses
+    table: Table
 
 
-def projected(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """prompt_key and prompt_value [N, Hkv, P, D] by the layer's own projections.
+_kept_tables: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
-    While one token is decoded against a cache, those of the last call are taken again, as the token keys and values
-    are: only with gradients off, by the same projection, if every tensor they came from is the same object at the same
+
+def recall(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> Table | None:
+    """The table of the last call, while one token is decoded against a cache, as the token keys and values are kept.
+
+    Only with gradients off, by the same projection, if every tensor it came from is the same object at the same
     version and address (which `tensor.data = ...` changes), and if the projections are plain modules (an adapted or
     hooked one may answer differently by a state that no version shows). Numbers overwritten behind PyTorch's back
     between two tokens, by `tensor.data.mul_` or numpy, are seen from the next call of more than one token on.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _project(module, prompts, query)
+    if query.shape[2] != 1 or keys == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    kept = _kept_tables.get(prompts.owner)
+    if kept is None or kept.dtype != query.dtype or kept.projection is not prompts.projection:
+        return None
     sources = _sources(module, prompts)
-    if sources is None:
-        return _project(module, prompts, query)
-    made_by = (query.dtype, prompts.projection)
-    kept = _projected_prompts.get(prompts.owner)
-    if kept is not None and query.shape[2] == 1 and keys > 1 and kept.made_by == made_by:
-        same = len(kept.sources) == len(sources) and all(
-            was() is tensor and stamp == _stamp(tensor)
-            for (was, stamp), tensor in zip(kept.sources, sources, strict=True)
-        )
-        if same:
-            return kept.key, kept.value
-    key, value = _project(module, prompts, query)
-    stamped = tuple((ref(tensor), _stamp(tensor)) for tensor in sources)
-    _projected_prompts[prompts.owner] = _Projected(made_by, stamped, key, value)
-    return key, value
+    if sources is None or len(sources) != len(kept.sources):
+        return None
+    for tensor, (was, version, address) in zip(sources, kept.sources, strict=True):
+        if was() is not tensor or tensor._version != version or _address(tensor) != address:
+            return None
+    return kept.table
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """Its version and address; a subclass that wraps others (quantised, sharded) has no address of its own."""
-    return tensor._version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
+def tabulate(module: nn.Module, prompts: Prompts, query: Tensor) -> Table:
+    """The table by the layer's own projections, kept for `recall`."""
+    table = Table(*_project(module, prompts, query), prompts.gate(query))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return table
+    # as the decoding operator takes it: to convert it for every token costs 5 us
+    gate = table.gate if table.gate.dtype == torch.float64 else table.gate.float()
+    gate = gate.expand(query.shape[1]).contiguous() if gate.numel() == 1 else gate
+    table = table._replace(gate=gate)
+    sources = _sources(module, prompts)
+    if sources is not None and not any(tensor.is_inference() for tensor in sources):  # those have no version
+        stamped = tuple((ref(tensor), tensor._version, _address(tensor)) for tensor in sources)
+        _kept_tables[prompts.owner] = _Kept(query.dtype, prompts.projection, stamped, table)
+    return table
+
+
+def _address(tensor: Tensor) -> int:
+    """A subclass that wraps others (quantised, sharded) has none of its own."""
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
 def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
-    """Every tensor the projected prompts depend on, or None where that cannot be told."""
-    tensors = list(prompts.prompts)
+    """Every tensor the table depends on, or None where that cannot be told."""
+    tensors = [*prompts.prompts, *prompts.gates]
     for name in (*prompts.projection.modules, prompts.projection.key_norm):
         projection = module._modules.get(name) if name else None
         if projection is None:
             continue
-        plain = type(projection).__module__.startswith(("torch.nn.modules.", "transformers."))
-        if not plain or _is_hooked(projection) or any(True for _ in projection.children()):
+        if not _is_plain(type(projection)) or _is_hooked(projection) or projection._modules:
             return None
-        tensors += [
-            t for t in (*projection._parameters.values(), *projection._buffers.values()) if t is not None
-        ]
-    return None if any(tensor.is_inference() for tensor in tensors) else tensors  # those have no version
+        tensors += [tensor for tensor in projection._parameters.values() if tensor is not None]
+        tensors += [tensor for tensor in projection._buffers.values() if tensor is not None]
+    return tensors
+
+
+@lru_cache
+def _is_plain(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -125,22 +148,23 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _project(module: nn.Module, prompts: Prompts, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [N, P, Hkv, D]."""
     tables = (prompt.reshape(-1, *prompt.shape[-2:]) for prompt in prompts.prompts)
     # the modules are called, their weights never touched: quantised ones have no weight to multiply with
     hidden = torch.cat([table.to(query.device, query.dtype) for table in tables])
     key, value = prompts.projection.key_value(module, hidden)
-    key, value = (t.unflatten(-1, (-1, query.shape[-1])) for t in (key, value))  # [N, P, Hkv, D]
+    key, value = (t.unflatten(-1, (-1, query.shape[-1])) for t in (key, value))
     if prompts.projection.key_norm is not None:
         key = getattr(module, prompts.projection.key_norm)(key)
-    return key.transpose(1, 2), value.transpose(1, 2)
+    return key, value
 
 
 def prompt_branch(
-    query: Tensor, table: tuple[Tensor, Tensor], prompts: Prompts, scale: float, softcap: float | None
+    query: Tensor, table: Table, prompts: Prompts, scale: float, softcap: float | None
 ) -> Tensor:
     """act(gate) * softmax(scale * q pk^T) pv, [B, Hq, T, D]; a soft cap bounds these scores as it does the tokens'."""
-    prompt_key, prompt_value = table
-    gate, index = prompts.gate(query), prompts.row_index(query)
+    prompt_key, prompt_value = table.key.transpose(1, 2), table.value.transpose(1, 2)
+    gate, index = table.gate, prompts.row_index(query)
     if softcap is None:
         no_keys = query.new_empty((query.shape[0], prompt_key.shape[1], 0, query.shape[-1]))
         branch = zero_init_attention(

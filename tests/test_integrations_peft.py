@@ -366,6 +366,9 @@ class TestProjectedPromptsAreNeverStale:
 
     CHANGES = {
         "optimizer step": lambda layer: torch.optim.SGD([layer.adaption_prompt], 1.0).step(),
+        "fused optimizer step": lambda layer: torch.optim.SGD(
+            [layer.adaption_prompt], 1.0, fused=True
+        ).step(),
         "in place": lambda layer: layer.adaption_prompt.mul_(2),
         "new parameter": lambda layer: setattr(
             layer, "adaption_prompt", torch.nn.Parameter(torch.ones_like(layer.adaption_prompt))

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..api import zero_init_attention
 
@@ -79,15 +80,18 @@ class _Kept(NamedTuple):
 
 
 _kept_tables: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+# a fused optimizer, the default of transformers' Trainer, changes parameters and not their versions (torch 2.13)
+register_optimizer_step_post_hook(lambda *_: _kept_tables.clear())
 
 
 def recall(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> Table | None:
     """The table of the last call, while one token is decoded against a cache, as the token keys and values are kept.
 
     Only with gradients off, by the same projection, if every tensor it came from is the same object at the same
-    version and address (which `tensor.data = ...` changes), and if the projections are plain modules (an adapted or
-    hooked one may answer differently by a state that no version shows). Numbers overwritten behind PyTorch's back
-    between two tokens, by `tensor.data.mul_` or numpy, are seen from the next call of more than one token on.
+    version and address (which `tensor.data = ...` changes), if no optimizer made a step since, and if the projections
+    are plain modules (an adapted or hooked one may answer differently by a state that no version shows). Numbers
+    overwritten behind PyTorch's back between two tokens, by `tensor.data.mul_` or numpy, are seen from the next call
+    of more than one token on.
     """
     if query.shape[2] != 1 or keys == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None

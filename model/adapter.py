@@ -12,13 +12,18 @@ rotary embedding. At gate 0 (how training starts) the model's output is the base
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .config import AdapterConfig, LlamaConfig
 from .llama import Attention, Prompt
+
+# Adapters that keep something. A fused optimizer changes parameters and not their versions (torch 2.13).
+_adapters: WeakSet[LlamaAdapter] = WeakSet()
+register_optimizer_step_post_hook(lambda *_: [adapter.forget() for adapter in _adapters])
 
 
 class Kept(NamedTuple):
@@ -85,8 +90,9 @@ class LlamaAdapter(nn.Module):
         """What this adapter adds to a layer; None where it adds nothing.
 
         With gradients off the projected prompts are computed once and kept until the prompts, the gates or
-        the projections change (a write through `.data` is not seen: `forget` then). With gradients on they
-        are always computed: a kept graph would train nothing (Lightning-AI/litgpt#1287).
+        the projections change, or an optimizer makes a step (a write through `.data` is not seen: `forget`
+        then). With gradients on they are always computed: a kept graph would train nothing
+        (Lightning-AI/litgpt#1287).
         """
         row = attention.layer_index - self.layers[0]
         if not 0 <= row < len(self.layers):
@@ -101,6 +107,7 @@ class LlamaAdapter(nn.Module):
         kept = self._kept.get(attention)
         if kept is None or not kept.is_current(tensors, autocast):
             sources = [(ref(tensor), ref(tensor.untyped_storage()), tensor._version) for tensor in tensors]
+            _adapters.add(self)
             kept = self._kept[attention] = Kept(self._project(row, attention), autocast, sources)
         return kept.prompt
 

@@ -316,10 +316,9 @@ def test_projected_prompts_are_kept_and_never_stale():
     assert count == 0 and torch.equal(first, again)
     torch.testing.assert_close(base(tokens, adapter), first, rtol=0, atol=0)  # under gradients: computed anew
 
-    optimizer = torch.optim.SGD(
-        adapter.parameters(), lr=0.1
-    )  # validation between steps must not stop training
-    for _ in range(2):
+    # validation between steps must not stop training; a fused step moves no version
+    for fused in (False, True, True):
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1, fused=fused)
         before = adapter.prompts.detach().clone()
         base(tokens, adapter).logsumexp(-1).sum().backward()
         assert (adapter.prompts.grad != 0).any()

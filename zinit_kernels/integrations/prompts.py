@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -142,7 +141,6 @@ def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
     return tensors
 
 
-@lru_cache
 def _is_plain(kind: type[nn.Module]) -> bool:
     return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
 

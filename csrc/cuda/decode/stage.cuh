@@ -11,14 +11,16 @@ __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequenc
                                               int count, int rows, const Shared<T>& shared) {
   const bool by_token =
       w.window_left >= 0 || w.window_right >= 0;  // else all queries turn by the first position
-  for (int i = static_cast<int>(threadIdx.x); i < rows * shared.query_stride; i += kThreads) {
+  constexpr int kAtOnce = 8;  // 4 heads of 128 dimensions in one round: each round waits for memory
+  for (int i = static_cast<int>(threadIdx.x) * kAtOnce; i < rows * shared.query_stride;
+       i += kThreads * kAtOnce) {
     const int row = i / shared.query_stride, d = i % shared.query_stride;
-    T element = from_float<T>(0.f);
+    T elements[kAtOnce] = {};
     if (row < count && d < w.head_dim) {
       const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-      element = rotated(w, row_of<T>(w.query, s.index, head, token), d, s.length + (by_token ? token : 0));
+      rotate(w, row_of<T>(w.query, s.index, head, token), d, s.length + (by_token ? token : 0), elements);
     }
-    shared.queries[i] = element;
+    memcpy(static_cast<void*>(shared.queries + i), static_cast<const void*>(elements), sizeof elements);
   }
 }
 

@@ -159,6 +159,7 @@ def log_of(folder: Path) -> list[list[str]]:
 
 class BuildNative(build_ext):
     cuda: Cuda | None = None
+    left_out: list[str] = []  # said by the build alone: pip asks for requirements before pybind11 is there
 
     def get_ext_filename(self, fullname):
         if fullname.endswith("_C_host"):
@@ -166,6 +167,8 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none in the file
 
     def run(self):
+        for part in self.left_out:
+            say(part)
         super().run()
         if self.inplace:  # a part of an earlier build that this one left out would be loaded all the same
             built = {extension.name for extension in self.extensions or []}
@@ -283,17 +286,19 @@ if __name__ == "__main__":
     compiler, reason = find_compiler()
     parts = [CPU_PART] if compiler else []
     if compiler is None:
-        say(f"installing without native kernels: {reason}")
+        BuildNative.left_out.append(f"installing without native kernels: {reason}")
     else:
         BuildNative.cuda, reason = cuda_for(find_torch())
         if BuildNative.cuda is None:
-            say(f"left out the CUDA kernels: {reason}")
+            BuildNative.left_out.append(f"left out the CUDA kernels: {reason}")
         else:
             parts.append(CUDA_PART)
             if importlib.util.find_spec("pybind11"):
                 parts.append(HOST_PART)
             else:
-                say("left out _C_host, the CUDA launcher's plans for Python: pybind11 is not here")
+                BuildNative.left_out.append(
+                    "left out _C_host, the CUDA launcher's plans for Python: pybind11 is not here"
+                )
     setup(
         ext_modules=[Extension(name, []) for name in parts],
         cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},

@@ -102,6 +102,7 @@ def test_without_compiler_the_package_is_pure_python(small_tree, environment, re
     result = setup(small_tree, "bdist_wheel", "--dist-dir", "out", **environment)
     assert result.returncode == 0, result.stderr
     assert f"installing without native kernels: {reason}" in result.stderr
+    assert "zinit build" not in setup(small_tree, "egg_info", **environment).stderr  # nothing is built
     (wheel,) = (small_tree / "out").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]

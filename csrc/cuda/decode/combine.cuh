@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(kThreads) decode_combine(const DecodeWork w) {
   const int row = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y);
   const Sequence sequence(w, static_cast<int>(blockIdx.z));
   stage_queries(w, sequence, kv_head, row, 1, 1, shared);
+  __syncthreads();
+  weigh_prompts(w, sequence.index, kv_head, row, 1, shared);
   wait_for_launch_before();  // of what is read up to here the splits write nothing
 
   const int64_t at = partial_index(w, sequence.index, kv_head, row, 0);

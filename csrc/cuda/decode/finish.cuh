@@ -36,10 +36,13 @@ __device__ __forceinline__ float weighted_sum(const float* weights, const E* col
   return sum;
 }
 
-// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk), of the rows whose head takes prompts.
+// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk), of the rows whose head takes prompts. The
+// queries are visible to all.
 template <class T>
-__device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row, int kv_head, int first,
+__device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence, int kv_head, int first,
                                               int count, const Shared<T>& shared) {
+  const int table_row = prompt_row(w, sequence);
+  if (table_row < 0) return;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const auto prompts = static_cast<int>(w.prompt_length);
   const int64_t table = table_row * w.prompt_key.batch + kv_head * w.prompt_key.head;
@@ -72,14 +75,14 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int table_row
   __syncthreads();
 }
 
-// Query rows first .. first + count from shared.merged and the merged states to out and lse.
+// Query rows first .. first + count from shared.merged and the merged states, with the weighed prompts, to
+// out and lse.
 template <class T>
 __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, int kv_head, int first,
                                             int count, const float* states, const Shared<T>& shared) {
   const auto head_dim = static_cast<int>(w.head_dim);
   const int table_row = prompt_row(w, sequence);
   const int prompts = table_row < 0 ? 0 : static_cast<int>(w.prompt_length);
-  if (prompts) weigh_prompts(w, table_row, kv_head, first, count, shared);
   const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
   for (int row = 0; row < count; ++row) {
     const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
@@ -149,6 +152,7 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
   }
   const int b = share.sequence.index;
   if (w.splits == 1) {
+    weigh_prompts(w, b, share.kv_head, share.first_row, share.rows, shared);
     return finish_rows(w, b, share.kv_head, share.first_row, share.rows, merged_states, shared);
   }
   for (int row = 0; row < share.rows; ++row) {

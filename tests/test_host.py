@@ -22,7 +22,7 @@ ptxas info    : Used 40 registers, used 1 barriers, 976 bytes cmem[0]
 ptxas info    : Compiling entry function '_Z1aIfE' for 'sm_90a'
 ptxas info    : Function properties for _Z1aIfE
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers
+ptxas info    : Used 255 registers, used 1 barriers, 512 bytes smem, 976 bytes cmem[0]
 """
 
 
@@ -46,8 +46,8 @@ def host(tmp_path_factory):
 def test_what_ptxas_said_is_kept(host):
     assert json.loads(host.build_facts) == {"cuda": "13.0", "archs": ["sm_80"]}
     assert json.loads(host.kernel_facts) == [
-        {"kernel": "_Z1aIfE", "arch": "80", "registers": 40, "stack": 0, "spilled": 0},
-        {"kernel": "_Z1aIfE", "arch": "90a", "registers": 255, "stack": 16, "spilled": 12},
+        {"kernel": "_Z1aIfE", "arch": "80", "registers": 40, "stack": 0, "spilled": 0, "shared": 0},
+        {"kernel": "_Z1aIfE", "arch": "90a", "registers": 255, "stack": 16, "spilled": 12, "shared": 512},
     ]
 
 
@@ -105,6 +105,24 @@ def test_query_rows_are_packed(host, given, tensor_cores, rows, row_blocks):
         rows,
         row_blocks,
     )
+
+
+def test_the_shared_memory_of_a_block(host):
+    sizes = {
+        "multiprocessors": 132,
+        "num_sequences": 1,
+        "num_heads_q": 32,
+        "num_heads_kv": 8,
+        "capacity": 4096,
+    }
+    found = [
+        host.plan_decode(**sizes, seqlen_q=1, prompt_length=P, seqlen_new=new)["shared_bytes"]
+        for P, new in ((0, 0), (10, 0), (10, 1), (128, 16))
+    ]
+    # 16 rows of queries in halves, of results in floats, and 5 states; then scores, and new keys and values
+    rows = 16 * (256 + 64) + 16 * (128 + 8) * 4 + 5 * 16 * 8
+    assert found == [rows + 64 * P + 512 * new for P, new in ((0, 0), (10, 0), (10, 1), (128, 16))]
+    assert max(found) <= 99 << 10
 
 
 def test_a_given_number_of_splits_is_kept_within_bounds(host):

@@ -160,7 +160,8 @@ def test_prompt_attention_adds_the_branch_in_place_with_gradients(packed):
     if packed:
         target = token_branch[0].transpose(0, 1).clone()
         prompts = [halves.tensors[name] for name in names]
-        result = prompt_attention_(target, query, *prompts, gate, cu_seqlens=halves.options["cu_seqlens_q"])
+        lengths = {"cu_seqlens": halves.options["cu_seqlens_q"], "max_seqlen": 12}
+        result = prompt_attention_(target, query, *prompts, gate, **lengths)
         out = result.transpose(0, 1)[None]
     else:
         target = token_branch.transpose(1, 2).clone()

@@ -209,6 +209,7 @@ def prompt_attention_(
     gate: Tensor | float,
     *,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
@@ -225,6 +226,8 @@ def prompt_attention_(
     Args:
         out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; without it one
             sequence). q is rotated.
+        max_seqlen: of packed sequences the length of the longest, or more; None: of all together, for which a GPU
+            starts blocks that find nothing to do.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated.
         gate, prompt_index, gate_activation, softmax_scale, backend: as `zero_init_attention`.
 
@@ -235,7 +238,7 @@ def prompt_attention_(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     head_major, call = arguments.from_prompt_branch(
-        out, q, prompt_k, prompt_v, gate, cu_seqlens, softmax_scale, gate_activation, prompt_index
+        out, q, prompt_k, prompt_v, gate, cu_seqlens, max_seqlen, softmax_scale, gate_activation, prompt_index
     )
     dispatch.add_prompt_branch(backend, head_major, call)
     return out

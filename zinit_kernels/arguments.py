@@ -197,6 +197,7 @@ def from_prompt_branch(
     prompt_v: Tensor,
     gate: Tensor | float,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     softmax_scale: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
@@ -216,12 +217,13 @@ def from_prompt_branch(
             cu_seqlens = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
         no_keys = q.new_empty((0, heads_kv, q.shape[2]))
         return out.transpose(0, 1).unsqueeze(0), from_varlen(
-            q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens), q.shape[0], 0,
-            softmax_scale, False, None, gate_activation, prompt_index,
+            q, no_keys, no_keys, prompt_k, prompt_v, gate, cu_seqlens, torch.zeros_like(cu_seqlens),
+            q.shape[0] if max_seqlen is None else max_seqlen, 0, softmax_scale, False, None, gate_activation,
+            prompt_index,
         )  # fmt: skip
-    if cu_seqlens is not None:
+    if cu_seqlens is not None or max_seqlen is not None:
         raise ValueError(
-            f"cu_seqlens goes with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
+            f"cu_seqlens and max_seqlen go with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
         )
     checks.check_groups(q.shape[2], heads_kv, q.shape[1], "q", "[B, T, H, D]")
     q = _under_autocast(q, q, q)[0]

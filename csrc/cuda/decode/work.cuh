@@ -3,6 +3,7 @@
 #pragma once
 #include "../cache.cuh"
 #include "plan.h"
+#include "shared_layout.h"
 
 namespace zinit::cuda {
 
@@ -71,35 +72,6 @@ __device__ __forceinline__ CacheRow locate(const DecodeWork& w, const Sequence& 
   const int page = w.by_page.quotient(key);
   return {max(page_of(w, s.index, page), 0), key - page * static_cast<int>(w.page_size)};
 }
-
-// The dynamic shared memory of a block, in bytes from its start.
-struct SharedLayout {
-  int query_stride;   // elements: 64 bytes past a multiple of 128, so that an mma's fragments meet no bank
-                      // twice
-  int queries;        // T [ROWS, query_stride], rotated, zeros behind D
-  int merged_stride;  // floats: 8 past D, so that at most two of eight lanes with four floats each meet a
-                      // bank
-  int merged;         // float [ROWS, merged_stride]
-  int states;         // float [kWarps + 1, ROWS, 2]: of each warp, and merged
-  int scores;         // float [ROWS, P]
-  int new_keys;       // T [T_new, D], rotated
-  int new_values;     // T [T_new, D]
-  int bytes;
-
-  __host__ __device__ SharedLayout(int rows, int head_dim, int element_bytes, int prompt_length,
-                                   int new_tokens) {
-    const int row_bytes = (head_dim * element_bytes + 127) / 128 * 128 + 64;
-    query_stride = row_bytes / element_bytes;
-    queries = 0;
-    merged = queries + rows * row_bytes;
-    merged_stride = head_dim + 8;
-    states = merged + rows * merged_stride * 4;
-    scores = states + (kWarps + 1) * rows * 8;
-    new_keys = (scores + rows * prompt_length * 4 + 15) / 16 * 16;
-    new_values = new_keys + new_tokens * head_dim * element_bytes;
-    bytes = new_values + new_tokens * head_dim * element_bytes;
-  }
-};
 
 template <class T>
 struct Shared {

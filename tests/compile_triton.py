@@ -3,7 +3,8 @@
     python tests/compile_triton.py 80 90 100
 
 One JSON line per kernel: registers, spill instructions, local and shared memory in bytes, tensor core instructions.
-bfloat16, causal, a shared prompt table: the training call. Compiling is not running.
+bfloat16, causal, a shared prompt table: the training call; with `--float32` in that, and as many prompts as there may
+be too. Compiling is not running.
 """
 
 import itertools
@@ -40,13 +41,17 @@ ABSENT = (
 )  # fmt: skip
 
 
-def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
+def compile_kernel(
+    name: str, head_dim: int, arch: int, itemsize: int = 2, block_p: int = 16
+) -> dict[str, object]:
     kernel, stage = KERNELS[name]
-    config = configs.choose(stage, head_dim, 16, 2, arch)
+    config = configs.choose(stage, head_dim, block_p, itemsize, arch)
+    precision, element = ("tf32", "*bf16") if itemsize == 2 else ("ieee", "*fp32")
     constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_P": 16,
-        "CHUNK_D": head_dim, "BLOCK_E": 128, "BLOCK_S": 16, "BLOCK_T": 16, "PAGE_SIZE": 1, "HALF": head_dim // 2,
-        "INTERLEAVED": False, "ADVANCE": True, "HAS_LEFT": False, "HAS_RIGHT": True, "TANH": True, "PRECISION": "tf32",
+        "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_P": block_p, "CHUNK_D": min(head_dim, 8192 // block_p), "BLOCK_E": 128, "BLOCK_S": 16, "BLOCK_T": 16,
+        "PAGE_SIZE": 1, "HALF": head_dim // 2, "INTERLEAVED": False, "ADVANCE": True, "HAS_LEFT": False,
+        "HAS_RIGHT": True, "TANH": True, "PRECISION": precision,
     } | dict.fromkeys(ABSENT)  # fmt: skip
     signature: dict[str, object] = {}
     values: dict[tuple[int, ...], object] = {}
@@ -59,7 +64,7 @@ def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
             attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(3)})
         elif argument.endswith("_ptr"):
             is_float = argument in FLOAT32 or argument.startswith("partial_")
-            signature[argument] = "*fp32" if is_float else "*i32" if argument in INT32 else "*bf16"
+            signature[argument] = "*fp32" if is_float else "*i32" if argument in INT32 else element
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
@@ -68,8 +73,9 @@ def compile_kernel(name: str, head_dim: int, arch: int) -> dict[str, object]:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, local, spills = resources(compiled.asm["cubin"])
     return {
-        "kernel": name, "head_dim": head_dim, "arch": arch, "registers": registers, "local": local, "spills": spills,
-        "shared": compiled.metadata.shared, "estimate": configs.shared_memory(stage, config, head_dim, 16, 2),
+        "kernel": name, "head_dim": head_dim, "block_p": block_p, "arch": arch, "registers": registers, "local": local,
+        "spills": spills, "shared": compiled.metadata.shared,
+        "estimate": configs.shared_memory(stage, config, head_dim, block_p, itemsize),
         "limit": configs.SHARED_MEMORY[arch], "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "config": config,
     }  # fmt: skip
@@ -91,7 +97,13 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    jobs = [(name, d, int(arch)) for arch, name, d in itertools.product(sys.argv[1:], KERNELS, HEAD_DIMS)]
+    itemsize = 4 if "--float32" in sys.argv else 2
+    sizes = [(d, 16) for d in HEAD_DIMS] if itemsize == 2 else [(128, 16), (256, 16), (256, 128)]
+    kernels = [
+        name for name in KERNELS if itemsize == 2 or name not in ("append", "add_partials")
+    ]  # have no tiles
+    archs = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    jobs = [(name, d, arch, itemsize, p) for arch, name, (d, p) in itertools.product(archs, kernels, sizes)]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for result in pool.map(compile_kernel, *zip(*jobs, strict=True)):
             print(json.dumps(result), flush=True)

@@ -82,6 +82,39 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
 
 
 @NEEDS_TRITON
+def test_float32_compiles_without_spills_and_its_memory_is_foreseen(tmp_path):
+    """With 128 prompts of 256 dimensions too: that call is refused because backward does not fit."""
+    result = run(
+        "tests/compile_triton.py", "90", "--float32", interpret=False, TRITON_CACHE_DIR=str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == 18
+    for kernel in kernels:
+        fits = kernel["shared"] <= kernel["limit"]
+        assert fits == (kernel["estimate"] <= kernel["limit"]) and (fits or kernel["block_p"] == 128), kernel
+        if kernel["block_p"] == 16:
+            assert kernel["spills"] < (1 if kernel["head_dim"] <= 128 else 300), kernel
+    assert {k["kernel"] for k in kernels if k["shared"] > k["limit"]} == {"partial_sums", "grad_query"}
+
+
+@pytest.mark.parametrize(
+    "head_dim, prompts, itemsize, arch, forward, backward",
+    [
+        (256, 128, 2, 90, True, True), (256, 128, 4, 90, True, False), (128, 128, 4, 90, True, True),
+        (128, 128, 4, 86, True, False), (256, 128, 4, 86, False, False), (256, 10, 4, 86, True, True),
+        (256, 128, 4, 0, True, True),
+    ],
+)  # fmt: skip
+def test_prompts_that_no_tile_holds_are_refused(head_dim, prompts, itemsize, arch, forward, backward):
+    from zinit_kernels.backends.triton import configs
+
+    for wants_gradients, fits in ((False, forward), (True, backward)):
+        reason = configs.why_too_large(head_dim, prompts, itemsize, arch, False, wants_gradients)
+        assert ("KB of shared memory" in reason) != fits, reason
+
+
+@NEEDS_TRITON
 def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
     from zinit_kernels.backends.triton import configs
 
@@ -97,7 +130,7 @@ def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
                     assert candidates[0] == config and len(set(candidates)) == len(candidates) <= 8
                     for other in candidates[1:]:
                         assert configs.shared_memory(stage, other, block_d, block_p, 2) <= limit
-                assert configs.choose(stage, block_d, block_p, 4, 90) == configs.safe(stage)
+                assert configs.choose(stage, block_d, block_p, 4, 90) == configs.FLOAT32
     assert configs.choose("forward", 128, 16, 2, 90) == (128, 128, 8, 2)
     assert configs.choose("forward", 128, 16, 2, 80) == (128, 32, 8, 3)
     assert configs.choose("forward", 128, 16, 2, 0) == configs.SAFE

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from . import composed, ops, reference
 from .backends import extension
+from .backends.triton import configs
 from .calls import CacheCall, Call
 from .checks import check_values, has_values, is_transforming
 
@@ -138,7 +139,7 @@ def why_not(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
     if backend == "cpu":
         return _CPU_UNAVAILABLE or _why_not_on_cpu(call) or _why_not_fused(call)
     if backend == "triton":
-        return _TRITON_UNAVAILABLE or _why_not_triton(call) or _why_not_fused(call)
+        return _TRITON_UNAVAILABLE or _why_not_triton(call) or _why_not_fused(call) or _why_too_large(call)
     if backend == "cuda":
         return _CUDA_UNAVAILABLE or _why_not_on_gpu(call) or _why_not_cuda(call) or _why_not_fused(call)
     return _why_not_composed(call, return_lse) if backend == "composed" else ""
@@ -167,6 +168,19 @@ def _why_not_triton(call: Call | CacheCall) -> str:
             else "the tensors are on cpu (Triton's interpreter needs TRITON_INTERPRET=1)"
         )
     return _why_not_on_gpu(call)
+
+
+def _why_too_large(call: Call | CacheCall) -> str:
+    """Of Triton's tiles on the call's chip; the interpreter has no shared memory."""
+    query = call.query
+    if call.prompt_key is None or query.device.type != "cuda" or torch.version.hip:
+        return ""
+    chip = torch.cuda.get_device_properties(query.device)
+    cached = isinstance(call, CacheCall)
+    prompt_length = call.prompt_key.shape[1 if cached else 2]
+    backward = not cached and ops.records(*call[:6])
+    arch = 10 * chip.major + chip.minor
+    return configs.why_too_large(query.shape[-1], prompt_length, query.element_size(), arch, cached, backward)
 
 
 def _why_not_on_gpu(call: Call | CacheCall) -> str:

@@ -22,6 +22,11 @@ class Config(NamedTuple):
 
 
 SAFE = Config(32, 32, 4, 1)
+# float32 runs on the CUDA cores (TF32 would round the inputs to 10 bits), its operands in registers: without spills at
+# head dimensions up to 128. At 256 the safe tile had 51,000 of them, and took 47 s to compile instead of 8.
+FLOAT32 = Config(16, 32, 8, 1)
+
+BACKWARD_PROMPTS = ("grad_query", "prompt_gradients")  # stages that hold both prompt tables at once
 
 # bytes of shared memory one block may use: A100 163 KB, RTX 30 / 40 and Blackwell RTX 99 KB, H100 and B200 227 KB
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -92,12 +97,11 @@ def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> 
     """The configuration of a call.
 
     block_d, block_p: padded sizes; itemsize: bytes of an element; arch: 10 * major + minor, 0 = the interpreter.
-
-    Four-byte elements run on the CUDA cores (TF32 would round the inputs to 10 bits), where the safe tile is also
-    the one that keeps its operands in registers.
     """
-    if arch == 0 or itemsize > 2:
+    if arch == 0:
         return safe(stage)
+    if itemsize > 2:
+        return FLOAT32
     table = _SM100 if 100 <= arch < 120 else _SM90 if 90 <= arch < 100 else _SM80
     config = table[stage, max(block_d, 64)]
     return config if _fits(stage, config, block_d, block_p, itemsize, arch) else safe(stage)
@@ -107,10 +111,33 @@ def choose(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> 
 def candidates(stage: str, block_d: int, block_p: int, itemsize: int, arch: int) -> tuple[Config, ...]:
     """`choose`'s configuration, and after it up to seven others that fit the shared memory of the chip."""
     choice = choose(stage, block_d, block_p, itemsize, arch)
-    if choice == safe(stage):
+    if choice in (safe(stage), FLOAT32):
         return (choice,)
     others = (c for c in _TRIED[stage] if _fits(stage, c, block_d, block_p, itemsize, arch) and c != choice)
     return (choice, *others)[:8]
+
+
+def why_too_large(
+    head_dim: int, prompt_length: int, itemsize: int, arch: int, cached: bool, backward: bool
+) -> str:
+    """Where the prompts alone leave a stage no tile that fits the chip's shared memory; '' where all do."""
+    block_d, block_p = block_of(head_dim), block_of(prompt_length)
+    stages = ("decode", "combine") if cached else ("forward", *BACKWARD_PROMPTS * backward)
+    for stage in stages:
+        config = choose(stage, block_d, block_p, itemsize, arch)
+        if arch and not _fits(stage, config, block_d, block_p, itemsize, arch):
+            needed = shared_memory(stage, config, block_d, block_p, itemsize)
+            return (
+                f"{prompt_length} prompts of {head_dim} dimensions in {itemsize} bytes each take {needed >> 10} KB of "
+                f"shared memory, and sm_{arch} has {SHARED_MEMORY.get(arch, SMALLEST_SHARED_MEMORY) >> 10}: fewer "
+                "prompts, or two-byte elements"
+            )
+    return ""
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds `size`, at least what one tensor core product takes."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _fits(stage: str, config: Config, block_d: int, block_p: int, itemsize: int, arch: int) -> bool:
@@ -137,6 +164,7 @@ def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsi
         "grad_key_value": (2 * block_n, 2 * block_m, 2 * block_m * block_n),
         "prompt_gradients": (2 * block_m, 0, 2 * block_m * block_p),
     }[stage]
+    tables = 2 if stage in BACKWARD_PROMPTS else 1  # forward reads the values when the keys have been used
     loop = (resident + stages * streamed) * block_d * itemsize + square * itemsize
-    prompt = (resident + 2 * block_p) * block_d * itemsize + block_m * block_p * itemsize
+    prompt = (resident + tables * block_p) * block_d * itemsize + block_m * block_p * itemsize
     return max(loop, prompt)

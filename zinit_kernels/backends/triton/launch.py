@@ -10,14 +10,13 @@ from torch import Tensor
 
 from . import configs, tuning
 from .backward import grad_key_value_kernel, grad_query_kernel
-from .configs import Config
+from .configs import Config, block_of
 from .decode import append_kernel, combine_kernel, decode_kernel
 from .forward import forward_kernel
 from .operands import (
     Prompt,
     addressable,
     arch_of,
-    block_of,
     num_processors,
     num_sequences,
     precision_of,

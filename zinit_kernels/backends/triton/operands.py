@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 _LARGEST_TOKEN_STRIDE = 1 << 24  # offsets inside a tile of 128 rows stay int32
@@ -43,11 +42,6 @@ def addressable(tensor: Tensor) -> Tensor:
 
 def num_sequences(query: Tensor, cu_seqlens: Tensor | None) -> int:
     return query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def block_of(size: int) -> int:
-    """The power of two that holds `size`, at least what one tensor core product takes."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def arch_of(tensor: Tensor) -> int:

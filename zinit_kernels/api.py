@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arguments, dispatch, steps
+from . import arguments, dispatch, shortcuts
 from .dispatch import Explanation
 
 
@@ -71,11 +71,13 @@ def zero_init_attention(
         RuntimeError: from the native kernels, which read the values in prompt_index themselves, for a row that is
             not in the table (ValueError from the other backends on a CPU; no device is stalled to look).
     """
-    call = arguments.from_sdpa(
+    given = (
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
         prompt_index,
     )  # fmt: skip
-    out, lse = dispatch.run(backend, call, return_lse)
+    if backend in ("auto", "cpu") and (done := shortcuts.attend(*given)):
+        return done if return_lse else done[0]
+    out, lse = dispatch.run(backend, arguments.from_sdpa(*given), return_lse)
     return out if lse is None else (out, lse)
 
 
@@ -195,7 +197,7 @@ def zero_init_attention_with_kvcache(
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
         rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
     )  # fmt: skip
-    if backend in ("auto", "cpu") and (done := steps.attend(*given)):
+    if backend in ("auto", "cpu") and (done := shortcuts.attend_with_cache(*given)):
         return done if return_lse else done[0]
     out, lse = dispatch.run(backend, arguments.from_cache(*given), return_lse)
     return out if lse is None else (out, lse)

@@ -104,13 +104,16 @@ def run(backend: str, call: Call | CacheCall, return_lse: bool) -> tuple[Tensor,
 
 def add_prompt_branch(backend: str, out: Tensor, call: Call) -> None:
     """out [B, Hq, T, D] += the prompt branch of a canonical call that has no keys."""
-    if select(backend, call, False) != "cuda":
-        out.add_(run(backend, call, False)[0])
-        return
-    if reason := _no_gradients(ops.records(out)) or _misaligned("out", out) or _other_dtype(out, call.query):
-        raise ValueError(f"backend 'cuda' cannot run this call: {reason}; use backend='auto'")
-    check_values(call)
-    ops.add_prompt_branch(out, call, "cuda")
+    selected = select(backend, call, False)
+    if selected == "cuda":
+        reason = _no_gradients(ops.records(out)) or _misaligned("out", out) or _other_dtype(out, call.query)
+        if not reason:
+            check_values(call)
+            return ops.add_prompt_branch(out, call, "cuda")
+        if backend == "cuda":
+            raise ValueError(f"backend 'cuda' cannot run this call: {reason}; use backend='auto'")
+        selected = "composed"
+    out.add_(run(selected, call, False)[0])
 
 
 _RUN: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from orders import in_all_orders
 
-from zinit_kernels import prompt_attention_, reference
+from zinit_kernels import dispatch, prompt_attention_, reference
 from zinit_kernels.dispatch import CUDA_HEAD_DIMS
 from zinit_kernels.testing import Case, make_inputs
 from zinit_kernels.testing.check import assert_within_eager_error
@@ -89,6 +89,15 @@ def test_only_out_is_written(cuda):
     wide = torch.ones(2, 20, 8, 64, dtype=torch.bfloat16)
     prompt_attention_(wide[:, :, :4], *given, backend="cuda")
     assert (wide[:, :, 4:] == 1).all() and (wide[:, :, :4] != 1).any()
+
+
+def test_auto_takes_another_backend_for_an_out_that_the_kernel_does_not_take(cuda, monkeypatch):
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "composed", "reference"))
+    given, _, _ = arguments(Case("elsewhere", seqlens_q=(20,)), torch.bfloat16)
+    rows = [torch.ones(2, 20, 4, width, dtype=torch.bfloat16)[..., :64] for width in (64, 65)]
+    aligned, misaligned = (prompt_attention_(out, *given) for out in rows)
+    assert (aligned != 1).any()
+    torch.testing.assert_close(misaligned, aligned, rtol=2e-2, atol=2e-2)
 
 
 def test_what_is_not_supported_is_said(cuda):

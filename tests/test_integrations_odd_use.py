@@ -213,6 +213,16 @@ def test_what_cannot_be_adapted_is_told_and_touches_nothing(tmp_path):
             ValueError,
             "prompt_length must be 1 to 128, got 4.0",
         ),
+        (
+            lambda: zinit.add_zero_init_attention(torch.nn.Sequential(model)),
+            TypeError,
+            "got Sequential, which has no set_attn_implementation: pass the whole model, before it is wrapped",
+        ),
+        (
+            lambda: zinit.add_zero_init_attention(model.model.layers),
+            TypeError,
+            "got ModuleList, which has no set_attn_implementation",
+        ),
         (lambda: zinit.add_zero_init_attention(model, "4"), ValueError, "must be 1 to 128, got '4'"),
         (lambda: zinit.add_zero_init_attention(model, 4, 2.5), ValueError, "must be at least 1, got 2.5"),
         (

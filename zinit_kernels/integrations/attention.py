@@ -101,8 +101,14 @@ def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
     """Makes a transformers model attend by the name "zinit"; returns the implementation from before.
 
     Raises:
+        TypeError: a part of a model, or a wrapper around one.
         ValueError: one of `attentions` does not take it (transformers only warns); the model is then as it was.
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise TypeError(
+            f"expected a transformers model, got {type(model).__name__}, which has no set_attn_implementation: pass "
+            "the whole model, before it is wrapped"
+        )
     before: str = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     for attention in attentions:

@@ -126,8 +126,8 @@ def add_zero_init_attention(
         generator: for the prompts, drawn from N(0, 1); gates start at 0.
 
     Raises:
-        TypeError: no module. ValueError: an unknown architecture, a model that has prompts already (its own or PEFT's),
-            a size out of range, or a dtype without fractions.
+        TypeError: no transformers model. ValueError: an unknown architecture, a model that has prompts already (its
+            own or PEFT's), a size out of range, or a dtype without fractions.
     """
     if not isinstance(prompt_length, int) or not 1 <= prompt_length <= 128:
         raise ValueError(f"prompt_length must be 1 to 128, got {prompt_length!r}")

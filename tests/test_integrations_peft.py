@@ -268,9 +268,12 @@ def test_overlapping_mixed_calls_leave_the_model_as_it_was():
 def test_adapters_that_were_not_moved_with_the_model(names):
     """PEFT keeps those that are not active outside the model, where `.to` does not find them."""
     model = accelerate(adapted(CONFIGS["llama-gqa"], adapters=("default", "second"))).to("meta")
-    with torch.no_grad():
-        logits = model(input_ids=batch("whole")["input_ids"].to("meta"), adapter_names=names).logits
-    assert logits.device.type == "meta"
+    # one layer: transformers 4 asks for autocast around its rotary embedding, which "meta" does not have
+    hidden, *position = torch.empty(3, 5, 64, device="meta"), *torch.empty(2, 3, 5, 8, device="meta")
+    with torch.no_grad(), model.base_model._enable_peft_forward_hooks(adapter_names=names):
+        attention = model.base_model.model.model.layers[-1].self_attn
+        out = attention(hidden_states=hidden, position_embeddings=position, attention_mask=None)[0]
+    assert out.shape == hidden.shape and out.is_meta
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -358,6 +358,7 @@ def test_a_dtype_without_fractions_leaves_the_adapter_in_place(tmp_path):
     assert torch.equal(outputs(model, inputs_of("Llama")), expected)
 
 
+@pytest.mark.skipif(not FIVE, reason="an encoder of transformers 4's CLIP is no model of its own")
 def test_one_of_two_stacks_is_saved_and_loaded(tmp_path):
     model = base_model("CLIP")
     zinit.add_zero_init_attention(model.text_model, PROMPTS, ADAPTED)

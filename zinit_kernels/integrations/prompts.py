@@ -111,7 +111,7 @@ def tabulate(module: nn.Module, prompts: Prompts, query: Tensor) -> Table:
     table = Table(*_project(module, prompts, query), prompts.gate(query))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return table
-    # as the decoding operator takes it: to convert it for every token costs 5 us
+    # as the decoding operator takes it: to convert it for every token costs 3 us
     gate = table.gate if table.gate.dtype == torch.float64 else table.gate.float()
     gate = gate.expand(query.shape[1]).contiguous() if gate.numel() == 1 else gate
     table = table._replace(gate=gate)

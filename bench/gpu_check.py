@@ -55,8 +55,6 @@ class Step(NamedTuple):
 
 def steps(results: Path) -> list[Step]:
     python = sys.executable
-    bench = [python, "-m", "bench"]
-    kept = ["--results", str(results), "--seconds", "0.4", "--device", "cuda"]
     many = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
     tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
     test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
@@ -68,13 +66,13 @@ def steps(results: Path) -> list[Step]:
         Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
         Step("test", 60, [*test, f"not test_cuda and not {other_dtypes}"]),
         Step("test", 40, [*test, "test_cuda"]),
-        Step("attention", 80, [*bench, "attention", *kept, "--compile", "none"]),
-        Step("decode", 35, [*bench, "decode", *kept, "--compile", "none"]),
-        Step("memory", 15, [*bench, "memory", *kept, "--compile", "none"]),
-        Step("train", 50, [*bench, "train", *kept], fused),
-        Step("generate", 35, [*bench, "generate", *kept], fused),
+        Step("attention", 80, bench("attention", results, "--compile", "none")),
+        Step("decode", 35, bench("decode", results, "--compile", "none")),
+        Step("memory", 15, bench("memory", results, "--compile", "none")),
+        Step("train", 50, bench("train", results), fused),
+        Step("generate", 35, bench("generate", results), fused),
         # the goals' two shapes again, with the rivals that compile for a minute
-        Step("attention", 60, [*bench, "attention", *kept, *compiled_jobs()]),
+        Step("attention", 60, bench("attention", results, *compiled_jobs())),
         # float32 of 256 dimensions alone compiles for 50 s
         Step("test", 40, [*test, f"not test_cuda and {other_dtypes}"]),
         Step("test", 10, [python, "-m", "zinit_kernels.check"]),
@@ -88,10 +86,14 @@ def steps(results: Path) -> list[Step]:
 
 def tune(results: Path) -> Step:
     """Asked for by name, never part of the whole: its rows are not those of the defaults."""
-    kept = ["--results", str(results / "tuned"), "--seconds", "0.4", "--device", "cuda"]
     only = ["--shape", "LLaMA-7B", "--provider", "zinit triton"]
     environment = {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"}
-    return Step("tune", ALONE, [sys.executable, "-m", "bench", "attention", *kept, *only], environment)
+    return Step("tune", ALONE, bench("attention", results / "tuned", *only), environment)
+
+
+def bench(suite: str, results: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-m", "bench", suite, "--results", str(results)]
+    return [*command, "--seconds", "0.4", "--device", "cuda", *options]
 
 
 def compiled_jobs() -> list[str]:

@@ -245,10 +245,8 @@ def _targets(sample: Sample) -> list[int]:
 def _list_objects(text: str, path: Path) -> Iterator[tuple[int, object]]:
     """The elements of a JSON list one by one, so that each is known by its line."""
     decoder, position = json.JSONDecoder(), text.index("[") + 1
-    line, counted = (
-        1,
-        0,
-    )  # the line of `counted`: lines are counted once, the whole text for each record takes minutes
+    # the line of the position `counted`: lines are counted once, the whole text for each record takes minutes
+    line, counted = 1, 0
     first = True
     while True:
         position = _skip_space(text, position)

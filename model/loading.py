@@ -58,9 +58,8 @@ def open_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).cpu()  # fails on meta, which makes tensors but holds nothing
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was built without
-        reason = (
-            str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        )  # the next sentence tells of torch's insides
+        # the next sentence tells of torch's insides
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"--device {name}: {reason}.") from error
     return torch.device(name)
 

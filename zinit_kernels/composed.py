@@ -64,10 +64,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
             return grad_out, *(None,) * len(Call._fields)
-        call, wanted = (
-            Call._make((*ctx.saved_tensors, *ctx.numbers)),
-            ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE],
-        )
+        call = Call._make((*ctx.saved_tensors, *ctx.numbers))
+        wanted = ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
         grads = reference.differentiable_gradients(call, wanted, grad_out, None)
         return None, *grads, *(None,) * (len(Call._fields) - _DIFFERENTIABLE)
 

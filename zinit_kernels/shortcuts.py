@@ -16,6 +16,7 @@ from torch import Tensor
 from . import dispatch, ops
 from .calls import CacheCall, Call
 
+# by the operator, or where something that is no such tensor is asked here
 _REFUSALS = (AttributeError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError)
 
 

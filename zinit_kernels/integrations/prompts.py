@@ -72,9 +72,8 @@ class Table(NamedTuple):
 class _Kept(NamedTuple):
     dtype: torch.dtype
     projection: Projection
-    sources: tuple[
-        tuple[ref[Tensor], int, int], ...
-    ]  # all the table was made from, with versions and addresses
+    # all the table was made from, with versions and addresses
+    sources: tuple[tuple[ref[Tensor], int, int], ...]
     table: Table
 
 

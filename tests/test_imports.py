@@ -1,34 +1,41 @@
-"""Who may import whom (the table of DESIGN.md), and what the package needs in order to be imported at all."""
+"""Who may import whom (`import_rules.toml`), and what the package needs in order to be imported at all."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("zinit_kernels", "model", "bench", "examples")
 EVERYWHERE = set(sys.stdlib_module_names) | {"torch", "__future__"}
+RULES = tomllib.loads((ROOT / "tests" / "import_rules.toml").read_text())
+ONLY = RULES.pop("only")
+# module (or folder/*) -> what it may import
+ROWS = {
+    f"{folder}/{name}": [
+        f"{folder}/{target[2:]}" if target.startswith("./") else target for target in targets
+    ]
+    for folder, rows in RULES.items()
+    for name, targets in rows.items()
+}
 
 
-def arrows() -> dict[str, list[str]]:
-    """module -> what it may import, as written in DESIGN.md."""
-    table = (ROOT / "DESIGN.md").read_text().split("| module | may import |")[1].split("\n\n")[0]
-    found = {}
-    for line in table.splitlines():
-        if row := re.fullmatch(r"\| `(.+?)` \|(.*)\|", line):
-            found[row[1]] = re.findall(r"`(.+?)`", row[2]) if "`" in row[2] else row[2].split()
-    return found
-
-
+@cache
 def sources() -> list[str]:
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [path.relative_to(ROOT).with_suffix("").as_posix() for path in files]
 
 
+@cache
 def imports(module: str) -> dict[str, set[str]]:
     """module or package path -> the names taken from it ({} for a plain import), lazy imports included."""
     found: dict[str, set[str]] = {}
@@ -49,23 +56,41 @@ def imports(module: str) -> dict[str, set[str]]:
 
 
 def allowed(module: str) -> list[str]:
-    table = arrows()
-    room = f"{module.split('/')[0]}/*"
-    if module not in table and room not in table and module.endswith("__init__"):
+    folder = f"{module.rpartition('/')[0]}/*"
+    if module not in ROWS and module.endswith("/__init__"):
         return []
-    assert module in table or room in table, f"{module}.py has no row in the table of DESIGN.md"
-    return table.get(module, table.get(room))
+    assert module in ROWS or folder in ROWS, f"{module}.py has no row in tests/import_rules.toml"
+    return ROWS.get(module, ROWS.get(folder))
+
+
+def lies_in(module: str, folder: str) -> bool:
+    return module == folder or module.startswith(f"{folder}/")
 
 
 @pytest.mark.parametrize("module", sources())
-def test_import_arrows(module):
+def test_imports_what_its_row_allows(module):
     permitted = allowed(module)
     for target in imports(module):
         top = target.split("/")[0]
-        if top in EVERYWHERE or "anything" in permitted or target in permitted:
+        if top in EVERYWHERE:
             continue
-        ours = top in ROOMS
-        assert not ours and top in permitted, f"{module}.py imports {target}; DESIGN.md allows {permitted}"
+        name = target if top in ROOMS else top
+        assert name in permitted, f"{module}.py imports {target}; tests/import_rules.toml allows {permitted}"
+        for restricted, importers in ONLY.items():
+            if lies_in(target, restricted):
+                assert any(lies_in(module, importer) for importer in importers), (
+                    f"{module}.py imports {target}; tests/import_rules.toml keeps {restricted} to {importers}"
+                )
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_no_row_allows_more_than_is_used(row):
+    folder, name = row.rsplit("/", 1)
+    modules = [module for module in sources() if row == module or (name == "*" and lies_in(module, folder))]
+    assert modules, f"tests/import_rules.toml has a row for {row}, which does not exist"
+    used = {target for module in modules for target in imports(module)}
+    unused = set(ROWS[row]) - used - {target.split("/")[0] for target in used}
+    assert not unused, f"{row} does not import {sorted(unused)}: take it out of tests/import_rules.toml"
 
 
 @pytest.mark.parametrize("module", [name for name in sources() if name.split("/")[0] != "zinit_kernels"])
@@ -76,8 +101,9 @@ def test_public_names_only(module):
     assert not private, f"{module}.py takes {sorted(private)}, which zinit_kernels does not export"
 
 
-def test_arrows_have_no_circle():
-    graph = {module: set(imports(module)) & set(sources()) for module in sources()}
+def test_imports_have_no_circle():
+    ours = set(sources())
+    graph = {module: set(imports(module)) & ours for module in ours}
     while graph:
         leaves = {module for module, targets in graph.items() if not targets & graph.keys()}
         assert leaves, f"a circle among {sorted(graph)}"

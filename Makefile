@@ -42,6 +42,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy $(PUBLIC)
+	$(PYTHON) scripts/check_doc_types.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.ready

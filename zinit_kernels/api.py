@@ -4,14 +4,90 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
 from . import arguments, dispatch, shortcuts
 from .dispatch import Explanation
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+# For type checkers: a call without return_lse=True returns one tensor, so `out.sum()` needs no cast. The options
+# stand once in a TypedDict, not once in every overload; tests/test_typing.py holds them to the real signatures.
+
+
+class _SdpaOptions(TypedDict, total=False):
+    attn_mask: Tensor | None
+    is_causal: bool
+    window_size: tuple[int, int] | None
+    scale: float | None
+    gate_activation: str
+    prompt_index: Tensor | None
+    backend: str
+
+
+class _VarlenOptions(TypedDict, total=False):
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int] | None
+    gate_activation: str
+    prompt_index: Tensor | None
+    backend: str
+
+
+class _CacheRequired(TypedDict):
+    prompt_k: Tensor | None
+    prompt_v: Tensor | None
+    gate: Tensor | float | None
+    cache_seqlens: Tensor | int
+
+
+class _CacheOptions(_CacheRequired, _VarlenOptions, total=False):
+    block_table: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    rotary_interleaved: bool
+    num_splits: int
+
+
+@overload
+def zero_init_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor | None = None,
+    prompt_value: Tensor | None = None,
+    gate: Tensor | float | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_SdpaOptions],
+) -> Tensor: ...
+@overload
+def zero_init_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor | None = None,
+    prompt_value: Tensor | None = None,
+    gate: Tensor | float | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_SdpaOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def zero_init_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor | None = None,
+    prompt_value: Tensor | None = None,
+    gate: Tensor | float | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[_SdpaOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention(
     query: Tensor,
     key: Tensor,
@@ -81,6 +157,54 @@ def zero_init_attention(
     return out if lse is None else (out, lse)
 
 
+@overload
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    gate: Tensor | float | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_VarlenOptions],
+) -> Tensor: ...
+@overload
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    gate: Tensor | float | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_VarlenOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None,
+    prompt_v: Tensor | None,
+    gate: Tensor | float | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    **options: Unpack[_VarlenOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -136,6 +260,39 @@ def zero_init_attention_varlen(
     return out if lse is None else (out, lse.squeeze(0))
 
 
+@overload
+def zero_init_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_CacheOptions],
+) -> Tensor: ...
+@overload
+def zero_init_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_CacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def zero_init_attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[_CacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

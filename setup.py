@@ -10,7 +10,8 @@ has no per-file flags, and each instruction set below needs its own.
 Environment: ZINIT_BUILD=0 installs without native kernels, CXX names the compiler, MAX_JOBS the number of
 compilations at once, ZINIT_TORCH_DIR the torch to compile against. ZINIT_CUDA=0 leaves the CUDA kernels out,
 1 builds them for a torch without CUDA too and fails where it cannot; CUDA_HOME names the toolkit,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the chips. ccache is used where it is found.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") the chips. ZINIT_HOST=0 leaves _C_host out, so that a wheel with CUDA kernels
+serves every Python; ZINIT_VERSION_TAG=cu130 makes its version 0.1.0+cu130. ccache is used where it is found.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -41,6 +42,8 @@ from toolchain import (  # noqa: E402 (needs the line above)
     fail,
     find_compiler,
     find_torch,
+    wants_host,
+    why_pure_python,
 )
 
 CFLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
@@ -159,7 +162,9 @@ def log_of(folder: Path) -> list[list[str]]:
 
 class BuildNative(build_ext):
     cuda: Cuda | None = None
-    left_out: list[str] = []  # said by the build alone: pip asks for requirements before pybind11 is there
+    # said by the build alone: pip asks for requirements and metadata before it builds, and an sdist needs no compiler
+    left_out: list[str] = []
+    missing = ""
 
     def get_ext_filename(self, fullname):
         if fullname.endswith("_C_host"):
@@ -167,6 +172,13 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split("."))) + ".so"  # no Python ABI in the name: there is none in the file
 
     def run(self):
+        if self.missing:
+            fail(
+                f"{self.missing}, so the CPU kernels cannot be compiled.\n"
+                "Install g++ 11 or later (Debian, Ubuntu: apt-get install g++) or name another with CXX, and repeat.\n"
+                "Without the kernels everything runs in plain PyTorch, several times slower: "
+                "ZINIT_BUILD=0 pip install ."
+            )
         for part in self.left_out:
             say(part)
         super().run()
@@ -282,24 +294,36 @@ class AnyPythonWheel(bdist_wheel):
         return ("py3", "none", target) if names and HOST_PART not in names else (python, abi, target)
 
 
-if __name__ == "__main__":
-    compiler, reason = find_compiler()
-    parts = [CPU_PART] if compiler else []
+def native_parts() -> list[str]:
+    """The extensions to build here. Sets what BuildNative says or refuses once something is really built."""
+    if reason := why_pure_python():
+        BuildNative.left_out = [f"installing without native kernels: {reason}"]
+        return []
+    compiler, BuildNative.missing = find_compiler()
     if compiler is None:
-        BuildNative.left_out.append(f"installing without native kernels: {reason}")
+        return [CPU_PART]
+    BuildNative.cuda, reason = cuda_for(find_torch())
+    if BuildNative.cuda is None:
+        BuildNative.left_out = [f"left out the CUDA kernels: {reason}"]
+        return [CPU_PART]
+    if not wants_host():
+        reason = "ZINIT_HOST=0"
+    elif importlib.util.find_spec("pybind11") is None:
+        reason = "pybind11 is not here"
     else:
-        BuildNative.cuda, reason = cuda_for(find_torch())
-        if BuildNative.cuda is None:
-            BuildNative.left_out.append(f"left out the CUDA kernels: {reason}")
-        else:
-            parts.append(CUDA_PART)
-            if importlib.util.find_spec("pybind11"):
-                parts.append(HOST_PART)
-            else:
-                BuildNative.left_out.append(
-                    "left out _C_host, the CUDA launcher's plans for Python: pybind11 is not here"
-                )
+        return [CPU_PART, CUDA_PART, HOST_PART]
+    BuildNative.left_out = [f"left out _C_host, the CUDA launcher's plans for Python: {reason}"]
+    return [CPU_PART, CUDA_PART]
+
+
+if __name__ == "__main__":
+    # The folder model/ is the package zinit_kernels.model once installed: a top-level `model` would be anybody's.
+    model = [f"zinit_kernels.{name}" for name in find_packages(include=["model", "model.*"])]
+    tag = os.environ.get("ZINIT_VERSION_TAG")  # "cu130": version 0.1.0+cu130, for wheels with CUDA kernels
     setup(
-        ext_modules=[Extension(name, []) for name in parts],
+        packages=find_packages(include=["zinit_kernels", "zinit_kernels.*"]) + model,
+        package_dir={"zinit_kernels.model": "model"},
+        ext_modules=[Extension(name, []) for name in native_parts()],
         cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+        options={"egg_info": {"tag_build": f"+{tag}"}} if tag else {},
     )

@@ -35,17 +35,31 @@ def fail(message: str):
     raise SystemExit(f"\n[zinit build] error: {message}\n")
 
 
+def why_pure_python() -> str:
+    """Why an installation is to have no native kernels, though nothing is wrong; '' if it is to have them."""
+    wanted = os.environ.get("ZINIT_BUILD", "1")
+    if wanted not in ("0", "1"):
+        fail(f"ZINIT_BUILD must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return "ZINIT_BUILD=0"
+    return "" if sys.platform.startswith("linux") else f"they are built on Linux only, this is {sys.platform}"
+
+
+def wants_host() -> bool:
+    """Whether _C_host is built beside the CUDA kernels. It alone ties a wheel to one Python version."""
+    return os.environ.get("ZINIT_HOST", "1") != "0"
+
+
 def find_compiler() -> tuple[list[str] | None, str]:
-    """The C++ compiler as a command line, or None and why there will be no native kernels."""
-    if os.environ.get("ZINIT_BUILD", "1") == "0":
-        return None, "ZINIT_BUILD=0"
-    if not sys.platform.startswith("linux"):
-        return None, f"the native kernels are built on Linux only, this is {sys.platform}"
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]:
+    """The C++ compiler as a command line, or None and what is missing."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for name in names:
         command = shlex.split(name)
         if shutil.which(command[0]):
-            return command, ""
-    return None, "no C++ compiler found (looked for $CXX, g++, clang++, c++)"
+            if accepts(command, ["-std=c++20"]):
+                return command, ""
+            return None, f"{name} does not know C++20"
+    return None, f"no C++ compiler was found (looked for {', '.join(names)})"
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:

@@ -12,17 +12,24 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 (the rest of the PEP 517 hooks, unchanged)
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toolchain import MIN_TORCH, cuda_for, find_compiler, find_torch  # noqa: E402 (needs the line above)
+from toolchain import (  # noqa: E402 (needs the line above)
+    MIN_TORCH,
+    cuda_for,
+    find_compiler,
+    find_torch,
+    wants_host,
+    why_pure_python,
+)
 
 
 def _headers() -> list[str]:
     compiler, _ = find_compiler()
-    if compiler is None:
+    if why_pure_python() or compiler is None:  # nothing to compile, or nothing to compile with
         return []
     torch = find_torch()
     cuda, _ = cuda_for(torch)
     headers = [] if torch is not None else [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
-    return headers + (["pybind11>=2.13"] if cuda is not None else [])
+    return headers + (["pybind11>=2.13"] if cuda is not None and wants_host() else [])
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -1,6 +1,7 @@
 """The build: what it finds, what it leaves out and says so, and what lies in the result."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -91,21 +92,43 @@ def test_a_compile_error_is_an_error(small_tree):
     assert not (small_tree / "zinit_kernels" / "_C_cpu.so").exists()
 
 
-@pytest.mark.parametrize(
-    "environment, reason",
-    [
-        ({"ZINIT_BUILD": "0"}, "ZINIT_BUILD=0"),
-        ({"ZINIT_BUILD": "1", "CXX": "/nowhere/c++"}, "no C++ compiler found"),
-    ],
-)
-def test_without_compiler_the_package_is_pure_python(small_tree, environment, reason):
+def test_without_native_kernels_the_wheel_is_pure_python(small_tree):
+    environment = {"ZINIT_BUILD": "0", "CXX": "/nowhere/c++"}
     result = setup(small_tree, "bdist_wheel", "--dist-dir", "out", **environment)
     assert result.returncode == 0, result.stderr
-    assert f"installing without native kernels: {reason}" in result.stderr
+    assert "installing without native kernels: ZINIT_BUILD=0" in result.stderr
     assert "zinit build" not in setup(small_tree, "egg_info", **environment).stderr  # nothing is built
     (wheel,) = (small_tree / "out").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("command", ["bdist_wheel", "editable_wheel", "build_ext --inplace"])
+def test_without_a_compiler_nothing_is_built_and_the_way_out_is_named(small_tree, command):
+    """pip hides what a successful build prints, so a slow package nobody asked for would come without a word."""
+    missing = {"ZINIT_BUILD": "1", "CXX": "/nowhere/c++"}
+    result = setup(small_tree, *command.split(), **missing)
+    assert result.returncode != 0
+    assert "no C++ compiler was found (looked for /nowhere/c++)" in result.stderr
+    assert "Install g++ 11 or later" in result.stderr and "ZINIT_BUILD=0 pip install ." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(small_tree.rglob("*.whl"))
+    for harmless in ("egg_info", "sdist"):  # they compile nothing
+        assert setup(small_tree, harmless, **missing).returncode == 0
+
+
+def test_an_old_compiler_is_named(build, tmp_path, monkeypatch):
+    old = tmp_path / "g++-9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    assert build.find_compiler() == (None, f"{old} does not know C++20")
+
+
+def test_zinit_build_is_0_or_1(build, monkeypatch):
+    monkeypatch.setenv("ZINIT_BUILD", "false")
+    with pytest.raises(SystemExit, match="ZINIT_BUILD must be 0 or 1, got 'false'"):
+        build.why_pure_python()
 
 
 def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
@@ -118,7 +141,7 @@ def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
-    assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed"} <= set(names)
+    assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed", "zinit_kernels/model/train.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
 
 
@@ -211,6 +234,39 @@ def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
         extension._load.cache_clear()
     with pytest.raises(ValueError, match=r"name must be one of \['cpu', 'cuda'\], got 'tpu'"):
         extension.why_unavailable("tpu")
+
+
+@pytest.mark.parametrize(
+    "origin, source",
+    [
+        (None, "--editable {checkout}"),
+        ({"url": "file:///home/x/my%20zinit", "dir_info": {}}, "'/home/x/my zinit'"),
+        ({"url": "file:///tmp/zinit_kernels-0.1.0.tar.gz", "archive_info": {}}, "/tmp/zinit_kernels-0.1.0.tar.gz"),
+        ({"url": "https://h/z.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://h/z.git@abc"),
+        ({"url": "file:///tmp/zinit_kernels-0.1.0-py3-none-any.whl"}, "--no-binary zinit-kernels zinit-kernels"),
+        ({}, "--no-binary zinit-kernels zinit-kernels"),  # from an index
+    ],
+)  # fmt: skip
+def test_the_command_that_builds_what_is_missing(tmp_path, monkeypatch, origin, source):
+    """pip keeps wheels: without --no-cache-dir it would install the one without kernels again."""
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path / "zinit_kernels")
+    monkeypatch.setenv("ZINIT_BUILD", "1")
+    if origin is None:
+        (tmp_path / "setup.py").touch()
+    else:
+        (tmp_path / "zinit_kernels-0.1.0.dist-info").mkdir()
+        (tmp_path / "zinit_kernels-0.1.0.dist-info" / "METADATA").write_text(
+            "Name: zinit-kernels\nVersion: 0.1.0\n"
+        )
+        (tmp_path / "zinit_kernels-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+        monkeypatch.syspath_prepend(str(tmp_path))
+    command = f"{sys.executable} -m pip install --force-reinstall --no-cache-dir --no-deps " + source.format(
+        checkout=tmp_path
+    )
+    assert extension.build_command("cpu") == command
+    assert extension.build_command("cuda") == f"ZINIT_CUDA=1 {command}"
+    monkeypatch.setenv("ZINIT_BUILD", "0")
+    assert extension.build_command("cpu") == f"ZINIT_BUILD=1 {command}"
 
 
 def test_the_library_names_no_folder_of_the_machine_that_built_it():

@@ -111,7 +111,7 @@ def test_imports_have_no_circle():
 
 
 BARE = """
-import sys
+import sys, warnings
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -125,7 +125,13 @@ assert zinit_kernels.__file__.startswith({folder!r}), zinit_kernels.__file__
 query, key, value = torch.randn(3, 2, 4, 5, 8, requires_grad=True).unbind()
 prompt_key, prompt_value = torch.randn(2, 1, 4, 3, 8).unbind()
 arguments = (query, key, value, prompt_key, prompt_value, torch.tensor([0.5]))
-out = zinit_kernels.zero_init_attention(*arguments, is_causal=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        out = zinit_kernels.zero_init_attention(*arguments, is_causal=True)
+(warning,) = caught  # once a process, from the caller's line, with the command that helps
+assert warning.category is RuntimeWarning and warning.filename == __file__, warning
+assert "pip install --force-reinstall --no-cache-dir --no-deps" in str(warning.message), warning
 out.sum().backward()
 reference = zinit_kernels.zero_init_attention(*arguments, is_causal=True, backend="reference")
 torch.testing.assert_close(out, reference)

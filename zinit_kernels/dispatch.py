@@ -76,6 +76,8 @@ def select(backend: str, call: Call | CacheCall, return_lse: bool) -> str:
             # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
             order = ("reference",)
         backend = next(name for name in order if not why_not(name, call, return_lse))
+        if _CPU_UNAVAILABLE and call.query.is_cpu and not torch.compiler.is_compiling():
+            extension.warn_without_cpu_kernels()
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
     elif reason := why_not(backend, call, return_lse):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "build_backend")]
-from toolchain import find_compiler  # noqa: E402 (needs the line above)
+from toolchain import find_compiler, why_pure_python  # noqa: E402 (needs the line above)
 
 from setup import WARNINGS, cpu_objects, escape, jobs, quote  # noqa: E402
 
@@ -43,8 +43,8 @@ def ninja_graph(compiler: list[str], folder: Path, sanitizer: str) -> str:
 
 def main(names: list[str]) -> int:
     compiler, reason = find_compiler()
-    if compiler is None:
-        print(f"sanitizers not run: {reason}")
+    if compiler is None or why_pure_python():
+        print(f"sanitizers not run: {why_pure_python() or reason}")
         return 0
     ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
     for name in names or SANITIZERS:

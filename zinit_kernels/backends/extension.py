@@ -1,16 +1,22 @@
-"""Finds and loads the compiled operators, and keeps the reason where there are none.
+"""Finds and loads the compiled operators, and keeps the reason where there are none, with the command that helps.
 
 A library is loaded once, on the first question about it. It registers its kernels for the schemas of
 `schemas.py`, which may be imported before or after.
 """
 
 import importlib
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -30,14 +36,63 @@ def _load(name: str) -> str:
         if not sys.platform.startswith("linux"):
             return f"the native kernels are built on Linux only, this is {platform.system()}"
         return (
-            f"{library} was not built: ZINIT_BUILD=0 was set when zinit_kernels was installed, or there was no "
-            f"{NEEDED_TO_BUILD[name]}; install the package again with it"
+            f"{library} was not built (installed with ZINIT_BUILD=0, or without a {NEEDED_TO_BUILD[name]}). "
+            f"With a {NEEDED_TO_BUILD[name]} there: {build_command(name)}"
         )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{library} did not load into torch {torch.__version__}: {error}"
     return ""
+
+
+def build_command(name: str) -> str:
+    """The shell command that installs the package again with the compiled backend `name`, from where it came from.
+
+    --no-cache-dir, because pip would take the wheel without kernels that it kept.
+    """
+    switches = {"ZINIT_BUILD": os.environ.get("ZINIT_BUILD") == "0", "ZINIT_CUDA": name == "cuda"}
+    words = [f"{switch}=1" for switch, is_needed in switches.items() if is_needed]
+    words += [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--force-reinstall",
+        "--no-cache-dir",
+        "--no-deps",
+        *_source(),
+    ]
+    return shlex.join(words)
+
+
+def _source() -> list[str]:
+    """pip's words for what this installation was made of: a checkout, or what PEP 610's direct_url.json records."""
+    if (PACKAGE.parent / "setup.py").is_file():
+        return ["--editable", str(PACKAGE.parent)]
+    try:
+        origin = json.loads(
+            importlib.metadata.distribution("zinit-kernels").read_text("direct_url.json") or "{}"
+        )
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        origin = {}
+    url, version_control = origin.get("url", ""), origin.get("vcs_info")
+    if version_control:
+        return [f"{version_control['vcs']}+{url}@{version_control['commit_id']}"]
+    if url.startswith("file:") and not url.endswith(".whl"):
+        return [url2pathname(urlsplit(url).path)]
+    return ["--no-binary", "zinit-kernels", "zinit-kernels"]
+
+
+@cache
+def warn_without_cpu_kernels() -> None:
+    """Says once that calls on CPU tensors take the slow way, and what helps; nothing where nothing would help."""
+    if sys.platform.startswith("linux"):
+        warnings.warn(
+            f"zinit_kernels computes in plain PyTorch, several times slower than its CPU kernels: {_load('cpu')}",
+            RuntimeWarning,
+            stacklevel=5,  # of the caller of zero_init_attention
+        )
 
 
 def available(name: str) -> bool:

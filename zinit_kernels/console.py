@@ -1,0 +1,121 @@
+"""What every console program shares: how it shows text from outside, refuses bad input, and exits.
+
+Names of tensors, files and metadata come from files that anybody may have written. An escape sequence in one could move
+the cursor or forge a line of output, so all text from outside passes `printable` or `shown`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import reprlib
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+LONGEST_NAME = 200  # characters of a foreign name that a message shows
+
+
+def printable(text: str) -> str:
+    """`text` with everything that is not a visible character or a space as an escape: \\x1b, \\u202e, \\ud800."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, length: int = LONGEST_NAME) -> str:
+    """`printable`, cut at `length` characters."""
+    return printable(text if len(text) <= length else f"{text[:length]}...")
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 120, 60, 120
+
+
+def shown(value: object) -> str:
+    """The repr of a foreign value: one line, short whatever its size and depth."""
+    return printable(_Shown().repr(value))
+
+
+class InputError(Exception):
+    """Something the user passed, or a file they named, is wrong. The message is one printable sentence."""
+
+    def __init__(self, sentence: object = ""):
+        super().__init__(printable(str(sentence)))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose complaints show no escape sequences either."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def warn(sentence: str) -> None:
+    """Says on stderr what may be wrong. The program goes on."""
+    _tell(f"warning: {printable(sentence)}")
+
+
+def refuse(error: Exception) -> int:
+    """Says on stderr what is wrong, in one sentence. Returns the exit status for bad input."""
+    sentence = str(error)
+    if isinstance(error, OSError):
+        sentence = error.strerror or sentence
+        if error.filename is not None:
+            sentence = f"{os.fsdecode(error.filename)}: {sentence}"
+    _tell(f"error: {printable(sentence).rstrip('.')}.")
+    return 2
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program's `main` and exits: 0 or what it returns, 2 after a sentence for what the user can mend.
+
+    A reader that has gone (`| head`) is no fault: the program stops with 128 + SIGPIPE, which is what a shell reports
+    for a program that the signal ends. Ctrl-C: 128 + SIGINT.
+    """
+    try:
+        status = _status(main)
+        if sys.stdout is not None:  # None: the program was started with its output closed
+            sys.stdout.flush()  # here, because a failure while Python shuts down can no longer be handled
+    except BrokenPipeError:
+        _discard_output()
+        status = 128 + signal.SIGPIPE
+    except (InputError, OSError) as error:  # of the latter: no space left, no permission, no such file
+        status = refuse(error)
+        _discard_output()
+    except UnicodeEncodeError as error:
+        what = (
+            f"the output's encoding, {error.encoding}, has no {shown(error.object[error.start : error.end])}"
+        )
+        status = refuse(InputError(f"{what}: set PYTHONIOENCODING=utf-8"))
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    sys.exit(0 if status is None else status)
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError):  # where nobody reads, nothing is to be said
+            print(line, file=sys.stderr)
+
+
+def _status(main: Callable[[], int | None]) -> int | str | None:
+    try:
+        return main()
+    except SystemExit as left:  # argparse, after --help or a usage error
+        return left.code
+
+
+def _discard_output() -> None:
+    """Sends what Python still holds back to nowhere if it cannot be written: at shutdown it would be one more error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)

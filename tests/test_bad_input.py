@@ -233,7 +233,10 @@ def test_an_adapter_for_another_base_is_refused(folder, whole_run, tmp_path, cap
 
 
 BAD_ADAPTERS = {
-    "truncated": (lambda content: content[: len(content) // 2], "is a truncated or damaged safetensors file"),
+    "truncated": (
+        lambda content: content[: len(content) // 2],
+        "is truncated or damaged: it is no whole safetensors file",
+    ),
     "no adapter": (
         lambda content: b"hello",
         "is truncated, or neither safetensors nor a file of torch.save",

@@ -6,14 +6,16 @@ the rule of `zinit_kernels.testing`. The exit code is 0 if all that could run wa
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from . import __version__, dispatch, explain
 from .backends import extension
+from .console import Parser, run
 from .testing import CacheCase, Case, check_cache_case, check_case, make_cache_arguments, make_inputs
 
 CASE = Case("check", seqlens_q=(65,), heads_q=4, heads_kv=2, head_dim=64)
@@ -86,7 +88,13 @@ def results(backend: str, device: str) -> Iterator[tuple[str, str]]:
                 yield f"{stage}, {dtype}", "right"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    """The program; the exit status."""
+    Parser(
+        prog="python -m zinit_kernels.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     print(versions())
     print(extension.describe())
     wrong = 0
@@ -101,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(lambda: main(sys.argv[1:]))

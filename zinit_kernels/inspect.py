@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from .checkpoints.adapter import AdapterCheckpoint, CheckpointError
+from .checkpoints.adapter import AdapterCheckpoint, CheckpointError, name_of
 from .checkpoints.formats import identify
 from .checkpoints.litgpt import LAYOUTS
+from .console import Parser, refuse, run, shortened
 
 
 def describe(format: str, checkpoint: AdapterCheckpoint) -> str:
-    """One line per fact and per layer; the gate as the attention applies it, after its activation."""
+    """One line per fact and per layer. Gates are shown as the attention applies them, after their activation."""
     prompts, gates = checkpoint.prompts, checkpoint.gates.float()
     effective = gates.tanh() if checkpoint.gate_activation == "tanh" else gates
     lines = [
         f"format      {format}",
         f"prompts     {prompts.shape[1]} in each of {len(checkpoint.layers)} layers of {checkpoint.num_layers}, "
-        f"hidden size {checkpoint.hidden_size}, {str(prompts.dtype).removeprefix('torch.')}",
-        f"gates       {gates.shape[1]} a layer, {checkpoint.gate_activation}, "
-        f"{str(checkpoint.gates.dtype).removeprefix('torch.')}",
+        f"hidden size {checkpoint.hidden_size}, {name_of(prompts.dtype)}",
+        f"gates       {gates.shape[1]} a layer, {checkpoint.gate_activation}, {name_of(checkpoint.gates.dtype)}",
         f"heads       {checkpoint.num_heads or 'not said'}",
     ]
     if checkpoint.layout != "blocked":
         lines.append(f"layout      {checkpoint.layout}")
-    lines += [f"{name:<11} {value}" for name, value in sorted(checkpoint.metadata.items())]
+    for name, value in sorted(checkpoint.metadata.items()):
+        lines.append(f"{shortened(name):<11} {shortened(value)}")
     families = Counter(name.rsplit(".", 2)[0].rstrip(".0123456789") for name in checkpoint.extras)
     if checkpoint.extras:
-        lines.append(f"beside      {len(checkpoint.extras)} tensors of {checkpoint.extras_format}, kept:")
-        lines += [f"            {count:4} {family}" for family, count in sorted(families.items())]
+        lines.append(
+            f"beside      {len(checkpoint.extras)} tensors of {shortened(checkpoint.extras_format)}, kept:"
+        )
+        lines += [f"            {count:4} {shortened(family)}" for family, count in sorted(families.items())]
     lines.append("layer   gate: mean      min      max   prompts: rms")
     for layer, prompt, gate in zip(checkpoint.layers, prompts.float(), effective, strict=True):
         rms = float(prompt.square().mean().sqrt())
@@ -41,9 +43,10 @@ def describe(format: str, checkpoint: AdapterCheckpoint) -> str:
 
 
 def source_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a file may not say about itself."""
+    """The adapter to read, and what its file may not say."""
+    parser.add_argument("source", metavar="SRC", help="an adapter's file, or a folder that holds one")
     parser.add_argument(
-        "--prompt-length", type=int, metavar="P", help="prompts a layer (official files; default 10)"
+        "--prompt-length", type=int, metavar="P", help="prompts per layer (official files; default 10)"
     )
     parser.add_argument(
         "--activation",
@@ -53,27 +56,26 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="of a litgpt file: interleaved if trained by 0.5.5 or newer"
     )
-    parser.add_argument("--num-heads", type=int, metavar="H", help="of the base, where the file does not say")
-
-
-def refuse(error: CheckpointError | OSError) -> int:
-    """Shows a sentence; the exit status of bad input."""
-    sentence = str(error)
-    if isinstance(error, OSError):
-        sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or sentence
-    print(f"error: {sentence}.", file=sys.stderr)
-    return 2
+    parser.add_argument("--num-heads", type=int, metavar="H", help="of the base, if the file does not say")
+    parser.add_argument(
+        "--stack", metavar="NAME", help="which layers of a saved model, if it has several adapted stacks"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m zinit_kernels.inspect", description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="an adapter file, or PEFT's folder")
+    """The program; the exit status."""
+    parser = Parser(prog="python -m zinit_kernels.inspect", description=__doc__)
     source_arguments(parser)
     told = parser.parse_args(arguments)
     try:
-        # a litgpt file can be looked at without knowing the rows it was trained through
+        # a litgpt file can be looked at without knowing which rows it was trained through
         found = identify(
-            told.source, told.prompt_length, told.activation, told.layout or "blocked", told.num_heads
+            told.source,
+            told.prompt_length,
+            told.activation,
+            told.layout or "blocked",
+            told.num_heads,
+            told.stack,
         )
     except (CheckpointError, OSError) as error:
         return refuse(error)
@@ -82,4 +84,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,17 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from . import litgpt, official, peft, zinit
-from .adapter import AdapterCheckpoint, CheckpointError, check_numbers, some
-from .files import File, read_file, write_atomically
+from ..console import shown
+from . import litgpt, official, peft, trainer, zinit
+from .adapter import MOST_LAYERS, AdapterCheckpoint, CheckpointError, Told, check_numbers, some
+from .files import File, read_file
+from .writing import write_atomically
 
 
 class Format(NamedTuple):
-    """How to recognise a file, read it (prompt_length, layout), and write one (allow_loss): bytes, or a folder's."""
+    """One file format."""
 
     recognise: Callable[[File], bool]
-    read: Callable[[File, int | None, str | None], AdapterCheckpoint]
-    write: Callable[[AdapterCheckpoint, bool], bytes | dict[str, bytes]]
+    read: Callable[[File, Told], AdapterCheckpoint]
+    # given allow_loss: the bytes of a file, or of each file of a folder. None: the format is only read
+    write: Callable[[AdapterCheckpoint, bool], bytes | dict[str, bytes]] | None
 
 
 FORMATS: Mapping[str, Format] = {
@@ -27,7 +30,9 @@ FORMATS: Mapping[str, Format] = {
     "official-v2": Format(official.recognise_v2, official.read_v2, official.write_v2),
     "peft": Format(peft.recognise, peft.read, peft.write),
     "litgpt": Format(litgpt.recognise, litgpt.read, litgpt.write),
+    "trainer": Format(trainer.recognise, trainer.read, None),
 }
+WRITABLE = tuple(name for name, format in FORMATS.items() if format.write is not None)
 
 
 def load_adapter(
@@ -37,22 +42,27 @@ def load_adapter(
     gate_activation: str | None = None,
     layout: str | None = None,
     num_heads: int | None = None,
+    stack: str | None = None,
 ) -> AdapterCheckpoint:
-    """Reads an adapter of any known format; `path` is a file, or PEFT's folder.
+    """Reads an adapter of any known format.
 
     Args:
-        prompt_length: only for the official formats, which do not store it (default: what a training file's
-            arguments say, else 10, refused where the gates that are not 0 belong to other layers); another format's
-            must agree.
-        gate_activation: replaces what the format says; "identity" reproduces the published V1 inference code,
-            which applied gates trained with tanh raw.
-        layout: only for litgpt, which does not store it: see `AdapterCheckpoint.layout`.
-        num_heads: of the base, for PEFT's format and the first V1 release, which do not say.
+        path: a file, or a folder that holds one: of `python -m model.train`, `integrations.transformers.save_adapter`,
+            PEFT or litgpt, or a checkpoint of transformers' Trainer.
+        prompt_length: for the official formats, which do not store it. Default: what a training file's arguments say,
+            else 10; refused if the gates that are not 0 then belong to other layers. It must agree with a format that
+            does store it.
+        gate_activation: "tanh" or "identity", in place of what the format says. "identity" reproduces the published V1
+            inference code, which applied gates without the tanh that they were trained with.
+        layout: for litgpt, which does not store it: see `AdapterCheckpoint.layout`.
+        num_heads: of the base, for PEFT's format and for one gate per layer, which do not say.
+        stack: which stack of layers, for a saved model that has several, e.g. CLIP's "vision_model.encoder.layers".
 
     Raises:
-        CheckpointError: in one sentence; OSError where the file cannot be read.
+        CheckpointError: no adapter, a damaged one, or one that does not say enough; one sentence. OSError where the
+            file cannot be read.
     """
-    return identify(path, prompt_length, gate_activation, layout, num_heads)[1]
+    return identify(path, prompt_length, gate_activation, layout, num_heads, stack)[1]
 
 
 def identify(
@@ -61,14 +71,17 @@ def identify(
     gate_activation: str | None = None,
     layout: str | None = None,
     num_heads: int | None = None,
+    stack: str | None = None,
 ) -> tuple[str, AdapterCheckpoint]:
     """`load_adapter`, with the format's name."""
     if layout not in (None, *litgpt.LAYOUTS):
         raise CheckpointError(f"layout must be one of {', '.join(litgpt.LAYOUTS)}, got {layout!r}")
+    if gate_activation not in (None, "tanh", "identity"):
+        raise CheckpointError(f"gate_activation must be tanh or identity, got {shown(gate_activation)}")
     file = read_file(Path(path))
     for name, known in FORMATS.items():
         if known.recognise(file):
-            said = known.read(file, prompt_length, layout)
+            said = known.read(file, Told(prompt_length, layout, stack))
             checkpoint = replace(
                 said,
                 gate_activation=gate_activation or said.gate_activation,
@@ -78,7 +91,7 @@ def identify(
             _check_told(said, file.path, prompt_length, num_heads)
             return name, checkpoint
     raise CheckpointError(
-        f"{path} is no adapter in a known format ({', '.join(FORMATS)}): it holds {some(file.tensors)}"
+        f"{file.path} is no adapter in a known format ({', '.join(FORMATS)}): it holds {some(file.tensors)}"
     )
 
 
@@ -89,15 +102,16 @@ def save_adapter(
     *,
     allow_loss: bool = False,
 ) -> None:
-    """Writes an adapter atomically: the file is there whole, or as it was before. "peft" writes a folder.
+    """Writes an adapter in one of the formats `WRITABLE`; "peft" writes a folder. A file is there whole, or as it was.
 
     Raises:
-        CheckpointError: where the format has no room for something, unless allow_loss. Nothing is written then.
+        CheckpointError: the format cannot hold a part of the adapter, and not allow_loss. Nothing is written then.
     """
-    if format not in FORMATS:
-        raise CheckpointError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    write = FORMATS[format].write if format in FORMATS else None
+    if write is None:
+        raise CheckpointError(f"format must be one of {', '.join(WRITABLE)}, got {shown(format)}")
     path = Path(path)
-    content = FORMATS[format].write(_checked(checkpoint, path), allow_loss)
+    content = write(_checked(checkpoint, path), allow_loss)
     if isinstance(content, bytes):
         write_atomically(path, content)
         return
@@ -109,44 +123,47 @@ def save_adapter(
 def _check_told(
     checkpoint: AdapterCheckpoint, path: Path, prompt_length: int | None, num_heads: int | None
 ) -> None:
-    """What the caller said about a file may not contradict it."""
+    """CheckpointError if the caller contradicts the file."""
     length = checkpoint.prompts.shape[1]
     if prompt_length not in (None, length):
         raise CheckpointError(
             f"{path} has {length} prompts in each layer, prompt_length says {prompt_length}"
-        )
-    if num_heads is not None and not 1 <= num_heads <= checkpoint.hidden_size:
-        raise CheckpointError(
-            f"{path}: num_heads must be 1 to the hidden size, {checkpoint.hidden_size}, got {num_heads}"
         )
     if None not in (num_heads, checkpoint.num_heads) and num_heads != checkpoint.num_heads:
         raise CheckpointError(f"{path} is for {checkpoint.num_heads} heads, num_heads says {num_heads}")
 
 
 def _checked(checkpoint: AdapterCheckpoint, path: Path) -> AdapterCheckpoint:
+    """The checkpoint, if its parts agree. Numbers are bounded here, before anything is looped over or allocated."""
     prompts, gates, layers = checkpoint.prompts, checkpoint.gates, checkpoint.layers
-    rows = len(layers)
-    if prompts.dim() != 3 or prompts.shape[0] != rows or prompts.shape[1] == 0:
-        raise CheckpointError(f"{path}: prompts must have shape ({rows}, P, C), got {tuple(prompts.shape)}")
-    heads = "Hq" if checkpoint.num_heads is None else checkpoint.num_heads
-    if gates.dim() != 2 or gates.shape[0] != rows or (heads != "Hq" and gates.shape[1] not in (1, heads)):
+    rows, heads = len(layers), checkpoint.num_heads
+    if not 1 <= checkpoint.num_layers <= MOST_LAYERS:
         raise CheckpointError(
-            f"{path}: gates must have shape ({rows}, 1 or {heads}), got {tuple(gates.shape)}"
+            f"{path}: a base has 1 to {MOST_LAYERS} layers, num_layers says {shown(checkpoint.num_layers)}"
+        )
+    if prompts.dim() != 3 or prompts.shape[0] != rows or 0 in prompts.shape:
+        raise CheckpointError(f"{path}: prompts must have shape ({rows}, P, C), got {tuple(prompts.shape)}")
+    width = gates.shape[1] if gates.dim() == 2 else 0
+    if gates.shape[0] != rows or width == 0 or (heads is not None and width not in (1, heads)):
+        expected = "Hq" if heads is None else heads
+        raise CheckpointError(
+            f"{path}: gates must have shape ({rows}, 1 or {expected}), got {tuple(gates.shape)}"
+        )
+    if width == 1 and heads is not None and not 1 <= heads <= checkpoint.hidden_size:
+        raise CheckpointError(
+            f"{path}: num_heads must be 1 to the hidden size, {checkpoint.hidden_size}, got {shown(heads)}"
         )
     if checkpoint.gate_activation not in ("tanh", "identity"):
         raise CheckpointError(
-            f"{path}: gate_activation must be tanh or identity, got {checkpoint.gate_activation!r}"
+            f"{path}: gate_activation must be tanh or identity, got {shown(checkpoint.gate_activation)}"
         )
-    if (
-        list(layers) != sorted(set(layers))
-        or not rows
-        or layers[0] < 0
-        or layers[-1] >= checkpoint.num_layers
-    ):
+    if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= checkpoint.num_layers:
         raise CheckpointError(
-            f"{path}: layers {list(layers)} are not layers of {checkpoint.num_layers}, in order"
+            f"{path}: layers {shown(list(layers))} are not layers of {checkpoint.num_layers}, in order"
         )
     if checkpoint.layout not in litgpt.LAYOUTS:
-        raise CheckpointError(f"{path}: layout must be blocked or interleaved, got {checkpoint.layout!r}")
+        raise CheckpointError(
+            f"{path}: layout must be blocked or interleaved, got {shown(checkpoint.layout)}"
+        )
     check_numbers(path, (prompts, gates))
     return checkpoint

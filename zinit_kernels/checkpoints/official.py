@@ -1,12 +1,12 @@
-"""The official repository's formats, of `torch.save`.
+"""The formats of the official LLaMA-Adapter repository, written by `torch.save`.
 
 V1, extracted or the whole training file {"model", "optimizer", "epoch", "scaler", "args"}:
 
     adapter_query.weight    [L * P, C] for the topmost L layers; P is not stored
     layers.N.attention.gate [1, Hq, 1, 1] for every layer N of the base; (1,), raw, before 2023-04-15
 
-V2 multimodal, {"model", "config"}: the same under `llama.`, and beside it biases, LoRA factors, norms and the visual
-branch. With LoRA its gate is tanh(gate) * new_gate; that product is read as an identity gate.
+V2 multimodal, {"model", "config"}: the same under `llama.`, with biases, LoRA factors, norms and the visual branch
+beside it. With LoRA its gate is tanh(gate) * new_gate; that product is read as an identity gate.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..console import shown
 from .adapter import (
     AdapterCheckpoint,
     CheckpointError,
+    Told,
     as_tanh,
     check_keys,
     check_numbers,
@@ -29,9 +31,12 @@ from .adapter import (
     lose,
     stack_rows,
 )
-from .files import File, torch_bytes
+from .files import File
+from .json_files import parse_object
+from .writing import torch_bytes
 
 PROMPT_LENGTH = 10  # of every published adapter
+_LONGEST_CONFIG = 10_000  # values; the published ones have three
 _QUERY = "adapter_query.weight"
 _V1_BASE = re.compile(  # what a training file holds besides: the whole base
     r"(tok_embeddings|norm|output)\.weight|rope\.freqs|layers\.\d+\.("
@@ -52,28 +57,28 @@ def recognise_v2(file: File) -> bool:
     return _QUERY in file.tensors and any(name.startswith("llama.layers.") for name in file.tensors)
 
 
-def read_v1(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+def read_v1(file: File, told: Told) -> AdapterCheckpoint:
     gates = _gates(file, "layers.")
     base = {name for name in file.tensors if _V1_BASE.fullmatch(name)}
     check_keys(file.path, file.tensors, {_QUERY, *_gate_names("layers.", len(gates))}, base)
-    prompts, stacked, layers = _topmost(file, gates, prompt_length)
+    prompts, stacked, layers = _topmost(file, gates, told.prompt_length)
     heads = stacked.shape[1]
     stored = "tanh" if heads > 1 else "identity"  # the first release's one gate per layer was raw
     return AdapterCheckpoint(prompts, stacked, stored, layers, len(gates), heads if heads > 1 else None)
 
 
-def read_v2(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+def read_v2(file: File, told: Told) -> AdapterCheckpoint:
     gates = _gates(file, "llama.layers.")
-    extras = {name: tensor for name, tensor in file.tensors.items() if _V2_BESIDE.fullmatch(name)}
+    extras = {name: file.tensors[name] for name in file.tensors if _V2_BESIDE.fullmatch(name)}
     check_keys(file.path, file.tensors, {_QUERY, *_gate_names("llama.layers.", len(gates))}, extras)
-    prompts, stacked, layers = _topmost(file, gates, prompt_length)
+    prompts, stacked, layers = _topmost(file, gates, told.prompt_length)
     activation, factors = "tanh", _lora_factors(file, extras, layers)
     if factors is not None:
         extras |= {name: file.tensors[name] for name in _gate_names("llama.layers.", len(gates))}
         stacked, activation = stacked.tanh() * factors, "identity"
     return AdapterCheckpoint(
         prompts, stacked, activation, layers, len(gates), stacked.shape[1], extras=extras,
-        extras_format="official-v2", metadata={"config": json.dumps(dict(file.arguments), default=str)},
+        extras_format="official-v2", metadata={"config": _configuration(file)},
     )  # fmt: skip
 
 
@@ -93,28 +98,60 @@ def write_v1(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
 
 def write_v2(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
     check_topmost(checkpoint, "official-v2")
-    extras = dict(checkpoint.extras)
-    if checkpoint.layout != "blocked" or checkpoint.extras_format not in ("", "official-v2"):
+    gate_names = _gate_names("llama.layers.", checkpoint.num_layers)
+    own = checkpoint.extras_format in ("", "official-v2") and all(
+        name in gate_names or _V2_BESIDE.fullmatch(name) for name in checkpoint.extras
+    )
+    if checkpoint.layout != "blocked" or not own:
         lose(checkpoint.beside_the_formula(), "official-v2", allow_loss)
-        extras = {}
+    extras = dict(checkpoint.extras) if own and checkpoint.layout == "blocked" else {}
     heads = checkpoint.num_heads or checkpoint.gates.shape[1]
     gates = checkpoint.gates.detach().cpu().float().expand(-1, heads)
-    originals = {name: extras.pop(name) for name in list(extras) if name.endswith(".attention.gate")}
+    originals = {name: extras.pop(name) for name in list(extras) if name in gate_names}
     if originals:
-        rows = [originals[f"llama.layers.{layer}.attention.gate"].flatten() for layer in checkpoint.layers]
-        factors = [
-            extras[f"llama.layers.{layer}.attention.new_gate"].flatten() for layer in checkpoint.layers
-        ]
-        if not torch.equal(torch.stack(rows).float().tanh() * torch.stack(factors).float(), gates):
-            raise CheckpointError(
-                "official-v2: the gates are no longer the product of the file's gate and new_gate, so neither is known"
-            )
+        _check_product(checkpoint, gates, originals, extras)
         state = _state(checkpoint, gates, "llama.layers.") | originals
     else:
         gates = as_tanh(gates, checkpoint.gate_activation, "official-v2")
         state = _state(checkpoint, gates, "llama.layers.")
-    config = json.loads(checkpoint.metadata.get("config", "{}"))
+    config = parse_object(checkpoint.metadata.get("config", "{}"), "official-v2: the adapter's config")
     return torch_bytes({"model": state | extras, "config": config})
+
+
+def _check_product(
+    checkpoint: AdapterCheckpoint,
+    gates: Tensor,
+    originals: Mapping[str, Tensor],
+    extras: Mapping[str, Tensor],
+) -> None:
+    """CheckpointError unless the adapter's gates are still tanh(gate) * new_gate of the file it was read from."""
+    prefixes = [f"llama.layers.{layer}.attention." for layer in checkpoint.layers]
+    wanted = {prefix + part for prefix in prefixes for part in ("gate", "new_gate")}
+    check_keys("official-v2: the adapter", wanted & (originals.keys() | extras.keys()), wanted)
+    for prefix, gate in zip(prefixes, gates, strict=True):
+        original, factor = originals[prefix + "gate"].flatten(), extras[prefix + "new_gate"].flatten()
+        if original.shape != gate.shape or factor.shape != (1,):
+            raise CheckpointError(
+                "official-v2: a gate or new_gate of the adapter does not have its layer's shape"
+            )
+        if not torch.equal(original.float().tanh() * factor.float(), gate):
+            raise CheckpointError(
+                "official-v2: the gates are no longer the product of the file's gate and new_gate, so neither is known"
+            )
+
+
+def _configuration(file: File) -> str:
+    """The file's configuration as JSON."""
+    waiting: list[object] = [file.arguments]
+    for _ in range(_LONGEST_CONFIG):
+        if not waiting:
+            return json.dumps(dict(file.arguments), default=shown)
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+    raise CheckpointError(f"{file.path}: its config is larger than any configuration, or holds itself")
 
 
 def _gates(file: File, prefix: str) -> dict[int, Tensor]:
@@ -129,7 +166,7 @@ def _gate_names(prefix: str, num_layers: int) -> list[str]:
 def _topmost(
     file: File, by_layer: Mapping[int, Tensor], prompt_length: int | None
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """(prompts [L, P, C], gates [L, 1 or Hq], the L layers)."""
+    """(prompts [L, P, C], gates [L, 1 or Hq], the L layers), which are the topmost ones."""
     query, num_layers = file.tensors[_QUERY], len(by_layer)
     check_numbers(file.path, (query, *by_layer.values()))
     length: Any = prompt_length
@@ -137,7 +174,7 @@ def _topmost(
         length = file.arguments.get("adapter_len", PROMPT_LENGTH)
     if not isinstance(length, int) or length < 1:
         raise CheckpointError(
-            f"{file.path}: the prompt length must be a positive whole number, got {length!r}"
+            f"{file.path}: the prompt length must be a positive whole number, got {shown(length)}"
         )
     if query.dim() != 2 or query.shape[0] % length or not 1 <= query.shape[0] // length <= num_layers:
         raise CheckpointError(

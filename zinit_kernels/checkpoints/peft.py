@@ -14,9 +14,11 @@ import re
 
 import torch
 
+from ..console import shown
 from .adapter import (
     AdapterCheckpoint,
     CheckpointError,
+    Told,
     as_identity,
     check_keys,
     check_numbers,
@@ -24,7 +26,8 @@ from .adapter import (
     lose,
     stack_rows,
 )
-from .files import PEFT_CONFIG, PEFT_WEIGHTS, File, safetensors_bytes
+from .files import PEFT_CONFIG, PEFT_WEIGHTS, File
+from .writing import safetensors_bytes
 
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.self_attn\.adaption_(prompt|gate)")
 _GPT2 = re.compile(r".*\.h\.\d+\.attn\.adaption_(prompt|gate)")
@@ -39,7 +42,7 @@ def recognise(file: File) -> bool:
     return any(_KEY.fullmatch(name) or _GPT2.fullmatch(name) for name in file.tensors)
 
 
-def read(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+def read(file: File, told: Told) -> AdapterCheckpoint:
     if any(_GPT2.fullmatch(name) for name in file.tensors):
         raise CheckpointError(
             f"{file.path} is for GPT-2, whose adaption prompts PEFT adds behind the output projection: another formula "
@@ -58,11 +61,11 @@ def read(file: File, prompt_length: int | None, layout: str | None) -> AdapterCh
         raise CheckpointError(f"{file.path}: an adaption_gate must have shape (1,), got {shape}")
     check_numbers(file.path, (prompts, gates))
     config = file.arguments
-    told = {"peft_type": "ADAPTION_PROMPT", "adapter_len": prompts.shape[2], "adapter_layers": len(layers)}
-    for name, value in told.items():
+    weights = {"peft_type": "ADAPTION_PROMPT", "adapter_len": prompts.shape[2], "adapter_layers": len(layers)}
+    for name, value in weights.items():
         if config and config.get(name) != value:
             raise CheckpointError(
-                f"{file.path.with_name(PEFT_CONFIG)} says {name} = {config.get(name)!r}, the weights say {value!r}"
+                f"{file.path.with_name(PEFT_CONFIG)} says {name} = {shown(config.get(name))}, the weights say {value!r}"
             )
     kept = {name: config[name] for name in ("base_model_name_or_path", "task_type") if config.get(name)}
     return AdapterCheckpoint(
@@ -71,7 +74,7 @@ def read(file: File, prompt_length: int | None, layout: str | None) -> AdapterCh
         "identity",
         layers,
         layers[-1] + 1,
-        metadata={k: str(v) for k, v in kept.items()},
+        metadata={name: value if isinstance(value, str) else shown(value) for name, value in kept.items()},
     )
 
 

@@ -1,12 +1,16 @@
-"""Our own format: safetensors `prompts` [L, P, C] and `gates` [L, 1 or Hq]; the rest is metadata.
+"""Our own format: safetensors with `prompts` [L, P, C] and `gates` [L, 1 or Hq]; everything else is metadata.
 
-What another format held beside them lies under `extra.` and that format's name, so that the way back is exact.
+Other tensors of the format that the adapter was converted from are kept as `extra.NAME`, so that the way back is exact.
 """
 
 from __future__ import annotations
 
-from .adapter import AdapterCheckpoint, CheckpointError, check_keys
-from .files import File, safetensors_bytes
+import re
+
+from ..console import shortened, shown
+from .adapter import AdapterCheckpoint, CheckpointError, Told, check_keys
+from .files import File
+from .writing import safetensors_bytes
 
 _EXTRA = "extra."
 
@@ -15,27 +19,37 @@ def recognise(file: File) -> bool:
     return file.metadata.get("format") == "zinit-adapter"
 
 
-def read(file: File, prompt_length: int | None, layout: str | None) -> AdapterCheckpoint:
+def read(file: File, told: Told) -> AdapterCheckpoint:
     metadata = dict(file.metadata)
-    extras = {name: tensor for name, tensor in file.tensors.items() if name.startswith(_EXTRA)}
     extras_format = metadata.pop("extras_format", "")
-    check_keys(file.path, file.tensors, {"prompts", "gates"}, extras if extras_format else ())
-    try:
-        version = metadata.pop("version")
-        layers = tuple(int(layer) for layer in metadata.pop("layers").split(","))
-        num_layers, num_heads = int(metadata.pop("num_layers")), metadata.pop("num_heads")
-        activation = metadata.pop("gate_activation")
-        heads = int(num_heads) if num_heads else None
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{file.path}: the metadata is damaged ({error})") from error
-    if version != "1":
-        raise CheckpointError(f"{file.path} is of version {version}, this program reads version 1")
+    names = [name for name in file.tensors if name.startswith(_EXTRA)]
+    check_keys(file.path, file.tensors, {"prompts", "gates"}, names if extras_format else ())
+    if (version := metadata.pop("version", "")) != "1":
+        raise CheckpointError(f"{file.path} is of version {shortened(version)}, this program reads version 1")
+    layers = tuple(_number(file, layer, "layers") for layer in metadata.pop("layers", "").split(","))
+    num_layers = _number(file, metadata.pop("num_layers", ""), "num_layers")
+    num_heads = metadata.pop("num_heads", "")
+    activation = metadata.pop("gate_activation", "")
     del metadata["format"]
     return AdapterCheckpoint(
-        file.tensors["prompts"], file.tensors["gates"], activation, layers, num_layers, heads,
-        layout=metadata.pop("layout", "blocked"), metadata=metadata, extras_format=extras_format,
-        extras={name.removeprefix(_EXTRA): tensor for name, tensor in extras.items()},
-    )  # fmt: skip
+        prompts=file.tensors["prompts"],
+        gates=file.tensors["gates"],
+        gate_activation=activation,
+        layers=layers,
+        num_layers=num_layers,
+        num_heads=_number(file, num_heads, "num_heads") if num_heads else None,
+        layout=metadata.pop("layout", "blocked"),
+        metadata=metadata,
+        extras={name.removeprefix(_EXTRA): file.tensors[name] for name in names},
+        extras_format=extras_format,
+    )
+
+
+def _number(file: File, text: str, name: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        what = f"it says {shown(text)} for a number" if text else "it is missing"
+        raise CheckpointError(f"{file.path}: the metadata is damaged ({name!r}): {what}")
+    return int(text)
 
 
 def write(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:

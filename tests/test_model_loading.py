@@ -249,11 +249,11 @@ BAD_META = {
     "truncated": (lambda d: truncate(d / "consolidated.01.pth"), "consolidated.01.pth is truncated"),
     "damaged": (
         lambda d: damage_pickle(d / "consolidated.01.pth"),
-        "consolidated.01.pth is truncated or not a checkpoint",
+        "consolidated.01.pth is truncated, or neither safetensors nor",
     ),
     "malicious": (
         lambda d: torch.save({"norm.weight": Malicious()}, d / "consolidated.01.pth"),
-        "holds more than tensors, so it was not loaded",
+        "holds Python objects beside tensors, so it was not loaded",
     ),
     "other tensors": (
         lambda d: torch.save({"norm.weight": torch.ones(64)}, d / "consolidated.01.pth"),

@@ -88,9 +88,11 @@ struct DecodeParams : AttentionParams {
   DType rotary_dtype;
   int64_t rotary_dim;  // even, <= D
   bool rotary_interleaved;
-  int64_t num_splits;  // 0 = choose
-  View out;            // [B, Hq, T, D]
-  float* lse;          // [B, Hq, T]
+  bool rotate_by_token;  // query t turns by position cache_seqlens + t; without mask and window all by the
+                         // first
+  int64_t num_splits;    // 0 = choose
+  View out;              // [B, Hq, T, D]
+  float* lse;            // [B, Hq, T]
 };
 
 // Many queries by the CUDA kernels: over a cache, as above and appended to before, or over fresh keys, which

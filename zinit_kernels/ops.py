@@ -183,11 +183,28 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "decode": _decode_fake,
     "prompt": lambda *args: None,
 }
+
+
+def _register_fake(stage: str, backend: str) -> None:
+    """The dispatcher calls a fake as soon as one argument is a meta tensor. Beside tensors with memory that is refused:
+    the output would be allocated on their device, and no kernel would write it."""
+    names = [argument.name for argument in _OPERATORS[stage, backend]._schema.arguments]
+
+    def fake(*args: Any) -> Any:
+        first, *rest = [(name, arg) for name, arg in zip(names, args, strict=True) if torch.is_tensor(arg)]
+        for name, arg in rest:
+            if arg.device != first[1].device:
+                raise RuntimeError(
+                    f"{name} must be on the device of {first[0]}, {first[1].device}, got {arg.device}"
+                )
+        return _FAKES[stage](*args)
+
+    torch.library.register_fake(f"{schemas.NAMESPACE}::{stage}_{backend}", fake, lib=schemas.library)
+
+
 for _backend, _stages in STAGES.items():
     for _stage in _stages:
-        torch.library.register_fake(
-            f"{schemas.NAMESPACE}::{_stage}_{_backend}", _FAKES[_stage], lib=schemas.library
-        )
+        _register_fake(_stage, _backend)
 
 
 def _register_triton(stage: str) -> None:

@@ -10,8 +10,7 @@ namespace zinit::cpu {
 // leaves (accumulator, maximum, sum) in `partials` and the combine stage merges them and adds the prompt
 // branch.
 struct DecodeWork : DecodeParams {
-  bool rotate_by_token;  // query t sits at cache_seqlens + t; without mask and window all at cache_seqlens
-  int64_t query_block;   // tokens of an item, at most
+  int64_t query_block;  // tokens of an item, at most
   int64_t query_blocks;
   int64_t heads_per_item;  // KV heads walked together, key block by key block: reads a token-major cache in
                            // long runs

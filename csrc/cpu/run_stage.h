@@ -51,7 +51,7 @@ void run_stage(const Stage<Params>& stage, const Params& params) {
       stage.run(params, item, item + 1, scratch);
     }
   });
-  STD_TORCH_CHECK(!out_of_memory, "out of memory: a thread needs ", bytes, " bytes of scratch");
+  ZINIT_CHECK(!out_of_memory, "out of memory: a thread needs ", bytes, " bytes of scratch");
 }
 
 }  // namespace zinit::cpu

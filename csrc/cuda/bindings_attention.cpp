@@ -1,5 +1,6 @@
 // zinit::forward_cuda and zinit::prompt_cuda, as bindings_decode.cpp: nothing waits for the device.
 #include <algorithm>
+#include <tuple>
 
 #include "bindings.h"
 #include "prefill/prefill.h"
@@ -10,14 +11,16 @@ namespace {
 
 // [B + 1] lengths for packed tensors [1, H, total, D]; the sequences are counted here.
 void set_packing(AttentionParams& p, const Device& device, const OptionalTensor& cu_seqlens_q,
-                 const OptionalTensor& cu_seqlens_k) {
+                 const char* name_q, const OptionalTensor& cu_seqlens_k, const char* name_k) {
+  ZINIT_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), name_q, " and ", name_k,
+              " must be given together");
   if (!cu_seqlens_q.has_value()) return;
-  STD_TORCH_CHECK(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0,
-                  "cu_seqlens_q must hold B + 1 cumulative lengths, got shape ", shape_string(*cu_seqlens_q));
-  STD_TORCH_CHECK(p.num_sequences == 1, "packed tensors must have a batch of 1, got ", p.num_sequences);
+  p.cu_seqlens_q = device.array<int32_t>(*cu_seqlens_q, name_q, ScalarType::Int, {-1});
   const int64_t count = cu_seqlens_q->size(0);
-  p.cu_seqlens_q = device.array<int32_t>(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {count});
-  p.cu_seqlens_k = device.array<int32_t>(cu_seqlens_k, "cu_seqlens_k", ScalarType::Int, {count});
+  ZINIT_CHECK(count > 0, name_q, " must hold B + 1 cumulative lengths, got shape ",
+              shape_string(*cu_seqlens_q));
+  p.cu_seqlens_k = device.array<int32_t>(*cu_seqlens_k, name_k, ScalarType::Int, {count});
+  ZINIT_CHECK(p.num_sequences == 1, "packed tensors must have a batch of 1, got ", p.num_sequences);
   p.num_sequences = count - 1;
 }
 
@@ -27,8 +30,8 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                                         int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                         int64_t window_left, int64_t window_right, bool tanh_gate) {
-  const Device device{query.get_device_index()};
-  const torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Device device = Device::cuda(query);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   PrefillParams p{};
   p.query = device.aligned_view(query, "query", Layout::kHeadMajor);
   p.key_cache = device.aligned_view(key, "key", Layout::kHeadMajor);
@@ -40,16 +43,13 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
   p.window_left = window_left, p.window_right = window_right;
   check_shape(key, "key", {B, p.num_heads_kv, S, D});
   check_shape(value, "value", {B, p.num_heads_kv, S, D});
-  STD_TORCH_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
-                  "key and value must have the query's dtype");
-  STD_TORCH_CHECK(T < kRowsAtMost && S < kRowsAtMost, "query and key must have fewer than ", kRowsAtMost,
-                  " rows");
+  ZINIT_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
+              "key and value must have the query's dtype");
+  ZINIT_CHECK(T < kRowsAtMost && S < kRowsAtMost, "query and key must have fewer than ", kRowsAtMost,
+              " rows");
   p.key_bias = device.array<float>(key_bias, "key_bias", ScalarType::Float, {B, S});
-  STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(),
-                  "cu_seqlens_q and cu_seqlens_k must be given together");
-  STD_TORCH_CHECK(!cu_seqlens_q.has_value() || !key_bias.has_value(),
-                  "key_bias does not go with packed tensors");
-  set_packing(p, device, cu_seqlens_q, cu_seqlens_k);
+  ZINIT_CHECK(!cu_seqlens_q.has_value() || !key_bias.has_value(), "key_bias does not go with packed tensors");
+  set_packing(p, device, cu_seqlens_q, "cu_seqlens_q", cu_seqlens_k, "cu_seqlens_k");
   if (cu_seqlens_q.has_value()) {
     p.seqlen_q = std::clamp<int64_t>(max_seqlen_q, 0, T),
     p.seqlen_k = std::clamp<int64_t>(max_seqlen_k, 0, S);
@@ -58,13 +58,11 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
   check_limits(p);
   check_half_precision(p.query);
 
-  const auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };
-  Tensor out =
-      device.empty_strided({B, Hq, T, D}, {at_least_1(T) * Hq * D, D, Hq * D, 1}, query.scalar_type());
+  Tensor out = device.empty_token_major(B, Hq, T, D, query.scalar_type());
   Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
   p.out = device.view(out, "out", Layout::kHeadMajor);
   p.lse = static_cast<float*>(lse.data_ptr());
-  prefill(p, current_stream(device.index));
+  prefill(p, current_stream(device.index()));
   check_launch("forward_cuda");
   return {out, lse};
 }
@@ -72,31 +70,32 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
 void prompt_cuda(Tensor out, Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate,
                  OptionalTensor prompt_index, OptionalTensor cu_seqlens, int64_t max_seqlen, double scale,
                  bool tanh_gate) {
-  const Device device{query.get_device_index()};
-  const torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Device device = Device::cuda(query);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   PromptParams p{};
   p.query = device.aligned_view(query, "query", Layout::kHeadMajor);
   p.out = device.aligned_view(out, "out", Layout::kHeadMajor);
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
   check_shape(out, "out", {B, Hq, T, D});
-  STD_TORCH_CHECK(p.out.dtype == p.query.dtype, "out must have the query's dtype");
-  STD_TORCH_CHECK(prompt_key.dim() == 4, "prompt_key must have 4 dimensions, got ", shape_string(prompt_key));
+  ZINIT_CHECK(p.out.dtype == p.query.dtype, "out must have the query's dtype");
+  device.view(prompt_key, "prompt_key", Layout::kHeadMajor);
   p.num_sequences = B, p.num_heads_q = Hq, p.num_heads_kv = prompt_key.size(1), p.head_dim = D;
   p.seqlen_q = p.total_q = T, p.scale = static_cast<float>(scale), p.tanh_gate = tanh_gate;
-  STD_TORCH_CHECK(T < kRowsAtMost, "query must have fewer than ", kRowsAtMost, " rows");
-  set_packing(p, device, cu_seqlens, cu_seqlens);
+  ZINIT_CHECK(T < kRowsAtMost, "query must have fewer than ", kRowsAtMost, " rows");
+  set_packing(p, device, cu_seqlens, "cu_seqlens", cu_seqlens, "cu_seqlens");
   if (cu_seqlens.has_value()) p.seqlen_q = std::clamp<int64_t>(max_seqlen, 0, T);
   set_prompt(p, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
   check_limits(p);
   check_half_precision(p.query);
-  add_prompt_branch(p, current_stream(device.index));
+  add_prompt_branch(p, current_stream(device.index()));
   check_launch("prompt_cuda");
 }
 
 }  // namespace
 }  // namespace zinit::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(zinit, CUDA, m) {
+// For tensors of every kind, so that what is no CUDA tensor is refused by name, and not by the dispatcher.
+STABLE_TORCH_LIBRARY_IMPL(zinit, CompositeExplicitAutograd, m) {
   m.impl("forward_cuda", TORCH_BOX(&zinit::cuda::forward_cuda));
   m.impl("prompt_cuda", TORCH_BOX(&zinit::cuda::prompt_cuda));
 }

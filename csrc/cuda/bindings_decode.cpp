@@ -1,6 +1,7 @@
 // zinit::decode_cuda: the arguments are checked, the call is planned, the kernels are launched on torch's
 // current stream. Nothing waits for the device, so a CUDA graph can capture it.
 #include <algorithm>
+#include <tuple>
 
 #include "bindings.h"
 #include "decode/decode.h"
@@ -9,57 +10,38 @@
 namespace zinit::cuda {
 namespace {
 
-void set_rotary(DecodeParams& p, const Device& device, const OptionalTensor& cos, const OptionalTensor& sin,
-                bool interleaved) {
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(),
-                  "rotary_cos and rotary_sin must be given together, or neither");
-  if (!cos.has_value()) return;
-  check_shape(*cos, "rotary_cos", {-1, -1});
-  check_shape(*sin, "rotary_sin", {cos->size(0), cos->size(1)});
-  p.rotary_dtype = dtype_of(*cos, "rotary_cos");
-  p.rotary_cos = device.array<void>(cos, "rotary_cos", cos->scalar_type(), {cos->size(0), cos->size(1)});
-  p.rotary_sin = device.array<void>(sin, "rotary_sin", cos->scalar_type(), {cos->size(0), cos->size(1)});
-  p.rotary_positions = cos->size(0), p.rotary_stride = cos->size(1), p.rotary_dim = 2 * cos->size(1);
-  p.rotary_interleaved = interleaved;
-  STD_TORCH_CHECK(p.rotary_dim <= p.head_dim, "rotary_cos must have at most ", p.head_dim / 2,
-                  " columns, got ", cos->size(1));
-  STD_TORCH_CHECK(p.rotary_positions > 0, "rotary_cos must have a position");
-}
-
 void set_cache(DecodeParams& p, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
                const Tensor& cache_seqlens, const OptionalTensor& block_table) {
   const int64_t S = key_cache.size(1);
   check_shape(key_cache, "key_cache",
               {block_table.has_value() ? -1 : p.num_sequences, S, p.num_heads_kv, p.head_dim});
   check_shape(value_cache, "value_cache", {key_cache.size(0), S, p.num_heads_kv, p.head_dim});
-  STD_TORCH_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
-                  "key_cache and value_cache must have the query's dtype, got ", key_cache.scalar_type(),
-                  " and ", value_cache.scalar_type());
+  ZINIT_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
+              "key_cache and value_cache must have the query's dtype, got ", key_cache.scalar_type(), " and ",
+              value_cache.scalar_type());
   p.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {p.num_sequences});
   p.seqlen_k = S;
+  p.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {p.num_sequences, -1});
   if (block_table.has_value()) {
-    check_shape(*block_table, "block_table", {p.num_sequences, -1});
     p.block_table_stride = block_table->size(1);
-    p.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int,
-                                          {p.num_sequences, p.block_table_stride});
     p.page_size = S, p.num_pages = key_cache.size(0), p.seqlen_k = S * p.block_table_stride;
-    STD_TORCH_CHECK(S > 0 && p.num_pages > 0, "key_cache must have a page of at least one key");
+    ZINIT_CHECK(S > 0 && p.num_pages > 0, "key_cache must have a page of at least one key");
   }
-  STD_TORCH_CHECK(p.seqlen_k < kRowsAtMost && p.num_pages < kRowsAtMost, "the cache must have fewer than ",
-                  kRowsAtMost, " positions a sequence and as many pages");
+  ZINIT_CHECK(p.seqlen_k < kRowsAtMost && p.num_pages < kRowsAtMost, "the cache must have fewer than ",
+              kRowsAtMost, " positions a sequence and as many pages");
 }
 
 void set_new_tokens(DecodeParams& p, const Device& device, const OptionalTensor& key,
                     const OptionalTensor& value) {
-  STD_TORCH_CHECK(key.has_value() == value.has_value(), "new_key and new_value must be given together");
-  if (!key.has_value() || key->size(1) == 0) return;
+  ZINIT_CHECK(key.has_value() == value.has_value(), "new_key and new_value must be given together");
+  if (!key.has_value()) return;
+  p.new_key = device.view(*key, "new_key", Layout::kTokenMajor);
+  p.new_value = device.view(*value, "new_value", Layout::kTokenMajor);
   p.seqlen_new = key->size(1);
-  p.new_key = device.view(*key, "new_key");
-  p.new_value = device.view(*value, "new_value");
   check_shape(*key, "new_key", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
   check_shape(*value, "new_value", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
-  STD_TORCH_CHECK(p.new_key.dtype == p.query.dtype && p.new_value.dtype == p.query.dtype,
-                  "new_key and new_value must have the query's dtype");
+  ZINIT_CHECK(p.new_key.dtype == p.query.dtype && p.new_value.dtype == p.query.dtype,
+              "new_key and new_value must have the query's dtype");
 }
 
 std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
@@ -70,43 +52,45 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
                                        OptionalTensor rotary_sin, bool rotary_interleaved, double scale,
                                        int64_t window_left, int64_t window_right, bool tanh_gate,
                                        int64_t num_splits) {
-  const Device device{query.get_device_index()};
-  const torch::stable::accelerator::DeviceGuard guard(device.index);
+  const Device device = Device::cuda(query);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   DecodeParams p{};
-  p.query = device.view(query, "query");
-  p.key_cache = device.aligned_view(key_cache, "key_cache");
-  p.value_cache = device.aligned_view(value_cache, "value_cache");
+  p.query = device.view(query, "query", Layout::kTokenMajor);
+  p.key_cache = device.aligned_view(key_cache, "key_cache", Layout::kTokenMajor);
+  p.value_cache = device.aligned_view(value_cache, "value_cache", Layout::kTokenMajor);
   const int64_t B = query.size(0), T = query.size(1), Hq = query.size(2), D = query.size(3);
   p.num_sequences = B, p.num_heads_q = Hq, p.num_heads_kv = key_cache.size(2), p.head_dim = D, p.seqlen_q = T;
   p.scale = static_cast<float>(scale), p.tanh_gate = tanh_gate, p.num_splits = num_splits;
   p.window_left = window_left, p.window_right = window_right;
+  p.rotate_by_token = window_left >= 0 || window_right >= 0;
   set_cache(p, device, key_cache, value_cache, cache_seqlens, block_table);
   set_new_tokens(p, device, new_key, new_value);
   set_prompt(p, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
   set_rotary(p, device, rotary_cos, rotary_sin, rotary_interleaved);
-  STD_TORCH_CHECK(num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", num_splits);
+  ZINIT_CHECK(!rotary_cos.has_value() || p.rotary_positions > 0, "rotary_cos must have a position");
+  ZINIT_CHECK(num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", num_splits);
   check_limits(p);
 
   Tensor out = device.empty_contiguous({B, T, Hq, D}, query.scalar_type());
   Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
-  p.out = device.view(out, "out");
+  p.out = device.view(out, "out", Layout::kTokenMajor);
   p.lse = static_cast<float*>(lse.data_ptr());
   if (std::max(p.seqlen_q, p.seqlen_new) > kNewTokensAtMost) {
-    device.aligned_view(query, "query");
+    device.aligned_view(query, "query", Layout::kTokenMajor);
     check_half_precision(p.query);
-    prefill(prefill_params(p), current_stream(device.index));
+    prefill(prefill_params(p), current_stream(device.index()));
     check_launch("decode_cuda");
     return {out, lse};
   }
 
-  STD_TORCH_CHECK(Hq * T <= 65535, "at most 65535 query heads times tokens");
+  ZINIT_CHECK(Hq * T <= 65535, "at most 65535 query heads times tokens");
   int multiprocessors = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index),
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index()),
              "cudaDeviceGetAttribute");
   const DecodePlan plan = plan_decode(multiprocessors, B, p.num_heads_kv, T * (Hq / p.num_heads_kv),
                                       p.seqlen_k, p.page_size, p.query.dtype != DType::kFloat32, num_splits);
   Tensor workspace = device.empty_contiguous({workspace_floats(plan, B, Hq, T, D)}, ScalarType::Float);
-  decode(p, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index));
+  decode(p, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index()));
   check_launch("decode_cuda");
   return {out, lse};
 }
@@ -114,4 +98,6 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
 }  // namespace
 }  // namespace zinit::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(zinit, CUDA, m) { m.impl("decode_cuda", TORCH_BOX(&zinit::cuda::decode_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(zinit, CompositeExplicitAutograd, m) {
+  m.impl("decode_cuda", TORCH_BOX(&zinit::cuda::decode_cuda));
+}

@@ -60,7 +60,9 @@ class DecodeParams(ctypes.Structure):
             i7="rotary_stride rotary_positions",
         ),
         ("rotary_dtype", ctypes.c_int32),
-        *_fields(i8="rotary_dim", b2="rotary_interleaved", i9="num_splits", v3="out", p5="lse"),
+        *_fields(
+            i8="rotary_dim", b2="rotary_interleaved rotate_by_token", i9="num_splits", v3="out", p5="lse"
+        ),
     ]
 
 
@@ -105,7 +107,7 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
         cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
         block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
         num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),
-        lse=_pointer(lse),
+        lse=_pointer(lse), rotate_by_token=call.window_left >= 0 or call.window_right >= 0,
     )  # fmt: skip
     if call.rotary_cos is not None:
         params.rotary_cos, params.rotary_sin = _pointer(call.rotary_cos), _pointer(call.rotary_sin)

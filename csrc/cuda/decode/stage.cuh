@@ -9,8 +9,6 @@ namespace zinit::cuda {
 template <class T>
 __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequence& s, int kv_head, int first,
                                               int count, int rows, const Shared<T>& shared) {
-  const bool by_token =
-      w.window_left >= 0 || w.window_right >= 0;  // else all queries turn by the first position
   constexpr int kAtOnce = 8;  // 4 heads of 128 dimensions in one round: each round waits for memory
   for (int i = static_cast<int>(threadIdx.x) * kAtOnce; i < rows * shared.query_stride;
        i += kThreads * kAtOnce) {
@@ -18,7 +16,8 @@ __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequenc
     T elements[kAtOnce] = {};
     if (row < count && d < w.head_dim) {
       const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-      rotate(w, row_of<T>(w.query, s.index, head, token), d, s.length + (by_token ? token : 0), elements);
+      rotate(w, row_of<T>(w.query, s.index, head, token), d, s.length + (w.rotate_by_token ? token : 0),
+             elements);
     }
     memcpy(static_cast<void*>(shared.queries + i), static_cast<const void*>(elements), sizeof elements);
   }

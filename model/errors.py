@@ -1,10 +1,10 @@
-"""The one exception that the programs show as a sentence instead of a traceback."""
+"""The one exception that the programs show as a sentence instead of a traceback, and the programs' names."""
 
 from __future__ import annotations
 
 from zinit_kernels.console import InputError, run, warn
 
-__all__ = ["UserError", "run_program", "warn"]
+__all__ = ["UserError", "program_name", "run_program", "warn"]
 
 
 class UserError(InputError):
@@ -12,3 +12,8 @@ class UserError(InputError):
 
 
 run_program = run
+
+
+def program_name(name: str) -> str:
+    """How the user calls one of these programs: `zinit train` where it is installed, else python -m model.train."""
+    return f"python -m model.{name}" if __package__ == "model" else f"zinit {name}"

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from .adapter_files import load_adapter
 from .checkpoint import base_print
 from .data import check_text, format_prompt, line_objects, read_text
-from .errors import UserError, run_program
+from .errors import UserError, program_name, run_program
 from .generation import check_request, generate
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
@@ -70,7 +70,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m model.generate", description="Generate with a LLaMA and an adapter."
+        prog=program_name("generate"), description="Generate with a LLaMA and an adapter."
     )
     parser.add_argument(
         "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"

@@ -29,7 +29,7 @@ from .adapter_files import load_adapter, save_adapter
 from .checkpoint import base_print, data_print, load_checkpoint, refuse_missing, restore, save_checkpoint
 from .config import AdapterConfig
 from .data import Sample, batches, encode, read_records, split
-from .errors import UserError, run_program, warn
+from .errors import UserError, program_name, run_program, warn
 from .llama import Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .metrics import MetricsLog, loss_picture
@@ -303,7 +303,7 @@ def _progress(console: Console) -> Progress:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m model.train",
+        prog=program_name("train"),
         description="Trains a LLaMA-Adapter on Alpaca-style data. The defaults are the paper's recipe.",
     )
     recipe, default = Recipe(), "(default: %(default)s)"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -143,6 +144,43 @@ def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
     assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed", "zinit_kernels/model/train.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    return [name for name in listed.stdout.split("\0") if (ROOT / name).is_file()]
+
+
+@needs_compiler
+def test_the_sdist_is_the_whole_checkout_and_the_wheel_is_built_from_it(build, tmp_path):
+    if not tracked():
+        pytest.skip("this is no git checkout")
+    checkout = tmp_path / "checkout"
+    for name in tracked():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    result = setup(checkout, "sdist", "--dist-dir", str(tmp_path), ZINIT_BUILD="1")
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("zinit_kernels-*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    lost = [name for name in tracked() if not (unpacked / name).is_file()]
+    assert not lost
+
+    for source in build.cpu_objects(["g++"]):  # one line each: the kernels themselves take minutes
+        (unpacked / source).write_text(f"int {Path(source).stem}() {{ return 0; }}\n")
+    result = setup(unpacked, "bdist_wheel", "--dist-dir", str(tmp_path), ZINIT_BUILD="1", ZINIT_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        name if name.startswith("zinit_kernels/") else f"zinit_kernels/{name}"
+        for name in tracked()
+        if name.endswith(".py") and name.split("/")[0] in ("zinit_kernels", "model")
+    }
+    assert modules <= names, modules - names
+    assert "zinit_kernels/_C_cpu.so" in names
 
 
 def test_other_processors_get_the_generic_kernels_alone(build, monkeypatch):

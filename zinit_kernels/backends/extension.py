@@ -22,10 +22,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
-NEEDED_TO_BUILD = {
-    "cpu": "C++ compiler (g++ 11 or later)",
-    "cuda": "nvcc 12.4 or later beside a torch built for CUDA",
-}
+NEEDED_TO_BUILD = {"cpu": "g++ 11 or later", "cuda": "nvcc 12.4 or later and a torch built for CUDA"}
 
 
 @cache
@@ -35,10 +32,7 @@ def _load(name: str) -> str:
     if not library.is_file():
         if not sys.platform.startswith("linux"):
             return f"the native kernels are built on Linux only, this is {platform.system()}"
-        return (
-            f"{library} was not built (installed with ZINIT_BUILD=0, or without a {NEEDED_TO_BUILD[name]}). "
-            f"With a {NEEDED_TO_BUILD[name]} there: {build_command(name)}"
-        )
+        return f"{library} was not built. Install {NEEDED_TO_BUILD[name]}, then run: {build_command(name)}"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

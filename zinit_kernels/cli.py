@@ -1,0 +1,62 @@
+"""The `zinit` command: one name for the programs of this package.
+
+    zinit check                                        what this machine can run, and whether it is right
+    zinit inspect ADAPTER                              what an adapter file holds, layer by layer
+    zinit convert ADAPTER OUT --to peft                an adapter file in another format
+    zinit train --base DIR --data FILE --out DIR       train an adapter on instruction data
+    zinit generate --base DIR --adapter FILE --instruction "..."    answer with a LLaMA and an adapter
+    zinit demo                                         train a small base and an adapter, without any download
+
+`zinit PROGRAM --help` lists a program's options. train, generate and demo need pip install 'zinit-kernels[model]'. The
+benchmarks are not installed: in a checkout, python -m bench.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from .console import InputError, run, shown
+
+OWN = ("check", "inspect", "convert")
+MODEL = ("train", "generate", "demo")
+MODEL_NEEDS = ("tokenizers", "sentencepiece", "rich", "matplotlib")  # the extra [model]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the program named first, with the arguments behind it, and exits with its status."""
+    run(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        print(f"zinit_kernels {__version__}")
+        return 0
+    if name not in OWN + MODEL:
+        raise InputError(
+            f"zinit has no program {shown(name)}; it has {', '.join(OWN + MODEL)} (zinit --help)"
+        )
+    package = "zinit_kernels" if name in OWN else _model_package()
+    try:
+        return importlib.import_module(f"{package}.{name}").main(rest)
+    except ModuleNotFoundError as error:
+        if error.name not in MODEL_NEEDS:
+            raise
+        pip = f"{sys.executable} -m pip install 'zinit-kernels[model]'"
+        raise InputError(f"zinit {name} needs {error.name}: {pip}") from None
+
+
+def _model_package() -> str:
+    """zinit_kernels.model where this is installed; in a checkout that is not, the folder model/."""
+    is_bare_checkout = (Path(__file__).resolve().parent.parent / "model" / "train.py").is_file()
+    is_installed = importlib.util.find_spec("zinit_kernels.model") is not None
+    return "model" if is_bare_checkout and not is_installed else "zinit_kernels.model"

@@ -11,9 +11,9 @@ import os
 import reprlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LONGEST_NAME = 200  # characters of a foreign name that a message shows
 
@@ -49,10 +49,55 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose complaints show no escape sequences either."""
+    """argparse's parser, with two differences.
+
+    An option given twice is an error. argparse keeps the last value and drops the first without a word, so
+    `--data a --data b` would read b alone. Options with action="append" may be repeated, as in argparse.
+
+    An error is one printable sentence, without the usage before it. The exit status is argparse's, 2.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._given: set[str] = set()
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.register("action", "store_true", _StoreTrueOnce)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; what an earlier call was given does not count."""
+        self._given.clear()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        """Says the sentence on stderr and exits with status 2."""
+        _tell(f"error: {printable(message)}; --help lists the options.")
+        sys.exit(2)
+
+    def note(self, action: argparse.Action, option: str | None) -> None:
+        """Records that an option was given. Raises argparse.ArgumentError the second time."""
+        if option is None:  # a positional argument, which argparse takes once
+            return
+        if action.dest in self._given:
+            raise argparse.ArgumentError(action, "given twice, and only one can count")
+        self._given.add(action.dest)
+
+
+class _StoreOnce(argparse._StoreAction):
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        parser.note(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _StoreTrueOnce(argparse._StoreTrueAction):
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        parser.note(self, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def note(sentence: str) -> None:
+    """Says on stderr what is worth knowing, where nothing is wrong."""
+    _tell(f"note: {printable(sentence)}")
 
 
 def warn(sentence: str) -> None:

@@ -63,6 +63,9 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL_TOKENS.index("<s>"))]
+    )
     write_file(directory / "tokenizer.json", tokenizer.to_str().encode())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_file(directory / "tokenizer_config.json", json.dumps(special).encode())

@@ -8,7 +8,6 @@ that start at random and without gates (after figure 5 of arXiv 2303.16199).
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from zinit_kernels import explain
+from zinit_kernels.console import Parser
 
 from . import corpus
 from .adapter import LlamaAdapter
@@ -327,7 +327,7 @@ def table(result: Result) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """The program; exits with status 1 if a bar was missed."""
-    parser = argparse.ArgumentParser(prog=program_name("demo"), description=__doc__.split("\n\n")[1])
+    parser = Parser(prog=program_name("demo"), description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     console, began = Console(highlight=False), time.perf_counter()

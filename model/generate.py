@@ -17,13 +17,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from zinit_kernels.console import Parser
+
 from .adapter_files import load_adapter
 from .checkpoint import base_print
-from .data import check_text, format_prompt, line_objects, read_text
 from .errors import UserError, program_name, run_program
 from .generation import check_request, generate
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
+from .records import check_text, format_prompt, read_prompts
 from .tokenizer import Tokenizer, load_tokenizer
 
 
@@ -69,9 +71,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program_name("generate"), description="Generate with a LLaMA and an adapter."
-    )
+    parser = Parser(prog=program_name("generate"), description="Generate with a LLaMA and an adapter.")
     parser.add_argument(
         "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
     )
@@ -105,28 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_prompts(path: Path) -> list[str]:
-    """A prompt a line; in a .jsonl file {"prompt"} or {"instruction", "input"} a line."""
-    text = read_text(path)
-    if path.suffix == ".jsonl":
-        prompts = [_prompt_of(value, f"{path}, line {line}") for line, value in line_objects(text, path)]
-    else:
-        prompts = [line for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    return prompts
-
-
-def _prompt_of(record: object, where: str) -> str:
-    if isinstance(record, dict) and "prompt" in record:
-        return check_text(record["prompt"], "prompt", where)
-    if isinstance(record, dict) and "instruction" in record:
-        input = "" if record.get("input") is None else record["input"]
-        instruction = check_text(record["instruction"], "instruction", where)
-        return format_prompt(instruction, check_text(input, "input", where))
-    raise UserError(f'{where}: expected an object with "prompt" or "instruction", got {str(record)[:60]}.')
-
-
 def _texts(arguments: argparse.Namespace) -> list[str]:
     """The prompts asked for, by whichever option."""
     if arguments.input and arguments.instruction is None:
@@ -135,7 +113,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
         if getattr(arguments, name) is not None:
             check_text(getattr(arguments, name), name, "the command line")
     if arguments.prompts_file is not None:
-        return _read_prompts(arguments.prompts_file)
+        return read_prompts(arguments.prompts_file)
     if arguments.instruction is not None:
         return [format_prompt(arguments.instruction, arguments.input)]
     return [arguments.prompt]
@@ -154,6 +132,16 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
         base_print(model, torch.bfloat16),
     )  # fmt: skip
     return model, tokenizer, adapter.to(device)
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """The prompts in tokens: what the tokenizer puts before a text, and no end of sequence behind it."""
+    prompts = []
+    for index, text in enumerate(texts):
+        prompts.append(tokenizer.encode(text, eos=False, limit=context + 1))
+        if len(prompts[-1]) > context:
+            raise UserError(f"prompt {index} is longer than the model's context of {context} tokens.")
+    return prompts
 
 
 def _try_backend(backend: str, model: Llama, adapter: Adapter | None, prompt: list[int]) -> None:
@@ -175,7 +163,7 @@ def main(command_line: list[str] | None = None) -> None:
         raise UserError("--stop must not be empty: every answer would end at once.")
     texts = _texts(arguments)
     model, tokenizer, adapter = _load(arguments)
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = _encode(texts, tokenizer, model.config.max_seq_len)
     sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_request(model, prompts, **sampling, seed=arguments.seed)
     _try_backend(arguments.backend, model, adapter, prompts[0][:1])

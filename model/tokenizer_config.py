@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from zinit_kernels.checkpoints.adapter import CheckpointError
+from zinit_kernels.checkpoints.json_files import read_json
 
 from .errors import UserError
 
@@ -81,10 +82,6 @@ def _name(value: Any, kind: str, directory: Path) -> Any:
     name = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(name, str):
         raise UserError(f"{directory} must name the {kind} by a string, or by an object with content.")
-    try:
-        (name or "").encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{directory} names the {kind} {name!r}, which holds half a character.") from None
     return name or None
 
 
@@ -93,7 +90,6 @@ def _added(id: Any, token: Any, directory: Path) -> AddedToken:
     if not str(id).isdecimal() or not isinstance(content, str):
         raise UserError(f"{directory} lists an added token that is no id with a text: {id!r}: {token!r}.")
     special = bool(token.get("special", False))
-    _name(content, "added token", directory)
     return AddedToken(int(id), content, special, bool(token.get("normalized", not special)))
 
 
@@ -106,9 +102,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} must hold a JSON object.")
-    return dict(content)
+        return read_json(path)
+    except CheckpointError as error:
+        raise UserError(f"{error}.") from error

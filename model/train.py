@@ -24,15 +24,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zinit_kernels.console import Parser
+
 from .adapter import LlamaAdapter
 from .adapter_files import load_adapter, save_adapter
 from .checkpoint import base_print, data_print, load_checkpoint, refuse_missing, restore, save_checkpoint
 from .config import AdapterConfig
-from .data import Sample, batches, encode, read_records, split
+from .data import Sample, batches, encode, split
 from .errors import UserError, program_name, run_program, warn
 from .llama import Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .metrics import MetricsLog, loss_picture
+from .records import read_records
 from .storage import held, make_directory, refuse_occupied, remove_leftovers, writing
 from .tokenizer import load_tokenizer
 from .training import Recipe, batch_loss, evaluate, make_optimizer, train
@@ -42,7 +45,7 @@ ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
 
 def main(arguments: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first file is written."""
-    options = _parse(arguments)
+    options = _parser().parse_args(arguments)
     _check_output(options)
     if options.save_every is not None and options.save_every < 1:
         raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
@@ -217,7 +220,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sample], list[Sample]]:
     """The frozen base, and the samples to train on and to validate on."""
-    records = read_records(options.data)
+    records = [record for path in options.data for record in read_records(path, options.strict)]
     base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
     base.set_backend(options.backend)
     tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
@@ -232,13 +235,16 @@ def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sa
         )
     samples, report = encode(records, tokenizer, max_seq_len)
     console.print(f"{len(records)} records: {report}")
+    if options.strict and (report.truncated or report.dropped or report.untold):
+        raise UserError(f"--strict: of {len(records)} records {report}.")
+    data = " and ".join(map(str, options.data))
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
     training, validation = split(samples, options.validation, options.seed)
     if not training and validation:
-        raise UserError(f"--validation took the only sample of {options.data}: pass --validation 0.")
+        raise UserError(f"--validation took the only sample of {data}: pass --validation 0.")
     if not training:
-        raise UserError(f"{options.data} leaves no sample to train on ({report}).")
+        raise UserError(f"{data} leaves no sample to train on ({report}).")
     return base, training, validation
 
 
@@ -301,8 +307,8 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog=program_name("train"),
         description="Trains a LLaMA-Adapter on Alpaca-style data. The defaults are the paper's recipe.",
     )
@@ -310,8 +316,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     # fmt: off
     files = parser.add_argument_group("files")
     files.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face or Meta checkpoint folder")
-    files.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON list or JSONL of objects with "
-                       "instruction, output and, if there is one, input")
+    files.add_argument("--data", type=Path, action="append", required=True, metavar="FILE", help="JSON list or JSONL "
+                       "of objects with instruction, output and perhaps input; may be repeated: all files count")
+    files.add_argument("--strict", action="store_true", help="refuse data of which a record would be left out or cut")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     there = files.add_mutually_exclusive_group()
     there.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
@@ -350,7 +357,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--device", default=default_device(), help=default)
     machine.add_argument("--backend", default="auto", help=f"of the attention kernels {default}")
     # fmt: on
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ BAD_DATA = {
     "a broken line": (GOOD + '\n{"instruction"', "line 2: not JSON at column"),
     "no object": (GOOD + "\n[1]", "line 2: a record must be an object with instruction, input and output"),
     "no output": (GOOD + '\n{"instruction": "a"}', "line 2: the field 'output' is missing"),
-    "an empty output": (GOOD + '\n\n{"instruction": "a", "output": ""}', "line 3: the output is empty"),
+    "empty outputs": ('\n\n{"instruction": "a", "output": ""}', "holds no records with an answer"),
     "nothing": ("", "holds no records"),
     "one record": (GOOD, "--validation took the only sample"),
     "only instructions beyond the context": (

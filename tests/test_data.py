@@ -1,11 +1,7 @@
-"""Instruction data: what a file may hold, what becomes of it in tokens, and how samples share a batch."""
+"""Instruction data: what becomes of records in tokens, and how samples share a batch."""
 
 from __future__ import annotations
 
-import json
-import time
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,16 +12,11 @@ from model.data import (
     batches,
     encode,
     epoch_order,
-    format_prompt,
     pack,
     pad,
-    read_records,
     split,
 )
-from model.errors import UserError
 from model.loss import IGNORE
-
-GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 
 
 class CharacterTokenizer:
@@ -36,95 +27,13 @@ class CharacterTokenizer:
     def __init__(self, merges: tuple[str, ...] = ()):
         self.merges = {text: 60000 + index for index, text in enumerate(merges)}
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+    def encode(self, text: str, eos: bool = False, limit: int | None = None) -> list[int]:
         ids = [1]
         while text:
             merge = next((merge for merge in self.merges if text.startswith(merge)), None)
             ids.append(self.merges[merge] if merge else ord(text[0]) + 3)
             text = text[len(merge or " ") :]
-        return ids + [2] * eos
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_official_templates():
-    assert format_prompt("Say hi.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nSay hi.\n\n### Response:"
-    )
-    assert format_prompt("Add {these}.", "{1} 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd {these}.\n\n### Input:\n{1} 2\n\n### Response:"
-    )
-
-
-def test_reads_json_and_jsonl_alike(tmp_path):
-    rows = [GOOD, {"instruction": "Say hé.", "output": "hé\nho", "input": None, "id": 7}]
-    expected = [Record("Add.", "3", "1 2"), Record("Say hé.", "hé\nho")]
-    lines = "\n\n".join(json.dumps(row) for row in rows) + "\n"
-    assert read_records(write(tmp_path / "a.json", json.dumps(rows, indent=1))) == expected
-    assert read_records(write(tmp_path / "a.jsonl", lines)) == expected
-    assert read_records(write(tmp_path / "b.json", "\ufeff" + json.dumps(rows))) == expected
-
-
-BAD_FILES = {
-    "not JSON": ('{"instruction": "a", "output": "b"}\n{"instruction": ', "line 2: not JSON at column"),
-    "a list cut short": (json.dumps([GOOD])[:-1], "line 1: not JSON"),
-    "a list with a bad element": ('[\n{"instruction": "a", "output": "b"},\n{oops}\n]', "line 3: not JSON"),
-    "a list without commas": ('[{"instruction": "a", "output": "b"}\n{}]', "line 2: not JSON"),
-    "text after the list": (json.dumps([GOOD]) + "\nmore", "line 1: not JSON"),
-    "no object": ("[1]", "line 1: a record must be an object with instruction, input and output, got a int"),
-    "no output": ('\n{"instruction": "a", "input": "b"}', "line 2: the field 'output' is missing"),
-    "empty output": (json.dumps([GOOD, GOOD | {"output": " "}], indent=0), "line 7: the output is empty"),
-    "empty instruction": (json.dumps(GOOD | {"instruction": ""}), "line 1: the instruction is empty"),
-    "a number": (json.dumps(GOOD | {"output": 3}), "line 1: the field 'output' must be a string, got a int"),
-    "a number as input": (json.dumps(GOOD | {"input": 1}), "line 1: the field 'input' must be a string"),
-    "half a character": (json.dumps(GOOD | {"output": "\ud800"}), "line 1: the field 'output' holds \\ud800, half"),
-    "nested": ("\n" + '{"a":' * 100_000, "line 2: JSON that cannot be read"),
-    "nested in a list": ("[" * 100_000, "line 1: JSON that cannot be read"),
-    "a long number": (f'{{"a": {"1" * 5000}}}', "line 1: JSON that cannot be read"),
-    "nothing": ("\n\n", "holds no records"),
-    "an empty list": ("[ ]", "holds no records"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_files_are_named(tmp_path, kind):
-    content, message = BAD_FILES[kind]
-    path = write(tmp_path / "bad.json", content)
-    with pytest.raises(UserError) as error:
-        read_records(path)
-    assert str(path) in str(error.value) and message in str(error.value)
-
-
-def test_all_empty_answers_are_counted_at_once(tmp_path):
-    rows = [GOOD, GOOD | {"output": ""}, GOOD, GOOD | {"output": "\n"}, GOOD | {"output": ""}]
-    path = write(tmp_path / "bad.jsonl", "\n".join(map(json.dumps, rows)))
-    with pytest.raises(
-        UserError, match="line 2: the output is empty, and that of 2 other records: leave such"
-    ):
-        read_records(path)
-
-
-def test_a_long_list_is_read_in_one_sweep(tmp_path):
-    """Alpaca's 52,002 records took 172 s where the lines before a record were counted for each anew, now 0.3 s."""
-    rows = [GOOD | {"output": "3" * 1000}] * 10_000
-    path = write(tmp_path / "long.json", json.dumps(rows, indent=1))
-    began = time.process_time()
-    assert len(read_records(path)) == 10_000
-    assert time.process_time() - began < 3
-
-
-def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.json: No such file"):
-        read_records(tmp_path / "gone.json")
-    (tmp_path / "latin.json").write_bytes(b'\n{"instruction": "\xe9"}')
-    with pytest.raises(UserError, match=r"latin\.json, line 2: not UTF-8 text \(byte 0xe9\)"):
-        read_records(tmp_path / "latin.json")
+        return (ids + [2] * eos)[:limit]
 
 
 def test_a_sample_is_bos_prompt_answer_eos():
@@ -149,6 +58,29 @@ def test_long_samples_are_cut_and_counted():
     assert "1 answers are cut" in str(report) and "1 samples are left out" in str(report)
     assert [len(sample.tokens) for sample in samples] == [fits + 10, fits]
     assert samples[0].tokens[-1] == ord("a") + 3  # cut, so it does not claim to end
+
+
+def test_an_answer_of_no_tokens_is_left_out():
+    """A sample without a target would make the step's mean loss 0 / 0."""
+
+    class Deaf(CharacterTokenizer):
+        def encode(self, text, eos=False, limit=None):
+            return super().encode(text.replace("x", ""), limit=limit)
+
+    samples, report = encode([Record("Say.", "x"), Record("Say.", "a")], Deaf(), 512)
+    assert len(samples) == 1 and report.untold == 1 and "1 because their answer has no tokens" in str(report)
+
+
+def test_the_end_of_a_long_record_is_not_encoded():
+    lengths = []
+
+    class Counting(CharacterTokenizer):
+        def encode(self, text, eos=False, limit=None):
+            lengths.append(limit)
+            return super().encode(text[: limit + 1], eos, limit)
+
+    (sample,), report = encode([Record("Say.", "a" * 10**7)], Counting(), 200)
+    assert (len(sample.tokens), report.truncated, set(lengths)) == (200, 1, {201})
 
 
 SAMPLES = [Sample(list(range(10 * i + 3, 10 * i + 6 + i)), 1 + i % 3) for i in range(8)]

@@ -314,7 +314,7 @@ def test_module_runs_from_a_checkout(tmp_path, model):
         [*command, "--max-new-tokens", "3"], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert result.returncode == 0, result.stderr
-    assert "3 tokens in" in result.stderr
+    assert "tokens in" in result.stderr and "tokens/s" in result.stderr
 
 
 def test_adapter_files_reach_the_model_whole(tmp_path, model, adapter):

@@ -174,11 +174,21 @@ def test_padded_and_packed_runs_agree(folder, whole_run, tmp_path):
         )
 
 
+def test_several_data_files_count_all(folder, whole_run, tmp_path):
+    lines = (folder / "data.jsonl").read_text().split("\n")
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("\n".join(lines[:4]))
+    second.write_text("\n".join(lines[4:]))
+    words = arguments(folder, tmp_path / "out", "--data", str(first)) + ["--data", str(second)]
+    assert run(*words) == 0
+    assert losses_of(tmp_path / "out") == losses_of(whole_run)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_both_programs_take_the_same_device_unless_told(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     base = ["--base", "base"]
-    assert program._parse([*base, "--data", "data", "--out", "out"]).device == device
+    assert program._parser().parse_args([*base, "--data", "data", "--out", "out"]).device == device
     assert generate._parser().parse_args([*base, "--prompt", "Say"]).device == device
 
 

@@ -1,0 +1,353 @@
+"""Instruction records and prompts from files: JSON, JSONL, or a prompt a line.
+
+    records = read_records("alpaca.json")
+    prompts = read_prompts("questions.txt")
+
+What a file holds is used, or said. A field that would change what the model is asked or how much a record counts
+("system", "history", "weight", ...) is refused by name; every other field that is not used is named in one note. A
+record without an answer is left out, and counted in one warning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import UserError, note, warn
+
+# The templates of Stanford Alpaca, which the official LLaMA-Adapter is trained and asked with too.
+TEMPLATE_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+TEMPLATE_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+# Fields that other trainers read as a part of the conversation, as data of another kind, or as how much a record
+# counts. The template has no place for them, and to train without them would be to train on something else.
+_CHANGES_THE_MEANING = frozenset((
+    "system", "system_prompt", "history", "messages", "conversation", "conversations", "dialog", "dialogue",
+    "context", "prompt", "tools", "functions", "image", "images", "video", "videos", "audio", "audios",
+    "chosen", "rejected", "kto_tag", "weight",
+))  # fmt: skip
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_SHOWN_LINES = 5
+
+
+class Record(NamedTuple):
+    """One record of an Alpaca-style file."""
+
+    instruction: str
+    output: str
+    input: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The template, filled: what the model is given."""
+        return format_prompt(self.instruction, self.input)
+
+
+def format_prompt(instruction: str, input: str = "") -> str:
+    """The Alpaca prompt for an instruction, with or without an input."""
+    if input:
+        return TEMPLATE_WITH_INPUT.format(instruction=instruction, input=input)
+    return TEMPLATE_WITHOUT_INPUT.format(instruction=instruction)
+
+
+def read_records(path: str | Path, strict: bool = False) -> list[Record]:
+    """The records of a JSON file, in order.
+
+    The file is a list of objects, one object after the other (JSONL, or pretty-printed), or one object with such a
+    list in it ({"data": [...]}). Each object has the strings `instruction` and `output` and, if wanted, `input`; null
+    is the empty string. Records whose instruction or output is empty are left out, with a warning that counts them;
+    strict: they are an error that names all their lines.
+
+    Raises UserError naming the file, the line and what is wrong there.
+    """
+    path = Path(path)
+    records: list[Record] = []
+    empty: dict[str, list[int]] = {"instruction": [], "output": []}
+    unused: Counter[str] = Counter()
+    for line, value in json_values(read_text(path), path):
+        record = _record(value, f"{path}, line {line}", unused)
+        missing = next((name for name in empty if not getattr(record, name).strip()), None)
+        if missing:
+            empty[missing].append(line)
+        else:
+            records.append(record)
+    for name, lines in empty.items():
+        _say_left_out(path, name, lines, strict)
+    if not records:
+        raise UserError(f"{path} holds no records{' with an answer' * any(empty.values())}.")
+    _say_unused(path, unused)
+    return records
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, in order: one a line, as it is; blank lines are left out.
+
+    A file named .json, .jsonl or .ndjson holds strings, objects with `prompt`, or objects with `instruction` and, if
+    wanted, `input`, which are put into the Alpaca template; an `output` beside them is not looked at.
+    """
+    path = Path(path)
+    text = read_text(path)
+    if path.suffix.lower() in _JSON_SUFFIXES:
+        unused: Counter[str] = Counter()
+        values = json_values(text, path)
+        prompts = [_prompt(value, f"{path}, line {line}", unused) for line, value in values]
+        _say_unused(path, unused)
+    else:
+        prompts = [line for line in text.split("\n") if line.strip()]
+        if prompts and all(_is_json_object(line) for line in prompts):
+            raise UserError(
+                f"every line of {path} is a JSON object: name it .jsonl, so that it is read as JSON."
+            )
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file: lines end in \\n, however they end in the file, and byte order marks are left out.
+
+    Raises UserError naming the line that is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return text.replace("\n\ufeff", "\n")  # of a file that others were appended to
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        also = ", as in UTF-16: save it as UTF-8" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        byte = error.object[error.start]
+        raise UserError(f"{path}, line {line}: not UTF-8 text (byte 0x{byte:02x}{also}).") from None
+
+
+def check_text(value: object, name: str, where: str) -> str:
+    """The value if it is a string that a tokenizer takes; UserError if not."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field {name!r} must be a string, got a {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise UserError(f"{where}: the field {name!r} holds {half}, half a character.") from None
+    return value
+
+
+def json_values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each value of a JSON list, of values one after the other, or of the one list in an object."""
+    start = _skip_space(text, 0)
+    if text[start : start + 1] == "[":
+        return _list_values(text, start, path)
+    found = _wrapped_list(text, start, path)
+    return _stream_values(text, path) if found is None else _list_values(text, found, path, closing=False)
+
+
+def _list_values(text: str, position: int, path: Path, closing: bool = True) -> Iterator[tuple[int, Any]]:
+    """The elements of the list that begins at `position`. closing: nothing stands behind it."""
+    # lines are counted once: the whole text for each record takes minutes
+    line, counted = text.count("\n", 0, position) + 1, position
+    position += 1
+    first = True
+    while True:
+        position = _skip_space(text, position)
+        if text[position : position + 1] == "]" and not (closing and text[position + 1 :].strip()):
+            return
+        if not first:
+            if text[position : position + 1] != ",":
+                where = f"{path}, line {_line(text, position)}"
+                raise UserError(f"{where}: not JSON (expected , or the list's closing ]).")
+            position = _skip_space(text, position + 1)
+        value, end = _decode(text, position, path)
+        line, counted = line + text.count("\n", counted, position), position
+        yield line, value
+        position, first = end, False
+
+
+def _stream_values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Values one after the other, with space or line ends between them."""
+    line, counted, position = 1, 0, _skip_space(text, 0)
+    while position < len(text):
+        line, counted = line + text.count("\n", counted, position), position
+        value, position = _decode(text, position, path)
+        yield line, value
+        position = _skip_space(text, position)
+
+
+def _wrapped_list(text: str, start: int, path: Path) -> int | None:
+    """Where the list of records begins in a text that is one object with such a list; None if it is something else."""
+    try:
+        whole, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):  # whoever reads the values says what is wrong
+        return None
+    # an object with an instruction is a record, whatever else it has
+    if not isinstance(whole, dict) or "instruction" in whole or _skip_space(text, end) < len(text):
+        return None
+    lists = {name: value for name, value in whole.items() if isinstance(value, list)}
+    filled = [
+        name for name, value in lists.items() if value and all(isinstance(item, dict) for item in value)
+    ]
+    names = filled or [name for name, value in lists.items() if not value]
+    if len(names) > 1:
+        raise UserError(
+            f"{path} is one object with {len(names)} lists of records, {' and '.join(map(repr, names))}: pass a file "
+            "that holds one of them."
+        )
+    if not names:
+        return None
+    rest = {name: value for name, value in whole.items() if name != names[0]}
+    _check_fields(rest, (), str(path), unused := Counter())
+    _say_unused(path, unused)
+    position = start + 1
+    for name in whole:  # in the file's order
+        position = _DECODER.raw_decode(text, text.index('"', position))[1]
+        position = _skip_space(text, text.index(":", position) + 1)
+        if name == names[0]:
+            return position
+        position = _DECODER.raw_decode(text, position)[1]
+    raise AssertionError("a field that was read is not in the text")
+
+
+def _decode(text: str, position: int, path: Path) -> tuple[Any, int]:
+    """The value at a position and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        line, column, reason = error.lineno, error.colno, error.msg
+        end, length = text.find("\n", position), len(text.rstrip())
+        if 0 <= end < error.pos and text[end + 1 : end + 2] == "{":
+            # JSONL, and the line before that object is broken
+            found = _error_of(text[position:end])
+            line, column, reason = _line(text, position), found.colno, found.msg
+        elif error.pos >= length:
+            line, column = _line(text, length), length - text.rfind("\n", 0, length)
+            reason = "the file ends here"
+        raise UserError(f"{path}, line {line}: not JSON at column {column} ({reason}).") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a field twice; a number or a nesting beyond Python's limits
+        raise UserError(
+            f"{path}, line {_line(text, position)}: JSON that cannot be read ({error})."
+        ) from None
+
+
+def _error_of(line: str) -> json.JSONDecodeError:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error
+    raise AssertionError("a line that is JSON was not read as such")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its fields. json keeps the last of two fields of one name and drops the first without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        for name, value in pairs:
+            if fields[name] != value:
+                raise ValueError(f"the field {name!r} stands twice, with different values")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _record(value: object, where: str, unused: Counter[str]) -> Record:
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: a record must be an object with instruction, input and output, got a {type(value).__name__}."
+        )
+    for name in ("instruction", "output"):
+        if name not in value:
+            raise UserError(
+                f"{where}: the field {name!r} is missing (it has {', '.join(map(repr, value)) or 'none'})."
+            )
+    _check_fields(value, Record._fields, where, unused)
+    texts = {name: "" if value.get(name) is None else value[name] for name in Record._fields}
+    return Record(**{name: check_text(text, name, where) for name, text in texts.items()})
+
+
+def _prompt(value: object, where: str, unused: Counter[str]) -> str:
+    if isinstance(value, str):
+        return check_text(value, "prompt", where)
+    if isinstance(value, dict) and "prompt" in value:
+        _check_fields(value, ("prompt",), where, unused, ("instruction", "input"))
+        return check_text(value["prompt"], "prompt", where)
+    if isinstance(value, dict) and "instruction" in value:
+        _check_fields(value, Record._fields, where, unused)
+        input = "" if value.get("input") is None else value["input"]
+        instruction = check_text(value["instruction"], "instruction", where)
+        return format_prompt(instruction, check_text(input, "input", where))
+    raise UserError(
+        f'{where}: expected a string, or an object with "prompt" or "instruction", got {str(value)[:60]}.'
+    )
+
+
+def _check_fields(
+    value: dict[str, Any], used: tuple[str, ...], where: str, unused: Counter[str], also: tuple[str, ...] = ()
+) -> None:
+    """Counts the fields that are not used. Raises UserError for one that changes what the record means."""
+    for name, content in value.items():
+        if name in used or content in (None, [], {}) or (isinstance(content, str) and not content.strip()):
+            continue
+        plain = name.strip().lower()
+        if plain in used or plain.removesuffix("s") in used:
+            raise UserError(f"{where}: the field {name!r} is not used: is {plain.removesuffix('s')!r} meant?")
+        if plain in _CHANGES_THE_MEANING or plain in also:
+            raise UserError(
+                f"{where}: the field {name!r} changes what a record means, and it is not used: put its text into the "
+                "instruction or the input, or take the field out of the file."
+            )
+        unused[name] += 1
+
+
+def _say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None:
+    if not lines:
+        return
+    records = "1 record has" if len(lines) == 1 else f"{len(lines)} records have"
+    if strict:
+        where = ", ".join(map(str, lines))
+        raise UserError(f"{path}: {records} an empty {name}, at {_plural('line', lines)} {where}.")
+    where = ", ".join(map(str, lines[:_SHOWN_LINES]))
+    more = f" and {len(lines) - _SHOWN_LINES} more" if len(lines) > _SHOWN_LINES else ""
+    left = "is" if len(lines) == 1 else "are"
+    warn(f"{path}: {records} an empty {name} and {left} left out, at {_plural('line', lines)} {where}{more}.")
+
+
+def _say_unused(path: Path, unused: Counter[str]) -> None:
+    if unused:
+        names = ", ".join(f"{name!r} (in {count})" for name, count in unused.items())
+        note(f"{path}: these fields of records are not used: {names}.")
+
+
+def _plural(word: str, items: list[int]) -> str:
+    return word if len(items) == 1 else f"{word}s"
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

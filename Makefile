@@ -12,7 +12,7 @@ TRITONS ?= 3.6.0 3.9.0
 TRANSFORMERS ?= 4.57.6
 DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers integrations_peft integrations_quantised \
   integrations_odd_use integrations_distributed official_parity))
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test test-triton test-transformers lint format wheel bench gpu-check sanitize sanitize-cpu clean
 
@@ -55,7 +55,7 @@ format: $(VENV)/.ready
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: build
-	$(PYTHON) -m bench bars dropins verify
+	$(PYTHON) -m bench targets dropins verify
 
 # OUT= the folder of the records, PART= one part; PY=python3 takes what that interpreter has, and downloads nothing
 ifdef PY

@@ -1,13 +1,13 @@
-"""The one command for a fresh NVIDIA machine: build, test, measure, sanitize, and a table of the goals.
+"""One command for a fresh NVIDIA machine: build, test, measure, sanitize, and a table of the targets.
 
     make gpu-check                                # into bench/results/<chip>/, docs/ and README.md
-    PY=python3 make gpu-check OUT=/tmp/records    # with the torch that is there, without a network, all into one folder
+    PY=python3 make gpu-check OUT=/tmp/records    # with the torch that is there, no network, everything in one folder
     make gpu-check PART=decode                    # or build, test, sanitize, attention, memory, train, generate, tune
 
-Every step is a process with a time limit; what a step has written stays when it is stopped, and the steps after it run
-all the same, in the time that the ones before left. What matters most comes first: whether the kernels are right, then
-the goals' own figures, and last what would take all the time there is. All output is in <chip>/gpu-check.log, which
-ends in the goals. OUT holds few files, since some machines give few back: the ledgers, the log, and docs.zip.
+Every step is a process with a time limit. A step that is stopped keeps what it has written, and the steps after it
+still run, in the time that is left. The order is by importance: first whether the kernels are right, then the figures
+that the targets need, last what could take all of the time. All output goes to <chip>/gpu-check.log, which ends with
+the targets. OUT holds few files, since some machines return only a few: the ledgers, the log, and docs.zip.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ from typing import NamedTuple, TextIO
 import torch
 from rich.console import Console
 
-from .chapters import chapters
-from .conditions import folder_name, why_failed
-from .goals import goals_table
-from .gpu_goals import GPU_GOALS
-from .report import ROOT, write
-from .shapes import COMPILED
+from .ledger import chips
+from .machine import ROOT, folder_name, why_failed
+from .problem import COMPILED
+from .runner import targets_of, targets_table
 
 RESULTS = ROOT / "bench" / "results"
 
-SHORT = "bfloat16 and (plain or grouped or indexed or paged)"  # cases that the sanitizer has time for
-PROCESSES = 12  # of the tests, which compile most of their time
-ALONE = 300.0  # seconds of a part that is asked for by name
-# pytest says which tests failed, and why, when it is told to stop, but waits up to 10 s for its processes
+SHORT = "bfloat16 and (plain or grouped or indexed or paged)"  # the cases for which the sanitizer has time
+PROCESSES = 12  # of the tests, which spend most of their time on compiling
+SECONDS_OF_ONE_PART = 300.0  # when it is asked for by name
+# when pytest is told to stop, it reports the failures, but waits up to 10 s for its processes
 GRACE = 12.0
 
 
 class Step(NamedTuple):
-    """A command of a part, and the seconds it may take: with the page and the pictures under 9 minutes for all."""
+    """A command of a part and the seconds it may take; with the page and pictures, all take less than 9 minutes."""
 
     part: str
     seconds: float
@@ -60,7 +58,7 @@ def steps(results: Path) -> list[Step]:
     test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
     other_dtypes = "(torch.float32 or torch.float16)"
     short = [python, "-m", "pytest", "-vv", *tests, "-k", f"test_cuda and {SHORT}"]
-    # whole models call backend="auto", which takes these kernels only when told to
+    # whole models call backend="auto", which uses these kernels only with this setting
     fused = {"ZINIT_TRY_GPU": "1"}
     return [
         Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
@@ -71,12 +69,12 @@ def steps(results: Path) -> list[Step]:
         Step("memory", 15, bench("memory", results, "--compile", "none")),
         Step("train", 50, bench("train", results), fused),
         Step("generate", 35, bench("generate", results), fused),
-        # the goals' two shapes again, with the rivals that compile for a minute
+        # the targets' two shapes again, with the providers that compile for a minute
         Step("attention", 60, bench("attention", results, *compiled_jobs())),
-        # float32 of 256 dimensions alone compiles for 50 s
+        # float32 with 256 dimensions alone compiles for 50 s
         Step("test", 40, [*test, f"not test_cuda and {other_dtypes}"]),
         Step("test", 10, [python, "-m", "zinit_kernels.check"]),
-        # without torch's cache of memory: there a stray read lands in the next tensor
+        # without torch's memory cache, in which a stray read would land in another tensor
         *(
             Step("sanitize", seconds, [*sanitizer(tool), *short], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
             for tool, seconds in (("memcheck", 15), ("racecheck", 5), ("synccheck", 5), ("initcheck", 5))
@@ -85,10 +83,10 @@ def steps(results: Path) -> list[Step]:
 
 
 def tune(results: Path) -> Step:
-    """Asked for by name, never part of the whole: its rows are not those of the defaults."""
+    """Run only when named: its rows are not those of the default tile sizes."""
     only = ["--shape", "LLaMA-7B", "--provider", "zinit triton"]
     environment = {"ZINIT_AUTOTUNE": "1", "TRITON_PRINT_AUTOTUNING": "1"}
-    return Step("tune", ALONE, bench("attention", results / "tuned", *only), environment)
+    return Step("tune", SECONDS_OF_ONE_PART, bench("attention", results / "tuned", *only), environment)
 
 
 def bench(suite: str, results: Path, *options: str) -> list[str]:
@@ -101,16 +99,16 @@ def compiled_jobs() -> list[str]:
 
 
 def chosen(only: str | None, results: Path) -> list[Step]:
-    """All steps but tune's, or those of one part, which then have its five minutes."""
+    """All steps except tune's; or the steps of one part, which then have five minutes."""
     if only is None:
         return steps(results)
     mine = [step for step in (*steps(results), tune(results)) if step.part == only]
-    share = ALONE / sum(step.seconds for step in mine)
+    share = SECONDS_OF_ONE_PART / sum(step.seconds for step in mine)
     return [step._replace(seconds=share * step.seconds) for step in mine]
 
 
 def sanitizer(tool: str) -> list[str]:
-    """torch and Triton make calls whose errors they expect: only those of kernels count."""
+    """The command without API errors, which torch and Triton expect and handle; only errors in kernels count."""
     folders = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders)) or "compute-sanitizer"
     return [
@@ -122,7 +120,7 @@ def sanitizer(tool: str) -> list[str]:
 
 
 def this_chip() -> dict[str, str]:
-    """The CUDA kernels, or a failure that says why not; for it alone, since each chip more takes as long again."""
+    """Builds the CUDA kernels for this chip only (each chip takes as long again); fails where that is impossible."""
     if not torch.cuda.is_available():
         return {}
     major, minor = torch.cuda.get_device_capability()
@@ -130,8 +128,7 @@ def this_chip() -> dict[str, str]:
 
 
 def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:
-    """A group of processes of its own, so that nothing of it outlives its time: asked to stop, then made to. Its output
-    goes to the log as it comes."""
+    """Runs a step in a process group of its own, so that none of its processes outlives it; output goes to the log."""
     log.write(f"\n===== {step.part}, {limit:.0f} s at most: {' '.join(step.command)}\n")
     log.flush()
     began = time.monotonic()
@@ -158,7 +155,7 @@ def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does, so that tests and suites say what they have; by force where that takes too long."""
+    """First as Ctrl-C does, so that tests and suites report what they have; then by force."""
     for how in (signal.SIGINT, signal.SIGKILL):
         os.killpg(process.pid, how)
         try:
@@ -199,7 +196,7 @@ def main() -> int:
 
 
 def check(out: Path | None, wanted: Sequence[Step], console: Console) -> int:
-    """Runs the steps; whatever happens, the log ends in the goals and the page is written."""
+    """Runs the steps; whatever happens, the log ends with the targets, and the page is written."""
     results = out or RESULTS
     folder = results / folder_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "no chip")
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,23 +218,30 @@ def check(out: Path | None, wanted: Sequence[Step], console: Console) -> int:
 
 
 def conclude(results: Path, out: Path | None, log: TextIO, console: Console) -> None:
-    """The goals, into the log too, and the page with its pictures."""
+    """The targets, also into the log, and the page with its pictures: into the checkout, or into OUT's docs.zip."""
     try:
-        rows = [
-            m.row
-            for measured in chapters(results).values()
-            for m in measured
-            if "cuda" in m.run.conditions["device"]
-        ]
+        ledgers = chips(results) if any(results.glob("*/*.jsonl")) else {}
+        rows = [m.row for of in ledgers.values() for m in of if m.run.conditions["device"] == "cuda"]
         for target in (Console(file=log, width=140), console):
-            target.print(goals_table(GPU_GOALS, rows))
-        if rows and out is None:
-            write(results, ROOT)
-        elif rows:
-            with TemporaryDirectory() as folder:
-                write(results, Path(folder))
+            target.print(targets_table(targets_of("cuda"), rows))
+        if not rows:
+            return
+        with TemporaryDirectory() as folder:
+            root = Path(folder) if out else ROOT
+            command = [
+                sys.executable,
+                "-m",
+                "bench",
+                "report",
+                "--results",
+                str(results),
+                "--root",
+                str(root),
+            ]
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+            if out:
                 shutil.make_archive(str(out / "docs"), "zip", folder)
-    except Exception as error:  # any: the figures are on disk, and a picture of half of them may not be drawn
+    except Exception as error:  # any: the figures are on disk, and the log says why there is no page
         said(f"no page: {why_failed(error)}", log, console)
 
 

@@ -1,6 +1,6 @@
-"""Who computes a problem: this package's backends, what people write without them, other libraries, and the floor.
+"""Who computes a problem: this package's backends, what users write without them, other libraries, plain attention.
 
-A provider that cannot run a problem says why; a library that is not installed costs one line of warning.
+A provider that cannot run a problem says why; a library that is not installed is named once and left out.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -19,44 +18,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zinit_kernels import explain, zero_init_attention, zero_init_attention_with_kvcache
 
-from .conditions import why_missing
-from .problem import Problem, make_problem
+from .machine import why_missing
+from .problem import Call, Problem, Provider, make_problem
 
-PAGE = 64
-OURS = ("cpu", "triton", "cuda")
-ALONE = ", no prompts"  # ends the name of one of ours that does the token branch alone
-PAGED = ", paged"
-EACH = ", an adapter each"  # and of one whose sequences have prompts of their own
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """`prepare` turns a problem into a call without arguments; conversions that a user makes once stay out of it."""
-
-    name: str
-    prepare: Callable[[Problem], Call]
-    why_not: Callable[[Problem, bool], str] = lambda problem, backward: ""  # (problem, backward): "" = it can
-    prompted: bool = True  # False: plain attention, which does less than is asked
-    heads_first: bool = True  # out is [B, H, T, D]; False: [B, T, H, D]
-    compiles: bool = False  # starts with a minute of compilation
-    batches_only: bool = False  # the same as another provider for one sequence
-    quadratic: bool = False  # keeps all T x S scores
-
-    @property
-    def family(self) -> str:
-        """The backend, where it is one of ours: what keeps one variant from running keeps them all."""
-        return self.name.partition(",")[0] if self.name.startswith("zinit") else self.name
-
-
-def repeated(tensor: Tensor, problem: Problem) -> Tensor:
-    """Key heads repeated to the query's, for code that knows no groups."""
-    return tensor.repeat_interleave(problem.shape.heads_q // problem.shape.heads_kv, 1)
+PAGE = 64  # keys in a page
+BACKENDS = ("cpu", "triton", "cuda")
+PLAIN, TWICE = "plain SDPA", "SDPA twice + add"
+# ends of this package's names: the token branch alone, a paged cache, and prompts of its own for each sequence
+WITHOUT_PROMPTS, PAGED, EACH = ", no prompts", ", paged", ", an adapter each"
+Prepare = Callable[[Problem], Call]
+WhyNot = Callable[[Problem, bool], str]
 
 
 def official(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, gate: Tensor,
              mask: Tensor | None) -> Tensor:  # fmt: skip
-    """Equations 6 to 8 of the paper as they are written: one row of scores, each part softmaxed on its own."""
+    """Equations 6 to 8 of the paper as written: one row of scores, whose two parts have a softmax each."""
     batch, heads = query.shape[:2]
     group = heads // key.shape[1]
     prompt_key, prompt_value = (t.expand(batch, -1, -1, -1) for t in (prompt_key, prompt_value))
@@ -71,7 +47,7 @@ def official(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prom
 
 
 def causal_mask(problem: Problem) -> Tensor | None:
-    """Additive [T, S]; None where every key is seen."""
+    """Additive [T, S]; None where every query sees every key."""
     shape = problem.shape
     if not shape.causal or shape.seqlen_q == 1:
         return None
@@ -81,18 +57,26 @@ def causal_mask(problem: Problem) -> Tensor | None:
     return hidden.triu(1 + shape.seqlen_k - shape.seqlen_q)
 
 
+def sdpa_over_prompts(query: Tensor, prompt_key: Tensor, prompt_value: Tensor, grouped: bool) -> Tensor:
+    tables = (t.expand(query.shape[0], -1, -1, -1) for t in (prompt_key, prompt_value))
+    return F.scaled_dot_product_attention(query, *tables, enable_gqa=grouped)
+
+
 def sdpa_twice(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, gate: Tensor,
                is_causal: bool) -> Tensor:  # fmt: skip
     """What a careful user writes without a fused kernel."""
-    batch, grouped = query.shape[0], query.shape[1] != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     tokens = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=grouped)
-    prompts = F.scaled_dot_product_attention(
-        query,
-        prompt_key.expand(batch, -1, -1, -1),
-        prompt_value.expand(batch, -1, -1, -1),
-        enable_gqa=grouped,
-    )
+    prompts = sdpa_over_prompts(query, prompt_key, prompt_value, grouped)
     return tokens + gate.tanh().to(query.dtype)[:, None, None] * prompts
+
+
+def twice(problem: Problem) -> Call:
+    return partial(sdpa_twice, *problem.tensors, is_causal=problem.shape.causal and not problem.is_decode)
+
+
+def written_out(problem: Problem) -> Call:
+    return partial(official, *problem.tensors, mask=causal_mask(problem))
 
 
 def plain_sdpa(problem: Problem) -> Call:
@@ -103,18 +87,18 @@ def plain_sdpa(problem: Problem) -> Call:
     )
 
 
-def plain_sdpa_by(backend: SDPBackend, problem: Problem) -> Call:
+def plain_sdpa_by(kernel: SDPBackend, problem: Problem) -> Call:
     call = plain_sdpa(problem)
 
     def run() -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(kernel):
             return call()
 
     return run
 
 
-def cannot_run(prepare: Callable[[Problem], Call], problem: Problem, backward: bool) -> str:
-    """Tries a sibling: SDPA says only by an error which of its backends takes a call."""
+def cannot_run(prepare: Prepare, problem: Problem, backward: bool) -> str:
+    """Tries a sibling of the problem: SDPA refuses a kernel only by an error when it is called."""
     small = make_problem(problem.shape.sibling(), problem.dtype, problem.device, problem.layout)
     if backward:
         small = small.with_tensors(*(t.requires_grad_() for t in small.tensors))
@@ -122,22 +106,19 @@ def cannot_run(prepare: Callable[[Problem], Call], problem: Problem, backward: b
         out = prepare(small)()
         if backward:
             out.sum().backward()
-    except Exception as error:  # any: a library's refusal is information here
+    except Exception as error:  # any: a library's refusal is the answer
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return ""
 
 
-def by_trying(prepare: Callable[[Problem], Call]) -> Callable[[Problem, bool], str]:
-    return lambda problem, backward: cannot_run(prepare, problem, backward)
+def by_trying(prepare: Prepare, module: str = "torch") -> WhyNot:
+    """Whether `module` is installed, and a sibling of the problem runs."""
+    return lambda problem, backward: why_missing(module) or cannot_run(prepare, problem, backward)
 
 
-def fused(backend: str, problem: Problem) -> Call:
-    return partial(zero_init_attention, *problem.tensors, is_causal=problem.shape.causal, backend=backend)
-
-
-def fused_alone(backend: str, problem: Problem) -> Call:
-    """The same kernel without prompts."""
-    return partial(zero_init_attention, *problem.tensors[:3], is_causal=problem.shape.causal, backend=backend)
+def fused(backend: str, prompted: bool, problem: Problem) -> Call:
+    tensors = problem.tensors if prompted else problem.tensors[:3]
+    return partial(zero_init_attention, *tensors, is_causal=problem.shape.causal, backend=backend)
 
 
 def fused_why_not(backend: str, problem: Problem, backward: bool) -> str:
@@ -151,23 +132,51 @@ def fused_why_not(backend: str, problem: Problem, backward: bool) -> str:
     return "" if reason == "usable" else reason
 
 
-def twice(problem: Problem) -> Call:
-    return partial(sdpa_twice, *problem.tensors, is_causal=problem.shape.causal and not problem.is_decode)
+def cached(backend: str, variant: str, problem: Problem) -> Call:
+    """The cache function; caches, lengths and tables are made before the clock starts."""
+    shape, device = problem.shape, problem.device
+    query, key, value, *prompts = (t.transpose(1, 2) for t in problem.tensors[:5])
+    gate = problem.gate
+    options = {"cache_seqlens": torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device)}
+    if variant == EACH:  # equal values in memory of their own
+        prompts = [t.repeat(shape.batch, 1, 1, 1) for t in prompts]
+        gate = gate.repeat(shape.batch, 1)
+    if variant != WITHOUT_PROMPTS:
+        options |= {"prompt_k": prompts[0], "prompt_v": prompts[1], "gate": gate}
+    if variant == PAGED:
+        key, value = (paged_copy(t) for t in (key, value))
+        pages = key.shape[0] // shape.batch
+        table = torch.arange(shape.batch * pages, dtype=torch.int32, device=device)
+        options["block_table"] = table.view(shape.batch, pages)
+    nothing = {"prompt_k": None, "prompt_v": None, "gate": None}
+    return partial(
+        zero_init_attention_with_kvcache, query, key, value, backend=backend, **{**nothing, **options}
+    )
 
 
-def written_out(problem: Problem) -> Call:
-    return partial(official, *problem.tensors, mask=causal_mask(problem))
+def paged_copy(cache: Tensor) -> Tensor:
+    """[B, S, Hkv, D] as pages [B * pages, PAGE, Hkv, D]; the last page of a sequence is filled with zeros."""
+    missing = -cache.shape[1] % PAGE
+    return F.pad(cache, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, PAGE)).flatten(0, 1)
+
+
+def cached_why_not(backend: str, variant: str, problem: Problem, backward: bool) -> str:
+    call = cached(backend, variant, problem)
+    assert isinstance(call, partial)
+    keywords = {name: value for name, value in call.keywords.items() if name != "backend"}
+    reason = explain(*call.args, **keywords).get(backend, "no such backend")
+    return "" if reason == "usable" else reason
 
 
 def fixed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile for the very shapes of the first call."""
-    # dynamo counts compilations by function: after 8 it would run it eagerly, and only log that
+    """torch.compile for exactly the shapes of the first call."""
+    # dynamo counts compilations by function; after 8 it would run this one eagerly, and only log that
     torch._dynamo.config.recompile_limit = 1000
     return torch.compile(function, dynamic=False)
 
 
-def compiled(prepare: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
-    """The call under torch.compile, compiled anew for each problem as its shapes are fixed."""
+def compiled(prepare: Prepare) -> Prepare:
+    """The call under torch.compile, compiled for each problem."""
 
     def prepare_compiled(problem: Problem) -> Call:
         call = prepare(problem)
@@ -198,10 +207,7 @@ def flex_twice(problem: Problem) -> Call:
     def run() -> Tensor:
         query, key, value, prompt_key, prompt_value, gate = problem.tensors
         tokens = attend(query, key, value, block_mask=block_mask, enable_gqa=grouped)
-        prompts = F.scaled_dot_product_attention(
-            query, prompt_key.expand(shape.batch, -1, -1, -1), prompt_value.expand(shape.batch, -1, -1, -1),
-            enable_gqa=grouped,
-        )  # fmt: skip
+        prompts = sdpa_over_prompts(query, prompt_key, prompt_value, grouped)
         return tokens + gate.tanh().to(query.dtype)[:, None, None] * prompts
 
     return run
@@ -233,16 +239,16 @@ def flash_twice(problem: Problem) -> Call:
 
 
 def xformers_twice(problem: Problem) -> Call:
-    """xformers over the tokens and over the prompts; token-major, every query head its own key head."""
+    """xformers over the tokens and over the prompts; token-major, with key heads repeated to the query's."""
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     bias = LowerTriangularMask() if problem.shape.causal and not problem.is_decode else None
-    batch = problem.shape.batch
+    batch, group = problem.shape.batch, problem.shape.heads_q // problem.shape.heads_kv
 
     def run() -> Tensor:
         query, *rest, gate = problem.tensors
         key, value, prompt_key, prompt_value = (
-            repeated(t, problem).expand(batch, -1, -1, -1).transpose(1, 2) for t in rest
+            t.repeat_interleave(group, 1).expand(batch, -1, -1, -1).transpose(1, 2) for t in rest
         )
         tokens = memory_efficient_attention(query.transpose(1, 2), key, value, attn_bias=bias)
         prompts = memory_efficient_attention(query.transpose(1, 2), prompt_key, prompt_value)
@@ -251,37 +257,8 @@ def xformers_twice(problem: Problem) -> Call:
     return run
 
 
-def cached(backend: str, variant: str, problem: Problem) -> Call:
-    """The cache function, its caches and lengths in place before the clock starts."""
-    prompted = variant != ALONE
-    shape, device = problem.shape, problem.device
-    query, key, value, prompt_key, prompt_value = (t.transpose(1, 2) for t in problem.tensors[:5])
-    options: dict[str, Tensor | None] = {
-        "cache_seqlens": torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device),
-        "prompt_k": prompt_key if prompted else None,
-        "prompt_v": prompt_value if prompted else None,
-        "gate": problem.gate if prompted else None,
-    }
-    if variant == EACH:  # equal values in memory of their own
-        options["prompt_k"], options["prompt_v"] = (
-            t.repeat(shape.batch, 1, 1, 1) for t in (prompt_key, prompt_value)
-        )
-        options["gate"] = problem.gate.repeat(shape.batch, 1)
-    if variant == PAGED:
-        key, value = (paged_copy(t) for t in (key, value))
-        pages = key.shape[0] // shape.batch
-        table = torch.arange(shape.batch * pages, dtype=torch.int32, device=device)
-        options["block_table"] = table.view(shape.batch, pages)
-    return partial(zero_init_attention_with_kvcache, query, key, value, backend=backend, **options)
-
-
-def paged_copy(cache: Tensor) -> Tensor:
-    """[B, S, Hkv, D] as pages [B * pages, PAGE, Hkv, D], the last one of a sequence filled up."""
-    missing = -cache.shape[1] % PAGE
-    return F.pad(cache, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, PAGE)).flatten(0, 1)
-
-
 def flash_cached_twice(problem: Problem) -> Call:
+    """flash-attn's cache function over the tokens and over the prompts."""
     from flash_attn import flash_attn_with_kvcache
 
     shape = problem.shape
@@ -300,7 +277,7 @@ def flash_cached_twice(problem: Problem) -> Call:
 
 
 def flashinfer_twice(problem: Problem) -> Call:
-    """flashinfer's single-sequence decode over the tokens and over the prompts."""
+    """flashinfer's decode of a single sequence over the tokens and over the prompts."""
     import flashinfer
 
     query = problem.query[0, :, 0]
@@ -323,64 +300,44 @@ def flashinfer_why_not(problem: Problem, backward: bool) -> str:
     return cannot_run(flashinfer_twice, problem, backward)
 
 
-def library(module: str, prepare: Callable[[Problem], Call]) -> Callable[[Problem, bool], str]:
-    return lambda problem, backward: why_missing(module) or cannot_run(prepare, problem, backward)
-
-
-def cached_why_not(backend: str, variant: str, problem: Problem, backward: bool) -> str:
-    call = cached(backend, variant, problem)
-    assert isinstance(call, partial)
-    keywords = {name: value for name, value in call.keywords.items() if name != "backend"}
-    reason = explain(*call.args, **keywords).get(backend, "no such backend")
-    return "" if reason == "usable" else reason
-
-
-FLOORS = {
-    "plain SDPA": plain_sdpa,
-    "plain SDPA, flash": partial(plain_sdpa_by, SDPBackend.FLASH_ATTENTION),
-    "plain SDPA, cuDNN": partial(plain_sdpa_by, SDPBackend.CUDNN_ATTENTION),
-    "plain SDPA, efficient": partial(plain_sdpa_by, SDPBackend.EFFICIENT_ATTENTION),
-    "plain SDPA, math": partial(plain_sdpa_by, SDPBackend.MATH),
+# plain attention, by torch's own choice of kernel and by each kernel
+PLAIN_ATTENTION: dict[str, Prepare] = {
+    PLAIN: plain_sdpa,
+    f"{PLAIN}, flash": partial(plain_sdpa_by, SDPBackend.FLASH_ATTENTION),
+    f"{PLAIN}, cuDNN": partial(plain_sdpa_by, SDPBackend.CUDNN_ATTENTION),
+    f"{PLAIN}, efficient": partial(plain_sdpa_by, SDPBackend.EFFICIENT_ATTENTION),
+    f"{PLAIN}, math": partial(plain_sdpa_by, SDPBackend.MATH),
 }
-TWICE = "SDPA twice + add"
 
 
 @cache
 def prefill_providers() -> tuple[Provider, ...]:
     """For whole sequences, forward and backward."""
+    ours = [
+        Provider(
+            f"zinit {name}{variant}", partial(fused, name, not variant), partial(fused_why_not, name),
+            prompted=not variant,
+        )
+        for variant in ("", WITHOUT_PROMPTS)
+        for name in BACKENDS
+    ]  # fmt: skip
+    plain = [
+        Provider(name, make, by_trying(make), prompted=False, quadratic=name.endswith("math"))
+        for name, make in PLAIN_ATTENTION.items()
+    ]
     return (
-        *(Provider(f"zinit {name}", partial(fused, name), partial(fused_why_not, name)) for name in OURS),
-        *(
-            Provider(
-                f"zinit {name}{ALONE}",
-                partial(fused_alone, name),
-                partial(fused_why_not, name),
-                prompted=False,
-            )
-            for name in OURS
-        ),
-        *(
-            Provider(name, make, by_trying(make), prompted=False, quadratic="math" in name)
-            for name, make in FLOORS.items()
-        ),
+        *ours,
+        *plain,
         Provider(TWICE, twice),
         Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
         Provider("official formula", written_out, quadratic=True),
         Provider(
-            "official formula, compiled",
-            compiled(written_out),
-            compiler_why_not,
-            compiles=True,
-            quadratic=True,
+            "official formula, compiled", compiled(written_out), compiler_why_not, compiles=True, quadratic=True
         ),
         Provider("FlexAttention + SDPA + add", flex_twice, flex_why_not, compiles=True),
-        Provider(
-            "flash-attn twice + add", flash_twice, library("flash_attn", flash_twice), heads_first=False
-        ),
-        Provider(
-            "xformers twice + add", xformers_twice, library("xformers", xformers_twice), heads_first=False
-        ),
-    )
+        Provider("flash-attn twice + add", flash_twice, by_trying(flash_twice, "flash_attn"), heads_first=False),
+        Provider("xformers twice + add", xformers_twice, by_trying(xformers_twice, "xformers"), heads_first=False),
+    )  # fmt: skip
 
 
 @cache
@@ -388,27 +345,21 @@ def decode_providers() -> tuple[Provider, ...]:
     """For one new token per sequence against a cache."""
     ours = [
         Provider(
-            f"zinit {name}{variant}",
-            partial(cached, name, variant),
-            partial(cached_why_not, name, variant),
-            prompted=variant != ALONE,
-            heads_first=False,
-            batches_only=variant == EACH,
+            f"zinit {name}{variant}", partial(cached, name, variant), partial(cached_why_not, name, variant),
+            prompted=variant != WITHOUT_PROMPTS, heads_first=False, batches_only=variant == EACH,
         )
-        for name in OURS
-        for variant in ("", ALONE, PAGED, EACH)
-    ]
+        for name in BACKENDS
+        for variant in ("", WITHOUT_PROMPTS, PAGED, EACH)
+    ]  # fmt: skip
     return (
         *ours,
-        Provider("plain SDPA", plain_sdpa, prompted=False),
+        Provider(PLAIN, plain_sdpa, prompted=False),
         Provider(TWICE, twice),
         Provider(f"{TWICE}, compiled", compiled(twice), compiler_why_not, compiles=True),
         Provider("official formula", written_out),
         Provider(
-            "flash-attn twice + add",
-            flash_cached_twice,
-            library("flash_attn", flash_cached_twice),
+            "flash-attn twice + add", flash_cached_twice, by_trying(flash_cached_twice, "flash_attn"),
             heads_first=False,
         ),
         Provider("flashinfer twice + add", flashinfer_twice, flashinfer_why_not, heads_first=False),
-    )
+    )  # fmt: skip

@@ -1,7 +1,12 @@
-"""What the benchmarks' own tests are made of: a row, a run's conditions, a ledger."""
+"""What the benchmarks' own tests are made of: a row, a run's conditions, a ledger, the committed ledgers."""
+
+import subprocess
+
+import pytest
 
 from bench.ledger import Ledger, Row
-from bench.shapes import prefill
+from bench.machine import ROOT
+from bench.problem import prefill
 
 FACTS = {
     "chip": "a chip", "device": "cpu", "instructions": "some", "time": "2026-01-02T03:04:05Z", "commit": "abc",
@@ -26,3 +31,13 @@ def two_runs(folder):
         book.add(row(p50=1.0 + i, ratios={"plain SDPA": 0.5 + i}))
         book.add(row("plain SDPA", p50=2.0, ratios={"zinit cpu": 2.0}))
     return path
+
+
+def committed_ledgers():
+    """The ledgers in git's index: not what this machine has measured since."""
+    listed = subprocess.run(
+        ["git", "ls-files", "bench/results"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    return [ROOT / name for name in listed.stdout.split() if name.endswith(".jsonl")]

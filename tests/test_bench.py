@@ -1,31 +1,37 @@
-"""The benchmarks: no figure for a wrong kernel, runs that stop and go on, goals judged by every row."""
+"""The benchmarks measure: no figure for a wrong kernel, runs that stop and go on, targets judged by every row."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from bench_rows import FACTS, row
 from rich.console import Console
 
-from bench import chapters, compare, contenders, peers, report, runner
-from bench.__main__ import main
-from bench.cpu_goals import CPU_GOALS
-from bench.goals import Goal, judged, ratio, rows_of
+from bench import ledger, machine, methods, runner
+from bench.__main__ import RESULTS, main
+from bench.correctness import why_wrong
 from bench.ledger import read
-from bench.problem import make_problem
-from bench.providers import TWICE, Provider, prefill_providers, twice
-from bench.shapes import BARS_DECODE, BARS_PREFILL, Shape, prefill
-from bench.suites import SUITES, attention, dropins, generate, verify
-from bench.suites.attention import NO_PROMPTS
-from bench.suites.decode import PROBE
+from bench.machine import ROOT
+from bench.problem import Provider, Shape, make_problem, prefill
+from bench.providers import PLAIN, TWICE, prefill_providers, twice
+from bench.runner import Target, judged, rows_of, speed_over
+from bench.suites import attention, compare, generate, seven_billion, targets, train
 
 CPU = torch.device("cpu")
+QUICK = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
+
+
+def forward_rows(providers, notes):
+    shape = prefill("CLIP-B/16 text", 1)
+    arguments = (QUICK, lambda: providers, shape, torch.float32, "forward", False, torch.float32)
+    return list(attention.prefill_rows(*arguments, notes.append))
 
 
 def wrong(problem):
@@ -34,25 +40,11 @@ def wrong(problem):
 
 
 def test_a_wrong_kernel_gets_no_figure():
-    providers = (Provider("honest", twice), Provider("zinit broken", wrong))
     notes = []
-    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
-    rows = list(
-        attention.rows(
-            options,
-            lambda: providers,
-            prefill("CLIP-B/16 text", 1),
-            torch.float32,
-            "forward",
-            False,
-            torch.float32,
-            notes.append,
-        )  # fmt: skip
-    )
-    assert {r.provider for r in rows} == {"honest", attention.PRODUCT}
-    assert (
-        len(notes) == 1 and "zinit broken" in notes[0] and "no figure, wrong result: out: error" in notes[0]
-    )
+    rows = forward_rows((Provider("honest", twice), Provider("zinit broken", wrong)), notes)
+    assert {r.provider for r in rows} == {"honest", attention.PRODUCT, attention.PEAK}
+    assert len(notes) == 1
+    assert "zinit broken" in notes[0] and "no figure, wrong result: out: error" in notes[0]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -65,12 +57,11 @@ def test_a_wrong_gradient_gets_no_figure(provider, backward):
         return lambda: call().detach() / 2 + call() / 2  # the value is right, its gradients are half
 
     problem = make_problem(prefill("CLIP-B/16 text", 1), torch.float32, CPU)
-    reason = attention.why_wrong(Provider("half", half), problem, backward)
-    assert ("dquery" in reason) == backward
+    assert ("dquery" in why_wrong(Provider("half", half), problem, backward)) == backward
 
 
 def test_a_wrong_way_to_fine_tune_gets_no_figure():
-    ours = contenders.CONTENDERS[0]
+    ours = methods.METHODS[0]
 
     def biased(base):
         parameters, loss = ours.build(base)
@@ -81,29 +72,25 @@ def test_a_wrong_way_to_fine_tune_gets_no_figure():
         return parameters, lambda tokens: loss(tokens) + 0 * parameters[0].sum() - loss(tokens).detach()
 
     for build, reason in ((ours.build, ""), (biased, "wrong result: loss"), (detached, "wrong result: loss")):
-        found = contenders.why_wrong(replace(ours, build=build), torch.float32, CPU)
+        found = methods.why_wrong(replace(ours, build=build), torch.float32, CPU)
         assert found.startswith(reason) and bool(found) == bool(reason)
 
 
-@pytest.mark.skipif(bool(contenders.why_missing("transformers", "peft")), reason="they are not installed")
+@pytest.mark.skipif(bool(machine.why_missing("transformers", "peft")), reason="they are not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [peers.in_peft, partial(peers.in_lora, rank=2)])
-def test_peers_train_in_the_dtype_they_are_measured_in(make, dtype):
+@pytest.mark.parametrize("make", [methods.in_peft, partial(methods.in_lora, rank=2)])
+def test_methods_train_in_the_dtype_they_are_measured_in(make, dtype):
     """Also half precision: two dtypes in one step would be another amount of work."""
-    model = make(contenders.random_base(contenders.TINY, dtype, CPU))
-    assert {p.dtype for p in contenders.trainable(model)} == {dtype}
+    model = make(methods.random_base(methods.TINY, dtype, CPU))
+    assert {p.dtype for p in methods.trainable(model)} == {dtype}
 
 
-@pytest.mark.skipif(bool(contenders.why_missing("transformers")), reason="it is not installed")
+@pytest.mark.skipif(bool(machine.why_missing("transformers")), reason="it is not installed")
 def test_transformers_rotates_by_the_base_of_the_model():
-    base = contenders.random_base(replace(contenders.TINY, rope_theta=100.0), torch.float32, CPU)
+    base = methods.random_base(replace(methods.TINY, rope_theta=100.0), torch.float32, CPU)
     tokens = torch.arange(60)[None]
-    torch.testing.assert_close(
-        peers.in_transformers(base)(tokens).logits,
-        base.logits(base.hidden_states(tokens)),
-        atol=1e-4,
-        rtol=1e-4,
-    )
+    theirs, ours = methods.in_transformers(base)(tokens).logits, base.logits(base.hidden_states(tokens))
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_a_wrong_way_to_generate_gets_no_figure():
@@ -114,9 +101,8 @@ def test_a_wrong_way_to_generate_gets_no_figure():
         return lambda prompts, new: run(prompts, 1).repeat(1, new), scores
 
     assert generate.why_wrong(ours, torch.float32, CPU) == ""
-    assert generate.why_wrong(ours._replace(build=stuck), torch.float32, CPU).startswith(
-        "wrong result: a token"
-    )
+    found = generate.why_wrong(ours._replace(build=stuck), torch.float32, CPU)
+    assert found.startswith("wrong result: a token")
 
 
 def test_stopping_keeps_what_is_done(tmp_path):
@@ -124,8 +110,7 @@ def test_stopping_keeps_what_is_done(tmp_path):
         yield row()
         raise KeyboardInterrupt
 
-    options = runner.Options(CPU, (torch.float32,))
-    rows, _ = runner.run({"attention": [runner.Job("", stopped)]}, options, tmp_path, Console(quiet=True))
+    rows, _ = runner.run({"attention": [runner.Job("", stopped)]}, QUICK, tmp_path, Console(quiet=True))
     (path,) = tmp_path.glob("*/attention.jsonl")
     assert rows == [row()] and [r.rows for r in read(path)] == [(row(),)]
 
@@ -140,30 +125,24 @@ def test_a_kernel_that_raises_leaves_the_others_their_figures():
             raise NoRuntimeError("out of resource: shared memory\nand more")
         return twice(problem)
 
-    providers = (Provider("too large", too_large), Provider("honest", twice))
     notes = []
-    options = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
-    shape = prefill("CLIP-B/16 text", 1)
-    found = attention.rows(
-        options, lambda: providers, shape, torch.float32, "forward", False, torch.float32, notes.append
-    )
-    assert {r.provider for r in found} == {"honest", attention.PRODUCT}
-    assert notes == [
-        f"too large, {shape.name}, forward: no figure, NoRuntimeError: out of resource: shared memory"
-    ]
+    rows = forward_rows((Provider("too large", too_large), Provider("honest", twice)), notes)
+    assert {r.provider for r in rows} == {"honest", attention.PRODUCT, attention.PEAK}
+    message = "forward: no figure, NoRuntimeError: out of resource: shared memory"
+    assert notes == [f"too large, CLIP-B/16 text, B 1, T 77, {message}"]
 
 
-def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path):
+@pytest.mark.parametrize("error", [NoRuntimeError, ledger.BenchError])
+def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path, error):
     def killed(note):
         yield row()
-        raise NoRuntimeError("a process was terminated abruptly")
+        raise error("a process was terminated abruptly")
 
     def fine(note):
         yield row(shape="another")
 
     jobs = [runner.Job("killed", killed), runner.Job("fine", fine)]
-    options = runner.Options(CPU, (torch.float32,))
-    rows, failed = runner.run({"attention": jobs}, options, tmp_path, Console(quiet=True))
+    rows, failed = runner.run({"attention": jobs}, QUICK, tmp_path, Console(quiet=True))
     (path,) = tmp_path.glob("*/attention.jsonl")
     (run,) = read(path)
     assert len(rows) == len(run.rows) == 2 and run.jobs == ("fine",) and failed == ["killed"]
@@ -171,8 +150,9 @@ def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path):
 
 SLOW = """
 import signal, sys, time
-from bench import __main__ as program, runner
+from bench import __main__ as program
 from bench.ledger import Row
+from bench.runner import Job, Suite
 
 def slow(note):
     print("begun", flush=True)
@@ -181,8 +161,9 @@ def slow(note):
 def quick(note):
     yield Row("attention", "a shape", {}, "forward", "float32", "zinit cpu")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
-program.SUITES["attention"] = lambda options: [runner.Job("quick", quick), runner.Job("slow", slow)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may run with it ignored
+suite = Suite("attention", "", lambda options: [Job("quick", quick), Job("slow", slow)])
+program.suites = lambda: {"attention": suite}
 sys.exit(program.main(["attention", "--results", sys.argv[1]]))
 """
 
@@ -190,9 +171,7 @@ sys.exit(program.main(["attention", "--results", sys.argv[1]]))
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     """The real signal, sent to a process in the middle of its second job."""
     command = [sys.executable, "-c", SLOW, str(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if "begun" in line:
             process.send_signal(signal.SIGINT)
@@ -216,19 +195,18 @@ def test_a_stopped_run_is_resumed_where_it_was(tmp_path, monkeypatch):
 
         return runner.Job(title, rows)
 
-    suites = {"attention": [job("first"), job("second"), job("third")]}
-    options = runner.Options(CPU, (torch.float32,), resume=True)
-    console = Console(quiet=True)
+    jobs = {"attention": [job("first"), job("second"), job("third")]}
+    options, console = replace(QUICK, resume=True), Console(quiet=True)
     for _ in range(2):
-        runner.run(suites, options, tmp_path, console)
+        runner.run(jobs, options, tmp_path, console)
     assert ran == ["first", "second", "second", "third"]
-    monkeypatch.setattr("bench.conditions.commit", lambda: "another")
-    runner.run(suites, options, tmp_path, console)
+    monkeypatch.setattr("bench.machine.commit", lambda: "another")
+    runner.run(jobs, options, tmp_path, console)
     assert ran[4:] == ["first", "second", "third"]
 
 
-def test_some_providers_are_no_whole_run(tmp_path, monkeypatch):
-    """They leave the job to --resume, and the page to the run with the others."""
+def test_a_run_of_some_providers_is_not_complete(tmp_path, monkeypatch):
+    """It leaves the job to --resume, and the page to a run of all providers."""
     ran, times = [], iter("abcdefg")
     monkeypatch.setattr(runner, "conditions", lambda device: {**FACTS, "time": next(times)})
 
@@ -243,7 +221,7 @@ def test_some_providers_are_no_whole_run(tmp_path, monkeypatch):
         options = runner.Options(CPU, (torch.float32,), **changes)
         runner.run(jobs(name), options, tmp_path, Console(quiet=True))
         (path,) = tmp_path.glob("*/attention.jsonl")
-        return [m.row.p50_ms for m in chapters.newest(read(path))]
+        return [m.row.p50_ms for m in ledger.newest(read(path))]
 
     assert measured("some", only_providers=("zinit",)) == [1.0]  # better than none
     assert measured("others", only_providers=("SDPA",), resume=True) == [2.0]
@@ -265,26 +243,92 @@ def test_pairs_are_counted_as_the_mask_leaves_them(causal, seqlen_q, seqlen_k):
     assert shape.flops("forward") == 4 * 8 * shape.pairs
 
 
+def test_the_limits_of_a_cpu_are_measured_as_they_are_counted():
+    """Four times the work takes more than twice the CPU time: the compiler has left nothing out."""
+
+    def cpu_seconds(call):
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    library, threads = machine.roofs(), torch.get_num_threads()
+    for loop in (library.zinit_roof_float32, library.zinit_roof_bfloat16):
+        if not loop(1, 1):
+            continue
+        assert loop(400, 2) == 2 * loop(400, 1) == 4 * loop(200, 1) > 0
+        assert cpu_seconds(lambda loop=loop: loop(800_000, 1)) > 2 * cpu_seconds(
+            lambda loop=loop: loop(200_000, 1)
+        )
+    small, large = (machine.peak_read(n) for n in (1 << 20, 1 << 28))
+    assert small[1] == large[1] == 1 << 28  # a small buffer is read until as many bytes were
+    assert machine.peak_arithmetic(torch.float16)[1] == library.zinit_roof_float32(
+        machine.ITERATIONS, threads
+    )
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="x86 with FMA")
+def test_the_limit_loop_keeps_its_sums_apart(tmp_path):
+    """Equal sums would be merged into one, and the peak would be many times too high."""
+    code = subprocess.run(
+        ["objdump", "-d", machine.compile_roofs(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert code.stdout.count("vfmadd") >= 12
+
+
+def test_a_cpu_without_a_compiler_has_no_limit_and_the_rest_is_measured(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    machine.roofs.cache_clear()
+    notes = []
+    try:
+        rows = forward_rows((Provider("honest", twice),), notes)
+    finally:
+        machine.roofs.cache_clear()
+    assert {r.provider for r in rows} == {"honest", attention.PRODUCT}
+    assert notes == ["the peak arithmetic is not measured: there is no C++ compiler (g++, or CXX)"]
+
+
 def test_every_suite_runs(capsys):
     """All of them on tiny shapes; nothing is kept."""
-    before = sorted(Path(report.ROOT / "bench" / "results").rglob("*"))
+    before = sorted(RESULTS.rglob("*"))
     assert main(["all", "--smoke", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    for word in (
-        "zinit cpu",
-        "SDPA twice + add",
-        "official formula",
-        "peak MB",
-        "zinit adapter",
-        "first token ms",
-    ):
+    for word in ("zinit cpu", TWICE, "official formula", "peak MB", "zinit adapter", "first token ms"):
         assert word in out, word
-    assert sorted(Path(report.ROOT / "bench" / "results").rglob("*")) == before
+    for name, suite in runner.suites().items():
+        assert (f"s: {name}, " in out) == suite.in_all, name
+    assert sorted(RESULTS.rglob("*")) == before
 
 
-def test_nothing_to_measure_is_said(capsys):
-    assert main(["attention", "--smoke", "--shape", "no such model"]) == 1
-    assert "nothing was measured" in capsys.readouterr().out
+def test_every_file_of_the_folder_is_a_suite_and_only_one_must_be_named():
+    files = {path.stem for path in (ROOT / "bench" / "suites").glob("*.py")}
+    found = runner.suites()
+    assert files <= {suite.jobs.__module__.rpartition(".")[2] for suite in found.values()}
+    assert [name for name, suite in found.items() if not suite.in_all] == ["seven_billion"]
+    for suite in found.values():
+        assert all(job.title.startswith(f"{suite.name}, ") for job in suite.jobs(replace(QUICK, smoke=True)))
+
+
+def test_seven_billion_gives_seconds_and_memory_of_each_phase_and_leaves_no_file(tmp_path):
+    options = replace(QUICK, smoke=True, scratch=tmp_path)
+    (job,) = seven_billion.jobs(options)
+    rows = list(job.run(print))
+    assert [r.mode.partition(",")[0] for r in rows] == ["load", "training step", "generate"]
+    assert all(0.05 < r.figures["peak resident GB"] < 4 and r.figures["seconds"] > 0 for r in rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_seven_billion_asks_for_space_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**9}))
+    (job,) = seven_billion.jobs(replace(QUICK, scratch=tmp_path))
+    with pytest.raises(
+        ledger.BenchError, match=r"takes 13.5 GB and .* has 1.0 GB free: name another .*--scratch"
+    ):
+        list(job.run(print))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -292,83 +336,95 @@ def test_nothing_to_measure_is_said(capsys):
 )
 def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
     assert main(["profile", what, "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    names = {
-        event.get("name") for event in json.loads((tmp_path / f"{what}.json").read_text())["traceEvents"]
-    }
+    trace = json.loads((tmp_path / f"{what}.json").read_text())["traceEvents"]
     out = capsys.readouterr().out
-    assert operator in names and "aten::mm" in out and "GB/s at least" in out
+    assert operator in {event.get("name") for event in trace}
+    assert "aten::mm" in out and "GB/s at least" in out
 
 
-def test_a_base_that_is_no_commit_is_said_in_a_sentence(capsys):
-    assert main(["attention", "--base", "no-such-revision"]) == 2
-    assert "could not check out no-such-revision" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["attention", "--device", "tpu"], "tpu is not a device: use cpu or cuda"),
+        (["attention", "--device", "meta"], "meta is not supported: use cpu or cuda"),
+        (["attention", "--device", "cuda:99"], "finds no GPU cuda:99"),
+        (["attention", "--seconds", "0"], "0 is not above 0"),
+        (["attention", "--threads", "-1"], "-1 is not above 0"),
+        (["attention", "--threads", "two"], "invalid int value: 'two'"),
+        (["no_such_suite"], "invalid choice: 'no_such_suite'"),
+        (["agree", "no_such_suite"], "invalid choice: 'no_such_suite'"),
+        (["attention", "--smoke", "--shape", "no such model"], "nothing was measured"),
+        (["attention", "--smoke", "--base", "HEAD"], "--smoke keeps none"),
+        (["seven_billion", "--scratch", "no/such/folder"], "no/such/folder is not a folder"),
+        (["report", "--results", "no/such/folder"], "no/such/folder holds no ledger"),
+        (["verdicts", "--results", "no/such/folder"], "no/such/folder holds no ledger"),
+        (["profile", "memory"], "invalid choice: 'memory'"),
+    ],
+)
+def test_a_fault_of_the_user_is_one_sentence(command, message, capsys):
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and message in captured.err and "Traceback" not in captured.err
 
 
-def test_commits_are_compared_setting_by_setting(monkeypatch):
-    """A replay of a CUDA graph is no eager call, and a cold cache is no warm one."""
-    settings = [row(), row(launch="graph"), row(cache="cold"), row(suite="bars")]
-
-    def measured(tree, arguments, results):
-        factor = 2.0 if tree == report.ROOT else 1.0
-        return [replace(r, p50_ms=factor * (i + 1)) for i, r in enumerate(settings)]
-
-    monkeypatch.setattr(compare, "checkout", lambda revision, folder: None)
-    monkeypatch.setattr(compare, "measured", measured)
-    table = compare.compare("old", [], Console(quiet=True))
-    where, _, base, here, share = (list(column.cells) for column in table.columns)
-    assert base == ["1", "2", "3", "4"] and here == ["2", "4", "6", "8"] and set(share) == {"2.00x"}
-    assert "graph" in where[1] and where[2].endswith("cold") and where[3].startswith("bars, ")
-    assert len(set(where)) == 4
-
-
-def test_a_goal_is_judged_by_every_row():
+def test_a_target_is_judged_by_every_row():
     select = rows_of("zinit cpu", "attention", "forward", "T 128")
-    rows = [row(dtype="bfloat16", ratios={"plain SDPA": r}) for r in (0.9, 1.2)]
-    goal = Goal("", select, ratio("plain SDPA"), 1.0)
-    assert str(judged(goal, rows)) == "missed by 20 % at worst (LLaMA-7B, B 1, T 128); 1 of 2 met"
-    assert str(judged(goal, rows[1:])) == "missed by 20 %"
-    assert str(judged(goal, rows[:1])) == "met"
-    assert str(judged(goal._replace(at_least=True), rows[:1])) == "missed by 11 %"
-    assert str(judged(goal, [row()])) == "not measured"  # float32 is another goal's
+    rows = [row(dtype="bfloat16", ratios={PLAIN: ratio}) for ratio in (0.5, 1.25)]
+    target = Target("", select, speed_over(PLAIN), 1.0)
+    assert str(judged(target, rows)) == "missed by 25 % at worst (LLaMA-7B, B 1, T 128); 1 of 2 met"
+    assert str(judged(target, rows[1:])) == "missed by 25 %"
+    assert str(judged(target, rows[:1])) == "met"
+    assert str(judged(target._replace(at_most=True), rows[:1])) == "missed by 100 %"
+    assert str(judged(target, [row()])) == "not measured"  # float32 has another target
 
 
-def test_every_goal_of_a_cpu_has_its_rows():
-    """The suites' settings, filled with figures, leave no goal unmeasured."""
+def test_a_speed_up_is_above_1_where_the_row_is_faster():
+    ours = row(ratios={PLAIN: 0.5, TWICE: 0.25})
+    assert ours.speed_over(PLAIN) == 2 and ours.speed_over("not measured") is None
+    assert speed_over(PLAIN, TWICE)(ours, [ours]) == 2  # over the faster of the two
+    assert runner.speed_of("zinit cpu")(row(PLAIN, ratios={"zinit cpu": 2.0}), []) == 2
+
+
+def test_every_target_of_a_cpu_has_its_rows():
+    """The suites' settings, filled with figures, leave no target unmeasured."""
     options = runner.Options(CPU, (torch.float32, torch.bfloat16))
-    titles = [job.title for suite in ("bars", "dropins", "verify") for job in SUITES[suite](options)]
-    for mode, shapes in (
-        ("forward", BARS_PREFILL),
-        ("forward+backward", BARS_PREFILL),
-        ("decode", BARS_DECODE),
-    ):
-        for dtype in ("float32", "bfloat16"):
-            assert {s.name for s in shapes} == {s.name for s in shapes if f"bars, {mode}, {dtype}, {s.name}" in
-                                                "\n".join(titles)}  # fmt: skip
+    whole, one = targets.STATED_PREFILL, targets.STATED_DECODE
+    dtypes = ("float32", "bfloat16")
+    titles = [job.title for job in runner.suites()["targets"].jobs(options)]
+    for mode, shapes in (("forward", whole), ("forward+backward", whole), ("decode", one)):
+        for shape in shapes:
+            for dtype in dtypes:
+                assert any(title.startswith(f"targets, {mode}, {dtype}, {shape.name}") for title in titles)
+    others = (PLAIN, TWICE, attention.ITSELF, attention.READ)
     rows = [
-        row(suite="bars", shape=shape.name, dtype=dtype, mode=mode, figures={attention.PRODUCT_SHARE: 1.0},
-            ratios=dict.fromkeys(("plain SDPA", TWICE, NO_PROMPTS, PROBE["cpu"]), 1.0))
-        for dtype in ("float32", "bfloat16")
-        for shapes, modes in ((BARS_PREFILL, ("forward", "forward+backward")), (BARS_DECODE, ("decode",)))
+        row(suite="targets", shape=shape.name, dtype=dtype, mode=mode, figures={attention.PRODUCT_SHARE: 1.0},
+            ratios=dict.fromkeys(others, 1.0))
+        for dtype in dtypes
+        for shapes, modes in ((whole, ("forward", "forward+backward")), (one, ("decode",)))
         for shape in shapes
         for mode in modes
     ]  # fmt: skip
     rows += [
-        row(dropins.ACCELERATED, suite="dropins", mode=mode, ratios={dropins.PEFT: 1.0, dropins.BASE: 1.0})
-        for mode in dropins.WIDTH
-    ]
-    rows.append(row("plain SDPA", suite="verify", ratios={verify.THEIRS: 1.0}))
-    verdicts = [judged(goal, rows) for goal in CPU_GOALS]
-    assert [len(verdict.figures) for verdict in verdicts] == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [
-        3, 3, 6, 6, 4, 4, 1, 1, 1, 1, 1]  # fmt: skip
+        row(methods.ACCELERATED, suite="dropins", mode=mode, shape="4 layers of 512, 8/8 heads",
+            ratios={methods.PEFT: 1.0, train.FROZEN: 1.0})
+        for mode in train.WIDTH
+    ]  # fmt: skip
+    rows.append(row(PLAIN, suite="verify", ratios={compare.THEIRS: 1.0}))
+    found = [len(judged(target, rows).figures) for target in targets.TARGETS]
+    assert found == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [3, 3, 6, 6, 4, 4]
+    assert all(judged(target, rows).figures for target in runner.targets_of("cpu"))
 
 
 def test_every_training_step_of_the_dropins_goes_down_to_the_embeddings():
     """One that stops above the lowest layer's attention has less to do."""
     pytest.importorskip("peft")
-    for name, model in dropins.models(64, heads_kv=2).items():
+    for name, model in train.dropin_models(64, heads_kv=2).items():
         inputs = []
         model.register_forward_pre_hook(
             lambda _, args, known, inputs=inputs: inputs.append(known["inputs_embeds"]), with_kwargs=True
         )
-        dropins.training_step(model, 16)()
+        train.dropin_step(model, 16)()
         assert inputs[0].grad is not None and inputs[0].grad.any(), name

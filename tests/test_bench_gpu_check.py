@@ -11,8 +11,9 @@ import torch
 from bench_rows import FACTS, row
 from rich.console import Console
 
-from bench import gpu_check, report, runner
+from bench import gpu_check, runner
 from bench.ledger import Ledger
+from bench.machine import ROOT
 from bench.suites import train
 
 
@@ -21,7 +22,7 @@ def step(part, seconds, code):
 
 
 def test_gpu_check_goes_on_and_keeps_what_is_done(tmp_path):
-    """Steps that fail, are missing or take too long; the goals come whatever happened."""
+    """Steps that fail, are missing or take too long; the targets come whatever happened."""
     built = step("build", 20, "print('built')")
     steps = [
         built,
@@ -74,12 +75,12 @@ def test_gpu_check_gives_back_few_files(tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8 and max(len(path.relative_to(tmp_path).parts) for path in files) <= 3
     with zipfile.ZipFile(tmp_path / "docs.zip") as archive:
-        assert {"docs/benchmarks.md", "docs/figures/a-gpu-time.png"} <= set(archive.namelist())
+        assert {"docs/benchmarks.md", "docs/figures/a-gpu-attention.png"} <= set(archive.namelist())
 
 
-def test_gpu_check_trains_first_what_its_goals_are_stated_for():
+def test_gpu_check_trains_first_what_its_targets_are_stated_for():
     """Its part may be stopped before the bases after that."""
-    job = train.jobs(runner.Options(torch.device("cuda"), (torch.bfloat16,)))[0]
+    job = train.train_jobs(runner.Options(torch.device("cuda"), (torch.bfloat16,)))[0]
     assert "Llama-3.2-3B" in job.title
 
 
@@ -90,9 +91,7 @@ def test_gpu_check_runs_whole_models_on_the_kernels():
     code = "from zinit_kernels import dispatch; print(dispatch.ORDER.get('cuda', dispatch.ORDER_ELSEWHERE))"
     for told, order in (("0", ("composed", "reference")), ("1", ("cuda", "triton", "composed", "reference"))):
         environment = {**os.environ, "ZINIT_TRY_GPU": told}
-        said = subprocess.run(
-            [sys.executable, "-c", code], cwd=report.ROOT, env=environment, capture_output=True
-        )
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
         assert said.stdout.decode().strip() == str(order)
 
 
@@ -114,7 +113,7 @@ def test_gpu_check_takes_less_than_nine_minutes():
     for part in parts:
         alone = gpu_check.chosen(part, Path("results"))
         assert {step.part for step in alone} == {part}
-        assert sum(step.seconds for step in alone) == pytest.approx(gpu_check.ALONE)
+        assert sum(step.seconds for step in alone) == pytest.approx(gpu_check.SECONDS_OF_ONE_PART)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

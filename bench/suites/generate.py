@@ -1,6 +1,6 @@
-"""Generation: tokens per second, time to the first, and how near that is to streaming the weights and the cache once.
+"""Generation: tokens per second, and how near that is to reading the weights and the cache once per token.
 
-The same base and the same prompts, greedy, adapted and not: this project's loop and transformers' generate.
+The same base and prompts, greedy, with an adapter and without: this project's loop, transformers' and litgpt's.
 """
 
 from __future__ import annotations
@@ -17,15 +17,31 @@ from model.config import LlamaConfig
 from model.generation import generate
 from model.llama import Llama
 
-from ..clock import Clock
-from ..conditions import why_failed, why_missing
-from ..contenders import ACCELERATED, EIGHTH, PEFT, ROUNDING, SEVEN_BILLION, TINY, our_adapter, random_base
-from ..interleave import measure
 from ..ledger import Row
-from ..peers import in_litgpt, in_peft, in_peft_accelerated, in_transformers
-from ..probes import device_copy, plain_read
-from ..runner import Job, Note, Options
-from .attention import name_of
+from ..machine import device_copy, plain_read, why_failed, why_missing
+from ..measure import Clock, measure
+from ..methods import (
+    ACCELERATED,
+    EIGHTH,
+    LITGPT,
+    NEEDS_HF,
+    NEEDS_PEFT,
+    PEFT,
+    ROUNDING,
+    SEVEN_BILLION,
+    TINY,
+    in_litgpt,
+    in_peft,
+    in_peft_accelerated,
+    in_transformers,
+    our_adapter,
+    random_base,
+)
+from ..problem import name_of
+from ..runner import Chart, Comparison, Job, Note, Options, Select, Suite, speed_of, speed_over
+
+ADAPTED, BASE_ALONE = "zinit, adapted", "transformers, base alone"
+SPEED = "tokens/s"
 
 
 class Base(NamedTuple):
@@ -42,7 +58,7 @@ BASES = {
 }
 SMOKE = Base("tiny LLaMA", TINY, 8, 4, (1,))
 Generate = Callable[[Tensor, int], Tensor]  # (prompts [B, T], N): the N new tokens of each, [B, N]
-Scores = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V], without a cache
+Scores = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V], computed without a cache
 
 
 def jobs(options: Options) -> list[Job]:
@@ -55,7 +71,7 @@ def jobs(options: Options) -> list[Job]:
     ]
 
 
-def zinit(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate, Scores]:
+def by_this_project(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate, Scores]:
     def run(prompts: Tensor, new: int) -> Tensor:
         new_tokens = generate(base, prompts.tolist(), adapter, max_new_tokens=new, temperature=0, eos_ids=[])
         return torch.tensor(new_tokens)
@@ -63,8 +79,8 @@ def zinit(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate, Scores]:
     return run, lambda tokens: base.logits(base.hidden_states(tokens, adapter))
 
 
-def zinit_adapted(base: Llama) -> tuple[Generate, Scores]:
-    return zinit(base, our_adapter(base).requires_grad_(False))
+def with_our_adapter(base: Llama) -> tuple[Generate, Scores]:
+    return by_this_project(base, our_adapter(base).requires_grad_(False))
 
 
 def by_transformers(make: Callable[[Llama], Any], base: Llama) -> tuple[Generate, Scores]:
@@ -95,7 +111,7 @@ def by_litgpt(base: Llama) -> tuple[Generate, Scores]:
 
 
 class Generator(NamedTuple):
-    """A way to generate: `build` makes it of a base."""
+    """A way to generate; `build` makes it for a base."""
 
     name: str
     build: Callable[[Llama], tuple[Generate, Scores]]
@@ -103,27 +119,27 @@ class Generator(NamedTuple):
     one_sequence: bool = False
 
 
-HF, BOTH = ("transformers",), ("transformers", "peft")
 GENERATORS = (
-    Generator("zinit, adapted", zinit_adapted),
-    Generator("zinit, base alone", partial(zinit, adapter=None)),
-    Generator(ACCELERATED, partial(by_transformers, in_peft_accelerated), BOTH),
-    Generator(PEFT, partial(by_transformers, in_peft), BOTH),
-    Generator("transformers, base alone", partial(by_transformers, in_transformers), HF),
-    Generator("litgpt adapter", by_litgpt, ("litgpt",), one_sequence=True),
+    Generator(ADAPTED, with_our_adapter),
+    Generator("zinit, base alone", partial(by_this_project, adapter=None)),
+    Generator(ACCELERATED, partial(by_transformers, in_peft_accelerated), NEEDS_PEFT),
+    Generator(PEFT, partial(by_transformers, in_peft), NEEDS_PEFT),
+    Generator(BASE_ALONE, partial(by_transformers, in_transformers), NEEDS_HF),
+    Generator(LITGPT, by_litgpt, ("litgpt",), one_sequence=True),
 )
 
 
 @torch.no_grad()
 def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) -> str:
-    """ "" where the tokens that a tiny model decodes are, to rounding, the likeliest by a pass without a cache."""
+    """Why the tokens that a tiny model decodes are not, up to rounding, those that a pass without a cache finds
+    likeliest; "" if they are."""
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(TINY.vocab_size, (1, 9), generator=random).to(device)
     try:
         run, scores = generator.build(random_base(TINY, dtype, device))
         made = run(prompts, 8).to(device)
         logits = scores(torch.cat([prompts, made], 1))[:, prompts.shape[1] - 1 : -1].float()
-    except Exception as error:  # any: what raises is red, and the others go on
+    except Exception as error:  # any: what raises gets no figure, and the others go on
         return why_failed(error)
     lost = (logits.amax(-1) - logits.gather(-1, made[..., None])[..., 0]).max() / logits.std()
     return (
@@ -134,7 +150,7 @@ def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) ->
 
 
 def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iterator[Generator]:
-    """Those that are here and right on a tiny model; the others are named with their reason."""
+    """Those that can run here and are right on a tiny model; the user is told why the others are left out."""
     for generator in GENERATORS:
         if not options.wants_provider(generator.name):
             continue
@@ -150,49 +166,81 @@ def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iter
 
 def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Note) -> Iterator[Row]:
     model = random_base(base.config, dtype, options.device)
-    random = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, base.config.vocab_size, (batch, base.prompt), generator=random).to(
-        options.device
-    )
+    prompts = some_prompts(base, batch, options.device)
     calls: dict[str, Callable[[], object]] = {}
+    names = []
     for generator in usable(options, batch, dtype, note):
         run, _ = generator.build(model)
+        names.append(generator.name)
         calls[f"{generator.name}, first"] = partial(run, prompts, 1)
         calls[f"{generator.name}, all"] = partial(run, prompts, base.new)
     if not calls:
         return
     weights = list(model.state_dict().values())
-    on_device = options.device.type == "cuda"
-    calls["probe"] = (
-        device_copy(sum(w.nbytes for w in weights), options.device) if on_device else plain_read(*weights)
-    )
+    num_bytes = sum(w.nbytes for w in weights)
+    on_gpu = options.device.type == "cuda"
+    calls["transfer"] = device_copy(num_bytes, options.device) if on_gpu else plain_read(*weights)
     times = measure(calls, options.seconds if options.smoke else 4 * options.seconds, Clock(options.device))
-    limit = sum(w.nbytes for w in weights) / times.median("probe")  # bytes per second
+    limit = num_bytes / times.median("transfer")  # bytes per second
     streamed = bytes_per_token(model, batch, base.prompt + base.new // 2)
-    for name in dict.fromkeys(call.rpartition(", ")[0] for call in calls if call != "probe"):
-        first, everything = times.median(f"{name}, first"), times.median(f"{name}, all")
-        per_step = (everything - first) / (base.new - 1)
+    for name in names:
+        first, everything = f"{name}, first", f"{name}, all"
+        per_step = (times.median(everything) - times.median(first)) / (base.new - 1)
+        others = [o for o in (ADAPTED, PEFT) if o != name and o in names]
         yield Row(
-            suite="generate", shape=base.name, mode=f"B {batch}, {base.prompt} + {base.new} tokens",
-            sizes={"batch": batch, "prompt": base.prompt, "new_tokens": base.new}, dtype=name_of(dtype), provider=name,
-            rounds=times.rounds, p20_ms=1e3 * times.quantile(f"{name}, all", 0.2), p50_ms=1e3 * everything,
-            p80_ms=1e3 * times.quantile(f"{name}, all", 0.8), gbps=streamed / per_step / 1e9,
-            ratios={
-                other: times.ratio(f"{name}, all", f"{other}, all")
-                for other in (GENERATORS[0].name, PEFT)
-                if other != name and f"{other}, all" in calls
-            },
+            "generate", base.name, {"batch": batch, "prompt": base.prompt, "new_tokens": base.new},
+            f"B {batch}, {base.prompt} + {base.new} tokens", name_of(dtype), name,
+            gbps=streamed / per_step / 1e9, ratios={o: times.ratio(everything, f"{o}, all") for o in others},
             figures={
-                "tokens/s": batch / per_step,
-                "first token ms": 1e3 * first,
+                SPEED: batch / per_step,
+                "first token ms": 1e3 * times.median(first),
                 "of the bandwidth limit": streamed / per_step / limit,
             },
+            **times.in_ms(everything),
         )  # fmt: skip
 
 
+def some_prompts(base: Base, batch: int, device: torch.device) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(3, base.config.vocab_size, (batch, base.prompt), generator=random).to(device)
+
+
 def bytes_per_token(model: Llama, batch: int, seqlen: int) -> int:
-    """What decoding one token of each sequence must read: all weights but the embedding's, and the cache."""
+    """Bytes read to decode one token of each sequence: all weights but the embedding's, and the cache."""
     config = model.config
     weights = sum(w.nbytes for name, w in model.state_dict().items() if name != "embed_tokens.weight")
     keys_and_values = 2 * config.num_layers * config.num_heads_kv * config.head_dim * model.dtype.itemsize
     return weights + batch * seqlen * keys_and_values
+
+
+def profiled(options: Options) -> tuple[str, Callable[[], object], int]:
+    """Generating with this project's adapter."""
+    base = SMOKE if options.smoke else BASES[options.device.type]
+    model = random_base(base.config, options.dtypes[0], options.device)
+    run, _ = with_our_adapter(model)
+    streamed = base.new * bytes_per_token(model, 1, base.prompt + base.new // 2)
+    title = f"{base.name}, {base.prompt} + {base.new} tokens"
+    return title, partial(run, some_prompts(base, 1, options.device), base.new), streamed
+
+
+def rows_by(provider: str) -> Select:
+    return lambda row: (row.suite, row.provider) == ("generate", provider)
+
+
+COMPARISONS = (
+    Comparison("generate", "PEFT's adaption prompt", rows_by(ADAPTED), speed_over(PEFT), 5),
+    Comparison("generate", "litgpt's adapter", rows_by(LITGPT), speed_of(ADAPTED), 6),
+    Comparison("generate", "transformers, no adapter", rows_by(BASE_ALONE), speed_of(ADAPTED)),
+    Comparison("PEFT accelerated, generate", "PEFT", rows_by(ACCELERATED), speed_over(PEFT)),
+)
+SUITES = (
+    Suite(
+        "generate",
+        "Greedy generation. The bandwidth limit is one read of all weights and the cache per token, at the rate at "
+        "which this machine reads (a GPU: copies) the weights in the same rounds.",
+        jobs,
+        comparisons={"cpu": COMPARISONS, "cuda": COMPARISONS},
+        charts=(Chart(SPEED, "Generation is {} times as fast as with PEFT", ADAPTED, PEFT),),
+        profiled=profiled,
+    ),
+)

@@ -27,6 +27,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from zinit_kernels.console import Parser, refuse
+from zinit_kernels.console import run as run_program
+
 from .ledger import BenchError, chips, renamed
 from .machine import ROOT
 from .measure import profile_call
@@ -64,28 +67,28 @@ def device(text: str) -> torch.device:
     return found
 
 
-def command_parser(name: str, about: str, *, results: bool = False) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=about)
+def command_parser(name: str, about: str, *, results: bool = False) -> Parser:
+    parser = Parser(prog=f"python -m bench {name}", description=about)
     if results:
         add_results(parser)
     return parser
 
 
-def add_results(parser: argparse.ArgumentParser) -> None:
+def add_results(parser: Parser) -> None:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the ledgers (default bench/results)"
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", type=device, default=default, help=f"cpu or cuda (default here: {default})"
     )
 
 
-def measure_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def measure_parser() -> Parser:
+    parser = Parser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = (*suites(), "all")
@@ -170,7 +173,7 @@ def measure_command(command: list[str], console: Console) -> int:
 
 
 def compare_command(arguments: argparse.Namespace, command: list[str], console: Console) -> int:
-    mine = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    mine = Parser(add_help=False, allow_abbrev=False)
     mine.add_argument("--base")
     mine.add_argument("--turns")
     _, shared = mine.parse_known_args(command)
@@ -276,9 +279,8 @@ def main(command: list[str] | None = None) -> int:
             return COMMANDS[command[0]](command[1:], console)
         return measure_command(command, console)
     except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

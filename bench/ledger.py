@@ -20,10 +20,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zinit_kernels.console import InputError
+
 RENAMED_SUITES = {"bars": "targets"}  # the name in older ledgers and commits -> the name now
 
 
-class BenchError(Exception):
+class BenchError(InputError):
     """Something that the user can mend, in one sentence."""
 
 

@@ -1,6 +1,7 @@
 """The benchmarks measure: no figure for a wrong kernel, runs that stop and go on, targets judged by every row."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from bench.__main__ import RESULTS, main
 from bench.correctness import why_wrong
 from bench.ledger import read
 from bench.machine import ROOT
-from bench.problem import Provider, Shape, make_problem, prefill
+from bench.problem import PREFILL, Provider, Shape, make_problem, prefill
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
 from bench.suites import attention, compare, generate, seven_billion, targets, train
@@ -340,6 +341,19 @@ def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
     out = capsys.readouterr().out
     assert operator in {event.get("name") for event in trace}
     assert "aten::mm" in out and "GB/s at least" in out
+
+
+def test_the_profiling_page_names_what_the_code_names():
+    page = (ROOT / "docs" / "profiling.md").read_text()
+    code = "\n".join(path.read_text() for path in (ROOT / "zinit_kernels").rglob("*.py"))
+    assert (
+        set(re.findall(r"`zinit\.([\w.]+)`", page)) == set(re.findall(r'named\("([\w.]+)"\)', code)) != set()
+    )
+    assert all(hasattr(torch.ops.zinit, name) for name in re.findall(r"`zinit::(\w+)`", page))
+    (kernels,) = re.findall(r'--kernel-name regex:"([\w|]+)"', page)
+    assert all(f"def {name}(" in code for name in kernels.split("|"))
+    (shape,) = re.findall(r'--shape "(.+?)"', page)
+    assert shape in [s.name for s in PREFILL["cuda"]]
 
 
 @pytest.mark.parametrize(

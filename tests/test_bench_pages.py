@@ -155,8 +155,9 @@ def test_the_readme_shows_the_newest_complete_chip_and_the_losses_of_the_others(
     assert "zen-4/targets.jsonl" in capsys.readouterr().out
 
 
-def test_readme_and_page_are_what_the_committed_ledgers_say(tmp_path):
+def test_readme_and_page_are_what_the_committed_ledgers_say(tmp_path, monkeypatch):
     """Written anew: what differs was typed in, or the report was not run after the ledgers."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: path.touch())
     for path in committed_ledgers():
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)

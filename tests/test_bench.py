@@ -300,7 +300,7 @@ def test_every_suite_runs(capsys):
     for word in ("zinit cpu", TWICE, "official formula", "peak MB", "zinit adapter", "first token ms"):
         assert word in out, word
     for name, suite in runner.suites().items():
-        assert (f"s: {name}, " in out) == suite.in_all, name
+        assert (f": {name}, " in out) == suite.in_all, name
     assert sorted(RESULTS.rglob("*")) == before
 
 

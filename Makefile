@@ -14,7 +14,7 @@ DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers int
   integrations_odd_use integrations_distributed official_parity))
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-triton test-transformers lint format wheel bench gpu-check sanitize sanitize-cpu clean
+.PHONY: build demo test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -44,6 +44,10 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy $(PUBLIC)
 	$(PYTHON) scripts/check_doc_types.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+# the documentation site, into site/; a broken link or an unknown name is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 # the sdist and a wheel with the CPU kernels, into dist/, tried in an environment of its own
 wheel: $(VENV)/.wheel

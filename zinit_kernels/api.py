@@ -112,8 +112,8 @@ def zero_init_attention(
 
     with g = h // (Hq // Hkv), n the prompt table row of sequence b, act = tanh or identity: LLaMA-Adapter
     (arXiv 2303.16199), equations 5 to 8. Two softmaxes that share nothing; prompts are seen by every query,
-    whatever the masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At gate 0,
-    and without prompts, the result is plain attention by the same kernel, bit for bit.
+    whatever the masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At gate 0 the
+    result is bit for bit what this function gives without prompts; SDPA's differs from it by rounding.
 
     Args:
         query: [B, Hq, T, D]; float32, bfloat16, float16 (float64: unfused). Any strides with a contiguous

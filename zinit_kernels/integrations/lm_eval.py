@@ -21,7 +21,8 @@ from .transformers import load_adapter
 
 @register_model("zinit")
 class ZeroInitLM(HFLM):
-    """The harness's `hf` model with an adapter: the same scores, bit for bit, while all its gates are 0.
+    """The harness's `hf` model with an adapter. While all gates are 0, its scores on a CPU are those of `hf` bit for
+    bit; elsewhere they differ by rounding.
 
     Args:
         pretrained, options: as for `hf`: a directory or a loaded model; dtype, device, batch_size, ...

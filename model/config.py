@@ -11,6 +11,7 @@ from typing import Any
 from zinit_kernels.console import shown
 
 from .errors import UserError
+from .fields import LARGEST_SIZE
 from .hf_config import read_hf_config
 from .meta_config import read_meta_config
 from .rope_scaling import RopeScaling
@@ -42,9 +43,9 @@ class LlamaConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_seq_len")
         for name in (*sizes, "num_heads_q", "num_heads_kv", "head_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or not 1 <= value < LARGEST_SIZE:
                 raise UserError(
-                    f"{name} must be a positive whole number, the configuration says {shown(value)}."
+                    f"{name} must be a positive whole number below 2**31, the configuration says {shown(value)}."
                 )
         if self.num_heads_q % self.num_heads_kv:
             raise UserError(

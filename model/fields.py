@@ -14,6 +14,7 @@ from zinit_kernels.console import shortened, shown
 
 from .errors import UserError
 
+LARGEST_SIZE = 1 << 31  # sizes and ids are below it
 _LARGEST = 1e300  # a larger whole number has no finite float
 
 
@@ -24,7 +25,7 @@ def number(config: Mapping[str, Any], file: str, name: str, kind: type, default:
     if not isinstance(value, accepted) or isinstance(value, bool) or not 0 < value < _LARGEST:
         whole = "whole " if kind is int else ""
         raise UserError(f"{file} must have a positive {whole}number as {name}, it has {shown(value)}.")
-    if kind is int and value >= 1 << 31:
+    if kind is int and value >= LARGEST_SIZE:
         raise UserError(f"{file} must have a number below 2**31 as {name}, it has {shown(value)}.")
     return kind(value)
 

@@ -89,6 +89,8 @@ def _check_shards(
         )
     for name in names:
         shapes = {tuple(shard[name].shape) for shard in shards}
+        if len({shard[name].dtype for shard in shards}) > 1:
+            raise UserError(f"{directory}: {name} must have one dtype in all shards.")
         if _our_name(name)[1] is not None and (len(shapes) > 1 or len(min(shapes)) != 2 or 0 in min(shapes)):
             raise UserError(
                 f"{directory}: {name} must be a matrix of one shape in all shards, it has {shapes}."

@@ -57,7 +57,7 @@ def rope_of_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, Rope
                 f"config.json must describe the rotary embedding by an object, it has {shown(rope)}."
             )
     rope = dict(said[-1]) if said else {}
-    if len(said) > 1 and _kind_and_numbers(said[0]) != _kind_and_numbers(said[1]):
+    if len(said) > 1 and _with_defaults(said[0], config) != _with_defaults(said[1], config):
         raise UserError(
             "config.json describes the rotary embedding twice, and rope_scaling is not rope_parameters."
         )
@@ -97,6 +97,8 @@ def rope_of_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, Rope
     return theta, scaling
 
 
-def _kind_and_numbers(rope: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in rope.items() if name not in ("type", "rope_type", "rope_theta")}
-    return kept | {"kind": rope.get("rope_type", rope.get("type", "default"))}
+def _with_defaults(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an object says, with rope_theta and the type in one place."""
+    kept = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {"rope_theta": config.get("rope_theta")} | kept | {"rope_type": kind}

@@ -156,11 +156,10 @@ def _status(main: Callable[[], int | None]) -> int | str | None:
 
 
 def _discard_output() -> None:
-    """Sends what Python still holds back to nowhere if it cannot be written: at shutdown it would be one more error."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            os.dup2(nowhere, descriptor)
+    """Sends what Python still holds back and cannot write to nowhere: at shutdown it would be one more error."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

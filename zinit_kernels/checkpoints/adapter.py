@@ -155,7 +155,8 @@ def some(names: Iterable[str]) -> str:
 
 
 def stack_rows(path: object, what: str, rows: list[Tensor]) -> Tensor:
-    """Stacks one tensor per layer. CheckpointError if they differ in shape."""
+    """Stacks one tensor per layer. CheckpointError if they differ in shape or are no numbers of an adapter."""
     if len({row.shape for row in rows}) != 1:
         raise CheckpointError(f"{path}: the layers' {what} differ in shape")
+    check_numbers(path, rows)  # some dtypes cannot be stacked
     return torch.stack(rows)

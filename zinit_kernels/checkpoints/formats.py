@@ -144,7 +144,7 @@ def _checked(checkpoint: AdapterCheckpoint, path: Path) -> AdapterCheckpoint:
     if prompts.dim() != 3 or prompts.shape[0] != rows or 0 in prompts.shape:
         raise CheckpointError(f"{path}: prompts must have shape ({rows}, P, C), got {tuple(prompts.shape)}")
     width = gates.shape[1] if gates.dim() == 2 else 0
-    if gates.shape[0] != rows or width == 0 or (heads is not None and width not in (1, heads)):
+    if width == 0 or gates.shape[0] != rows or (heads is not None and width not in (1, heads)):
         expected = "Hq" if heads is None else heads
         raise CheckpointError(
             f"{path}: gates must have shape ({rows}, 1 or {expected}), got {tuple(gates.shape)}"

@@ -148,7 +148,9 @@ def _configuration(file: File) -> str:
             return json.dumps(dict(file.arguments), default=shown)
         value = waiting.pop()
         if isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
+            if not all(isinstance(name, str) for name in value):
+                raise CheckpointError(f"{file.path}: its config has a name that is no text")
+            waiting += value.values()
         elif isinstance(value, (list, tuple)):
             waiting += value
     raise CheckpointError(f"{file.path}: its config is larger than any configuration, or holds itself")

@@ -21,7 +21,6 @@ from .adapter import (
     Told,
     as_identity,
     check_keys,
-    check_numbers,
     check_topmost,
     lose,
     stack_rows,
@@ -59,7 +58,6 @@ def read(file: File, told: Told) -> AdapterCheckpoint:
     if gates.shape[1:] != (1,):
         shape = tuple(gates.shape[1:])
         raise CheckpointError(f"{file.path}: an adaption_gate must have shape (1,), got {shape}")
-    check_numbers(file.path, (prompts, gates))
     config = file.arguments
     weights = {"peft_type": "ADAPTION_PROMPT", "adapter_len": prompts.shape[2], "adapter_layers": len(layers)}
     for name, value in weights.items():

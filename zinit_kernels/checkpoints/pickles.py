@@ -54,6 +54,11 @@ def check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            names = [record.filename.partition("/")[2] for record in records]
+            if "constants.pkl" in names:
+                raise CheckpointError(
+                    f"{path} is a TorchScript archive, which holds a program: save the model's state_dict()"
+                )
             if any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records):
                 # mapped, compressed bytes would be taken for numbers
                 raise CheckpointError(
@@ -62,11 +67,6 @@ def check_zip(path: Path) -> None:
                 )
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise Truncated("its records are larger than the file")
-            names = [record.filename.partition("/")[2] for record in records]
-            if "constants.pkl" in names:
-                raise CheckpointError(
-                    f"{path} is a TorchScript archive, which holds a program: save the model's state_dict()"
-                )
             if "data.pkl" not in names:
                 raise Truncated("it has no data.pkl")
             with archive.open(records[names.index("data.pkl")]) as pickle:
@@ -84,7 +84,10 @@ def check_legacy(path: Path) -> None:
         if [argument for name, argument in magic if name.startswith("LONG")] != [_MAGIC]:
             raise Truncated("it does not begin as torch.save's files do")
         for _ in ("version", "system", "content", "storage keys"):
-            _check_pickle(file, path)
+            if "torch.storage UntypedStorage" in _check_pickle(file, path):
+                raise CheckpointError(
+                    f"{path} holds newer dtypes in the format before torch 1.6, which torch itself cannot read"
+                )
 
 
 def _instructions(pickle: IO[bytes]) -> list[tuple[str, object]]:
@@ -94,8 +97,9 @@ def _instructions(pickle: IO[bytes]) -> list[tuple[str, object]]:
         raise Truncated(str(error)) from error
 
 
-def _check_pickle(pickle: IO[bytes], path: Path) -> None:
-    extents = _Extents()
+def _check_pickle(pickle: IO[bytes], path: Path) -> set[str]:
+    """The classes and functions that the pickle asks for."""
+    extents, wanted = _Extents(), set()
     try:
         for opcode, argument, _ in pickletools.genops(pickle):
             if opcode.name == "PROTO" and argument != 2:
@@ -105,6 +109,7 @@ def _check_pickle(pickle: IO[bytes], path: Path) -> None:
                 )
             if opcode.name in ("GLOBAL", "INST"):
                 _check_global(str(argument), path)
+                wanted.add(str(argument))
             extent = extents.follow(opcode, argument)
             if extent.depth > DEEPEST or extent.size > LARGEST:
                 raise CheckpointError(
@@ -114,6 +119,7 @@ def _check_pickle(pickle: IO[bytes], path: Path) -> None:
         raise
     except Exception as error:
         raise Truncated(str(error)) from error
+    return wanted
 
 
 def _check_global(name: str, path: Path) -> None:

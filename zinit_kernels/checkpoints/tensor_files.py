@@ -190,6 +190,6 @@ def _damage_is(sentence: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:  # of torch: an instruction or a type that it does not take
         raise CheckpointError(f"{sentence}: {' '.join(str(error).split())[:200]}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{sentence} ({error})") from error
+        raise CheckpointError(f"{sentence} ({shortened(str(error))})") from error
     except Exception as error:
         raise CheckpointError(sentence) from error

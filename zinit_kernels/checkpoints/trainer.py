@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .adapter import AdapterCheckpoint, CheckpointError, Told, check_keys, check_numbers, some, stack_rows
+from .adapter import AdapterCheckpoint, CheckpointError, Told, check_keys, some, stack_rows
 from .files import PEFT_WEIGHTS, File
 
 _PART = re.compile(
@@ -71,7 +71,6 @@ def read(file: File, told: Told) -> AdapterCheckpoint:
         raise CheckpointError(
             f"{file.path}: a zinit.gate must have shape (heads,), got {tuple(gates.shape[1:])}"
         )
-    check_numbers(file.path, (prompts, gates))
     extras = {name: file.tensors[name] for name in _beside(file)}
     return AdapterCheckpoint(
         prompts, gates, "identity" if identity else "tanh", layers, _num_layers(file, stack), gates.shape[1],

@@ -110,7 +110,7 @@ def test_an_output_that_takes_nothing(tmp_path):
     os.close(reader)
     full = os.open("/dev/full", os.O_WRONLY)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAMS, json.dumps(programs), str(pipe), str(full)],
+        [sys.executable, "-W", "ignore", "-c", PROGRAMS, json.dumps(programs), str(pipe), str(full)],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}, pass_fds=(pipe, full),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120,
     )  # fmt: skip

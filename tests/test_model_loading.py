@@ -3,6 +3,7 @@ sentence.
 """
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_meta_directories_are_the_hf_ones(tmp_path, num_shards, vocab_dim):
         assert torch.equal(ours.get_parameter(name), parameter), name
     tokens = torch.stack(prompts([20]))
     torch.testing.assert_close(ours(tokens), logits_of(hf, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_of_torch_save_are_read(tmp_path, legacy):
+    """pytorch_model.bin, and files as torch wrote them before 1.6."""
+    hf = hf_directory(tmp_path)
+    expected = load_base(tmp_path)
+    os.rename(tmp_path / "model.safetensors", tmp_path / "mapped")
+    torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    for name, parameter in load_base(tmp_path).named_parameters():
+        assert torch.equal(expected.get_parameter(name), parameter), name
 
 
 def test_meta_llama3_is_recognised():
@@ -166,6 +178,35 @@ BAD_HF = {
         lambda d: edit_config(d, num_hidden_layers=10**7),
         "holds 4 layers, the configuration says 10000000",
     ),
+    "tied by a word": (
+        lambda d: edit_config(d, tie_word_embeddings="no"),
+        "must have true or false as tie_word_embeddings, it has 'no'",
+    ),
+    "an unknown field": (
+        lambda d: edit_config(d, qk_norm=True),
+        "says qk_norm = True, which is not supported",
+    ),
+    "one weight twice": (
+        lambda d: edit_weights(d, lambda w: w.update({"norm.weight": torch.ones(64)})),
+        r"holds norm\.weight twice",
+    ),
+    "float8": (
+        lambda d: edit_weights(
+            d, lambda w: w.update({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)})
+        ),
+        "is torch.float8_e4m3fn, quantised weights are not supported",
+    ),
+    "an index to elsewhere": (
+        lambda d: (d / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}})
+        ),
+        "which is not inside its folder",
+    ),
+    "a deep configuration": (lambda d: (d / "config.json").write_text("[" * 100_000), "is nested too deeply"),
+    "a pointer": (
+        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "model.safetensors is a Git LFS pointer in place of the file: run git lfs pull",
+    ),
     "empty index": (
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         "must name the file of each tensor",
@@ -246,6 +287,19 @@ BAD_META = {
     ),
     "one of two shards": (lambda d: (d / "consolidated.01.pth").unlink(), "holds 1 of 2 shards"),
     "first shard missing": (lambda d: (d / "consolidated.00.pth").unlink(), "found consolidated.01.pth"),
+    "dtypes": (
+        lambda d: edit_shard(d, "layers.1.attention.wk.weight", lambda weight: weight.half()),
+        r"layers\.1\.attention\.wk\.weight must have one dtype in all shards",
+    ),
+    "sparse": (
+        lambda d: edit_shard(d, "layers.1.attention.wk.weight", lambda weight: weight.to_sparse()),
+        "consolidated.01.pth holds a sparse tensor; only dense tensors",
+    ),
+    "a pipe": (
+        lambda d: ((d / "consolidated.01.pth").unlink(), os.mkfifo(d / "consolidated.01.pth")),
+        "consolidated.01.pth is neither a file nor a folder",
+    ),
+    "unknown field": (lambda d: edit_meta(d, use_qk_norm=True), "params.json says use_qk_norm = True"),
     "truncated": (lambda d: truncate(d / "consolidated.01.pth"), "consolidated.01.pth is truncated"),
     "damaged": (
         lambda d: damage_pickle(d / "consolidated.01.pth"),

@@ -46,8 +46,8 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 # the documentation site, into site/; a broken link or an unknown name is an error
-docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+docs: build/docs/.ready
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --strict --quiet
 
 # the sdist and a wheel with the CPU kernels, into dist/, tried in an environment of its own
 wheel: $(VENV)/.wheel
@@ -92,9 +92,10 @@ $(VENV)/transformers-%/.ready: $(VENV)/.ready
 	@$(PYTHON) -m pip install --quiet --upgrade --target $(@D) transformers==$*
 	@touch $@
 
-# tools that only one target needs
-$(VENV)/.docs: $(VENV)/.ready
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+# an environment of its own: the API reference is read from the sources, so the site needs neither torch nor kernels
+build/docs/.ready: constraints.txt
+	@$(or $(PY),python3) -m venv build/docs
+	@build/docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  mkdocs mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 

@@ -286,6 +286,12 @@ class Build(build):
     # build_ext also where nothing is compiled: an editable install must not keep what an earlier one compiled
     sub_commands = [(name, None if name == "build_ext" else wanted) for name, wanted in build.sub_commands]
 
+    def run(self):
+        # build/lib becomes the wheel: without what an earlier build left there, such as CUDA kernels or renamed modules
+        if Path(self.build_base).resolve() in Path(self.build_lib).resolve().parents:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 class AnyPythonWheel(bdist_wheel):
     def get_tag(self):

@@ -85,6 +85,21 @@ def test_building_in_place_removes_the_parts_that_it_leaves_out(small_tree, comm
 
 
 @needs_compiler
+def test_a_wheel_holds_nothing_of_an_earlier_build(small_tree):
+    environment = {"ZINIT_BUILD": "1", "ZINIT_CUDA": "0"}
+    assert setup(small_tree, "build", **environment).returncode == 0
+    (built,) = (small_tree / "build").glob("lib*/zinit_kernels")
+    for name in ("_C_cuda.so", "renamed_since.py"):
+        (built / name).write_text("of an earlier build")
+    result = setup(small_tree, "bdist_wheel", "--dist-dir", "out", **environment)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (small_tree / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "zinit_kernels/_C_cpu.so" in names
+    assert not {"zinit_kernels/_C_cuda.so", "zinit_kernels/renamed_since.py"} & set(names)
+
+
+@needs_compiler
 def test_a_compile_error_is_an_error(small_tree):
     (small_tree / "csrc" / "cpu" / "isa_generic.cpp").write_text("this is not C++\n")
     result = setup(small_tree, "build_ext", "--inplace", ZINIT_BUILD="1")
@@ -266,7 +281,10 @@ def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
     extension._load.cache_clear()
     try:
         assert not extension.available("cpu")
-        assert "did not load into torch" in extension.why_unavailable("cpu")
+        reason = extension.why_unavailable("cpu")
+        assert (
+            "did not load into torch" in reason and "pip install --force-reinstall --no-cache-dir" in reason
+        )
         assert extension.describe().startswith("cpu: ")
     finally:
         extension._load.cache_clear()

@@ -36,7 +36,8 @@ def _load(name: str) -> str:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{library} did not load into torch {torch.__version__}: {error}"
+        again = f"To build it again: {build_command(name)}"
+        return f"{library} did not load into torch {torch.__version__}: {error}. {again}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
     zinit check                                        what this machine can run, and whether it is right
     zinit inspect ADAPTER                              what an adapter file holds, layer by layer
-    zinit convert ADAPTER OUT --to peft                an adapter file in another format
+    zinit convert ADAPTER OUT --to FORMAT              an adapter file in another format
     zinit train --base DIR --data FILE --out DIR       train an adapter on instruction data
     zinit generate --base DIR --adapter FILE --instruction "..."    answer with a LLaMA and an adapter
     zinit demo                                         train a small base and an adapter, without any download

@@ -1,7 +1,7 @@
 """The benchmarks: every part of the project against every other implementation, on this machine.
 
     python -m bench attention decode           # suites; their rows are appended to bench/results/<chip>/
-    python -m bench all --resume               # every suite; after a Ctrl-C, what is left of it
+    python -m bench all --resume               # every suite but seven_billion; after a Ctrl-C, what is left
     python -m bench all --smoke                # every suite on tiny shapes, in under a minute; keeps nothing
     python -m bench targets dropins verify     # what the targets are stated for; ends in a table of the targets
     python -m bench targets --base HEAD~3      # this tree and another commit, in turns
@@ -67,6 +67,19 @@ def device(text: str) -> torch.device:
     return found
 
 
+def suite_name(*others: str) -> Callable[[str], str]:
+    """A suite's name, by an old name too, or one of `others`."""
+
+    def convert(text: str) -> str:
+        if (name := renamed(text)) not in (*suites(), *others):
+            raise argparse.ArgumentTypeError(
+                f"there is no suite {text}: use {', '.join((*suites(), *others))}"
+            )
+        return name
+
+    return convert
+
+
 def command_parser(name: str, about: str, *, results: bool = False) -> Parser:
     parser = Parser(prog=f"python -m bench {name}", description=about)
     if results:
@@ -91,10 +104,8 @@ def measure_parser() -> Parser:
     parser = Parser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = (*suites(), "all")
-    parser.add_argument(
-        "suites", nargs="+", type=renamed, choices=names, metavar="suite", help=", ".join(names)
-    )
+    names = ", ".join((*suites(), "all"))
+    parser.add_argument("suites", nargs="+", type=suite_name("all"), metavar="suite", help=names)
     add_device(parser)
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable (default: all that fit)")
     parser.add_argument(
@@ -231,9 +242,7 @@ def verdicts_command(command: list[str], console: Console) -> int:
 def agree_command(command: list[str], console: Console) -> int:
     about = "How far the speed-ups of two runs under the same conditions differ; exit code 1 above --within."
     parser = command_parser("agree", about, results=True)
-    parser.add_argument(
-        "suites", nargs="*", type=renamed, choices=[*suites(), []], metavar="suite", help="default: all"
-    )
+    parser.add_argument("suites", nargs="*", type=suite_name(), metavar="suite", help="default: all")
     parser.add_argument("--within", type=positive(float), default=0.1, help="a share (default 0.1)")
     arguments = parser.parse_args(command)
     table, agree = agreement(arguments.results, arguments.suites or list(suites()), arguments.within)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PROMPTS = 10  # the paper's number of prompts
-MODES = {"forward": 2, "decode": 2, "backward": 5, "forward+backward": 7}  # matrix products of each
+PRODUCTS = {"forward": 2, "decode": 2, "backward": 5, "forward+backward": 7}  # matrix products in each mode
 # the shapes for which providers that use torch.compile are measured, unless --compile says otherwise
 COMPILED = ("LLaMA-7B, B 1, T 512", "LLaMA-7B, B 1, S 2048", "LLaMA-7B, B 32, T 512", "LLaMA-7B, B 8, T 2048")
 
@@ -46,7 +46,7 @@ class Shape:
 
     def flops(self, mode: str) -> float:
         """Useful floating-point operations: two products forward, five backward (one recomputes the scores)."""
-        return 2.0 * MODES[mode] * self.batch * self.heads_q * self.head_dim * self.pairs
+        return 2.0 * PRODUCTS[mode] * self.batch * self.heads_q * self.head_dim * self.pairs
 
     def cache_bytes(self, itemsize: int) -> int:
         """Bytes of all keys and values."""

@@ -133,17 +133,24 @@ def test_a_kernel_that_raises_leaves_the_others_their_figures():
     assert notes == [f"too large, CLIP-B/16 text, B 1, T 77, {message}"]
 
 
-@pytest.mark.parametrize("error", [NoRuntimeError, ledger.BenchError])
-def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path, error):
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (NoRuntimeError, "stopped, NoRuntimeError: a process ended"),
+        (ledger.BenchError, "left out, a process ended"),
+    ],
+)
+def test_a_job_that_raises_is_not_done_and_the_others_run(tmp_path, error, said, capsys):
     def killed(note):
         yield row()
-        raise error("a process was terminated abruptly")
+        raise error("a process ended")
 
     def fine(note):
         yield row(shape="another")
 
     jobs = [runner.Job("killed", killed), runner.Job("fine", fine)]
-    rows, failed = runner.run({"attention": jobs}, QUICK, tmp_path, Console(quiet=True))
+    rows, failed = runner.run({"attention": jobs}, QUICK, tmp_path, Console())
+    assert f"killed: {said}\n" in capsys.readouterr().out
     (path,) = tmp_path.glob("*/attention.jsonl")
     (run,) = read(path)
     assert len(rows) == len(run.rows) == 2 and run.jobs == ("fine",) and failed == ["killed"]
@@ -265,6 +272,9 @@ def test_the_limits_of_a_cpu_are_measured_as_they_are_counted():
         )
     small, large = (machine.peak_read(n) for n in (1 << 20, 1 << 28))
     assert small[1] == large[1] == 1 << 28  # a small buffer is read until as many bytes were
+    data = torch.ones(1 << 20, dtype=torch.uint8).data_ptr()
+    once, often = (partial(library.zinit_roof_read, data, 1 << 20, passes, 1) for passes in (200, 800))
+    assert cpu_seconds(often) > 2 * cpu_seconds(once)
     assert machine.peak_arithmetic(torch.float16)[1] == library.zinit_roof_float32(
         machine.ITERATIONS, threads
     )
@@ -365,8 +375,8 @@ def test_the_profiling_page_names_what_the_code_names():
         (["attention", "--seconds", "0"], "0 is not above 0"),
         (["attention", "--threads", "-1"], "-1 is not above 0"),
         (["attention", "--threads", "two"], "invalid int value: 'two'"),
-        (["no_such_suite"], "invalid choice: 'no_such_suite'"),
-        (["agree", "no_such_suite"], "invalid choice: 'no_such_suite'"),
+        (["no_such_suite"], "there is no suite no_such_suite: use attention, "),
+        (["agree", "no_such_suite"], "there is no suite no_such_suite: use attention, "),
         (["attention", "--smoke", "--shape", "no such model"], "nothing was measured"),
         (["attention", "--smoke", "--base", "HEAD"], "--smoke keeps none"),
         (["seven_billion", "--scratch", "no/such/folder"], "no/such/folder is not a folder"),

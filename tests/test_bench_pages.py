@@ -51,6 +51,7 @@ def test_a_report_that_cannot_be_made_changes_nothing(ledger, tmp_path, readme, 
         write_report(tmp_path / results, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme
     assert (tmp_path / "docs" / "benchmarks.md").read_text() == "a page"
+    assert not (tmp_path / "docs" / "figures").exists()
 
 
 def test_the_page_and_the_readme_are_what_the_ledger_says(ledger, tmp_path):

@@ -26,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "xformers twice + add": {"color": "#cc79a7", "marker": "*", "linestyle": ":"},
     "flashinfer twice + add": {"color": "#e69f00", "marker": "h", "linestyle": ":"},
 }
-BACKENDS: dict[str, dict[str, Any]] = {  # this package's
+OUR_STYLES: dict[str, dict[str, Any]] = {  # this package's
     "zinit cpu": {"color": ACCENT, "marker": "o"},
     "zinit triton": {"color": ACCENT, "marker": "o"},
     "zinit cuda": {"color": ACCENT, "marker": "d", "linestyle": "--"},
@@ -162,13 +162,13 @@ def swept(rows: Sequence[Measured], suite: str) -> list[Measured]:
 
 def style(provider: str) -> dict[str, Any]:
     """How a provider's line looks; empty for what is not drawn (variants, and torch.mm, which is no limit)."""
-    if provider in BACKENDS:
-        return {**BACKENDS[provider], "linewidth": 3.2, "markersize": 8, "zorder": 4}
+    if provider in OUR_STYLES:
+        return {**OUR_STYLES[provider], "linewidth": 3.2, "markersize": 8, "zorder": 4}
     return STYLES.get(provider, {}) or PROBE_STYLES.get(provider, {})
 
 
 def label(provider: str) -> str:
-    if provider in BACKENDS:
+    if provider in OUR_STYLES:
         return f"this package ({provider.removeprefix('zinit ')})"
     if provider in PROBES:
         return f"{provider} (limit)" if PROBES[provider] else f"{provider} (by torch)"
@@ -216,7 +216,7 @@ def family_facts(rows: Sequence[Measured]) -> tuple[str, ...]:
 
 
 def speeds_of_ours(rows: Sequence[Measured], other: str) -> list[float]:
-    return [v for m in rows if m.row.provider in BACKENDS and (v := m.row.speed_over(other)) is not None]
+    return [v for m in rows if m.row.provider in OUR_STYLES and (v := m.row.speed_over(other)) is not None]
 
 
 def attention(rows: Sequence[Measured]) -> tuple[Any, str] | None:
@@ -283,7 +283,7 @@ def roofline(rows: Sequence[Measured]) -> tuple[Any, str] | None:
     ours = [
         m
         for m in rows
-        if m.row.provider in BACKENDS and m.row.tflops and m.row.suite in ("attention", "decode")
+        if m.row.provider in OUR_STYLES and m.row.tflops and m.row.suite in ("attention", "decode")
     ]
     dtypes = dtypes_of(m.row for m in ours)
     if not dtypes:
@@ -406,7 +406,7 @@ def bars(axis: Any, chart: Chart, rows: Sequence[Row]) -> None:
     if chart.reference:
         least = max(row.figures[chart.reference] for row in rows)
         axis.axvline(least, color=BLACK, linewidth=1.6, linestyle=":")
-        heading.append(f"dotted: {chart.reference} {number(least)}")
+        heading.append(f"dotted at {number(least)}: {chart.reference}")
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.tick_params(axis="y", length=0, labelsize=12)

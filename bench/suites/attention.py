@@ -471,7 +471,7 @@ SUITES = (
         charts=(
             Chart(
                 PEAK_MB,
-                f"Attention takes {{}} times the memory of {TWICE}",
+                f"Attention with prompts takes {{}} times the memory of {TWICE}",
                 "zinit cpu",
                 TWICE,
                 higher_is_better=False,

@@ -140,6 +140,7 @@ def compare_commits(
         folder = Path(name)
         other = folder / "base"
         try:
+            console.print(f"building {base}: this takes minutes", style="dim")
             check_out(base, other)
             for turn in range(turns):
                 for label, tree in (("base", other), ("here", ROOT))[:: 1 if turn % 2 else -1]:

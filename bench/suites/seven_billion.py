@@ -35,7 +35,7 @@ from ..runner import Chart, Job, Note, Options, Suite
 
 LAYERS_PER_SHARD = 4
 SEQUENCES, PROMPT, NEW = 4, 16, 8
-SECONDS, PEAK_GB = "seconds", "peak resident GB"
+SECONDS, RESIDENT_GB = "seconds", "peak resident GB"
 
 
 class Base(NamedTuple):
@@ -138,7 +138,7 @@ def rows(options: Options, base: Base, note: Note) -> Iterator[Row]:
     for phase, (seconds, peak) in found.items():
         yield Row(
             "seven_billion", base.name, {"tokens": base.tokens, "layers": base.config.num_layers}, phase, "bfloat16",
-            ADAPTER, rounds=1, figures={SECONDS: seconds, PEAK_GB: peak / 1e9},
+            ADAPTER, rounds=1, figures={SECONDS: seconds, RESIDENT_GB: peak / 1e9},
         )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ SUITES = (
         "this project's adapter. Each phase includes what the phases before it left in memory. This suite runs only "
         "when named, since it writes 13.5 GB.",
         jobs,
-        charts=(Chart(PEAK_GB, "", ADAPTER, "", higher_is_better=False),),
+        charts=(Chart(RESIDENT_GB, "", ADAPTER, "", higher_is_better=False),),
         in_all=False,
     ),
 )

@@ -11,6 +11,8 @@ from zinit_kernels import checkpoints
 from .adapter import LlamaAdapter
 from .config import AdapterConfig, LlamaConfig
 from .errors import UserError, warn
+from .fingerprint import is_of_base
+from .llama import Llama
 
 
 def save_adapter(
@@ -22,7 +24,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of a `model` atomically; `format` is one of `zinit_kernels.checkpoints.FORMATS`.
 
-    The metadata, the base's print among them, is kept by "zinit" alone: an official-v1 file fits any base of its shape.
+    "zinit" alone keeps the metadata (`adapter_metadata` of the base): an official-v1 file fits any base of its shape.
     """
     if adapter.gates is None:
         raise UserError(f"{path}: an adapter without gates is there to be compared with, no format keeps it.")
@@ -46,11 +48,11 @@ def load_adapter(
     model: LlamaConfig,
     prompt_length: int | None = None,
     gate_activation: str | None = None,
-    base: str | None = None,
+    base: Llama | None = None,
 ) -> LlamaAdapter:
     """The adapter of a file for a base of this shape; prompt_length and gate_activation are those of
-    `checkpoints.load_adapter`. base: the print of the base it is for; if the file names another, a warning is shown
-    (official-v1 files name none).
+    `checkpoints.load_adapter`. base: the base that it is for; if the file's fingerprint is another one's, a warning
+    is shown (official-v1 files have none).
     """
     try:
         checkpoint = checkpoints.load_adapter(
@@ -65,7 +67,7 @@ def load_adapter(
     length = checkpoint.prompts.shape[1]
     if prompt_length not in (None, length):
         raise UserError(f"{path} holds {length} prompts in each layer, not {prompt_length}.")
-    if base is not None and checkpoint.metadata.get("base", base) != base:
+    if base is not None and not is_of_base(checkpoint.metadata, base):
         warn(f"{path} was trained on another base of the same shape: its answers may be nonsense.")
     config = AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation)
     # a generator of its own: loading draws nothing from the program's

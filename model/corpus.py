@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle, islice, zip_longest
 from typing import NamedTuple
 
-from .data import Record
+from .records import Record
 
 OPPOSITES = """hot cold|big small|fast slow|happy sad|wet dry|hard soft|new old|rich poor|dark bright|strong weak|
 thick thin|deep shallow|loud quiet|clean dirty|full empty|early late|high low|heavy light|open closed|sweet bitter|

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zinit_kernels import explain
@@ -29,16 +29,21 @@ from . import corpus
 from .adapter import LlamaAdapter
 from .adapter_files import save_adapter
 from .config import AdapterConfig
-from .data import Record, Sample, batches, encode
+from .data import Sample, batches, encode
 from .errors import program_name, run_program
-from .generation import generate
+from .fingerprint import adapter_metadata
 from .llama import Llama
 from .loading import load_base
-from .metrics import running_mean, save_figure
+from .pictures import running_mean, save_picture
+from .program import program
+from .progress import progress
+from .recipe import Recipe
+from .records import Record
+from .run_folder import make_directory, refuse_occupied, writing
+from .sampling import generate
 from .small_base import STEPS, Report, small_base
-from .storage import make_directory, refuse_occupied, writing
 from .tokenizer import Tokenizer, load_tokenizer
-from .training import Recipe, evaluate, make_optimizer, train
+from .train_loop import evaluate, make_optimizer, train
 
 MOST_OF_BASE, LEAST_OF_ADAPTED = 0.1, 0.8  # of the held-out instructions, answered exactly
 MOST_TRAINABLE = 0.05  # of all parameters
@@ -115,7 +120,7 @@ def run(output: Path, size: Size, console: Console) -> Result:
     base_accuracy = exact_match(base, None, tokenizer, held_out)
     tune(base, adapter, samples, size.recipe, console, "training the adapter")
     with writing(path := output / "adapter.safetensors"):
-        save_adapter(path, adapter, base.config)
+        save_adapter(path, adapter, base.config, metadata=adapter_metadata(base))
     accuracy = exact_match(base, adapter, tokenizer, held_out)
     losses = compare_gates(base, samples[: size.compared], unseen, size, console, output / "gates.png")
 
@@ -138,23 +143,15 @@ def run(output: Path, size: Size, console: Console) -> Result:
 
 @contextmanager
 def stage(console: Console, title: str, steps: int) -> Iterator[Report]:
-    """A progress line: what it yields is told the steps done, and the loss if there is one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, TextColumn("left,"), TimeElapsedColumn(), TextColumn("gone"), console=console
-    ) as progress:
-        bar = progress.add_task(title, total=steps, loss="")
+    """Shows a part of the demo: what it yields is told the steps done, and the loss if there is one."""
+    with progress(console, steps) as bar:
 
         def show(done: int, loss: float | None = None) -> None:
-            progress.update(bar, completed=done, loss="" if loss is None else f"loss {loss:.2f}")
+            bar(done, title, "" if loss is None else f"loss {loss:.2f}")
 
+        bar(0, title, always=True)
         yield show
-        progress.update(bar, completed=steps)
+        bar(steps, title, always=True)
 
 
 def compare_gates(
@@ -277,24 +274,22 @@ def fused_backend(base: Llama) -> str:
 
 def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
     """Writes a PNG of loss against step, each seed thin and their mean thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (gates, runs), colour in zip(curves.items(), ("tab:blue", "tab:orange", "tab:green"), strict=True):
-        for losses in runs:
-            axes.plot(running_mean(losses), color=colour, alpha=0.3, linewidth=1)
-        mean = [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
-        axes.plot(running_mean(mean), color=colour, label=ARMS[gates])
     seeds = len(curves["zero"])
-    title = f"Running means of the loss by one recipe: {seeds} seeds (thin), their mean (thick)"
-    axes.set_title(title, fontsize="medium")
-    axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(path, figure)
+
+    def put(axes: Any) -> None:
+        for (gates, runs), colour in zip(
+            curves.items(), ("tab:blue", "tab:orange", "tab:green"), strict=True
+        ):
+            for losses in runs:
+                axes.plot(running_mean(losses), color=colour, alpha=0.3, linewidth=1)
+            mean = [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
+            axes.plot(running_mean(mean), color=colour, label=ARMS[gates])
+        title = f"Running means of the loss by one recipe: {seeds} seeds (thin), their mean (thick)"
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="step", ylabel="training loss (nats)", ylim=(0, None))
+        axes.legend()
+
+    save_picture(path, put)
 
 
 def table(result: Result) -> Table:
@@ -325,12 +320,13 @@ def table(result: Result) -> Table:
     return shown
 
 
+@program("free some: the demo takes about 1 GB")
 def main(arguments: list[str] | None = None) -> None:
     """The program; exits with status 1 if a bar was missed."""
     parser = Parser(prog=program_name("demo"), description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    console, began = Console(highlight=False), time.perf_counter()
+    console, began = Console(highlight=False, markup=False, emoji=False), time.perf_counter()
     result = run(options.out, Size(), console)
     console.print(table(result))
     console.print(PRETRAINING)

@@ -11,21 +11,19 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from zinit_kernels.console import Parser
 
 from .adapter_files import load_adapter
-from .checkpoint import base_print
 from .errors import UserError, program_name, run_program
-from .generation import check_request, generate
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
+from .program import program
+from .progress import messages, progress
 from .records import check_text, format_prompt, read_prompts
+from .sampling import NUM_SEEDS, check_request, generate
 from .tokenizer import Tokenizer, load_tokenizer
 
 
@@ -128,9 +126,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
     if arguments.adapter is None:
         return model, tokenizer, None
     adapter = load_adapter(
-        arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation,
-        base_print(model, torch.bfloat16),
-    )  # fmt: skip
+        arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation, base=model
+    )
     return model, tokenizer, adapter.to(device)
 
 
@@ -154,13 +151,11 @@ def _try_backend(backend: str, model: Llama, adapter: Adapter | None, prompt: li
         raise UserError(f"--backend {backend}: {error}.") from error
 
 
+@program("lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
 def main(command_line: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first token."""
     arguments = _parser().parse_args(command_line)
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
-    if "" in arguments.stop:
-        raise UserError("--stop must not be empty: every answer would end at once.")
+    _check_options(arguments)
     texts = _texts(arguments)
     model, tokenizer, adapter = _load(arguments)
     prompts = _encode(texts, tokenizer, model.config.max_seq_len)
@@ -172,17 +167,39 @@ def main(command_line: list[str] | None = None) -> None:
     many = arguments.prompts_file is not None
     watcher = Watcher(tokenizer, arguments.stop, stream=not many)
     start = time.perf_counter()
-    with Progress(console=Console(stderr=True), transient=True, disable=not many) as progress:
-        task = progress.add_task("prompts", total=len(prompts))
+    with progress(messages(), len(prompts), transient=True) if many else nullcontext() as show:
         for first in range(0, len(prompts), arguments.batch_size):
-            batch, seed = prompts[first : first + arguments.batch_size], arguments.seed + first
-            outputs = generate(model, batch, adapter, **sampling, seed=seed, eos_ids=eos_ids, watch=watcher)
+            batch = prompts[first : first + arguments.batch_size]
+            outputs = generate(
+                model,
+                batch,
+                adapter,
+                **sampling,
+                seed=(arguments.seed + first) % NUM_SEEDS,
+                eos_ids=eos_ids,
+                watch=watcher,
+            )
             for text, output in zip(texts[first:], outputs, strict=False):
                 _show(watcher, text, tokenizer.decode(output), many)
-            progress.advance(task, len(batch))
+            if show is not None:
+                show(first + len(batch), "prompts")
     seconds = time.perf_counter() - start
     rate = watcher.count / seconds
     print(f"{watcher.count} tokens in {seconds:.2f} s, {rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if "" in arguments.stop:
+        raise UserError("--stop must not be empty: every answer would end at once.")
+    if arguments.adapter is None:
+        for option, value in (
+            ("--prompt-length", arguments.prompt_length),
+            ("--gate-activation", arguments.gate_activation),
+        ):
+            if value is not None:
+                raise UserError(f"{option} belongs to --adapter, which was not given.")
 
 
 def _show(watcher: Watcher, prompt: str, answer: str, many: bool) -> None:

@@ -24,7 +24,7 @@ from .config import LlamaConfig
 from .llama import Llama
 from .loading import save_base
 from .muon import Muon
-from .storage import make_directory, write_file
+from .run_folder import make_directory, write_file
 from .tokenizer import Tokenizer, load_tokenizer
 
 Report = Callable[[int, float], None]  # told the steps done and the loss

@@ -11,247 +11,189 @@ The defaults are the paper's recipe (arXiv 2303.16199, section 4.1, and its offi
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from threading import Event
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zinit_kernels.console import Parser
 
 from .adapter import LlamaAdapter
 from .adapter_files import load_adapter, save_adapter
-from .checkpoint import base_print, data_print, load_checkpoint, refuse_missing, restore, save_checkpoint
-from .config import AdapterConfig
+from .config import AdapterConfig, LlamaConfig
 from .data import Sample, batches, encode, split
 from .errors import UserError, program_name, run_program, warn
+from .fingerprint import adapter_metadata, base_fingerprint, data_fingerprint, first_fingerprint
 from .llama import Llama
 from .loading import DTYPES, default_device, load_base, open_device
-from .metrics import MetricsLog, loss_picture
-from .records import read_records
-from .storage import held, make_directory, refuse_occupied, remove_leftovers, writing
+from .pictures import loss_picture
+from .program import interruptible, program
+from .progress import messages, progress
+from .recipe import Recipe, recipe_warnings
+from .records import Record, read_records
+from .resume import load_checkpoint, machine, refuse_missing, restore, save_checkpoint
+from .run_folder import MetricsLog, held, make_directory, refuse_occupied, remove_leftovers, writing
 from .tokenizer import load_tokenizer
-from .training import Recipe, batch_loss, evaluate, make_optimizer, train
+from .train_loop import batch_loss, evaluate, make_optimizer, train
 
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
+FILES = ("checkpoint.pt", "metrics.jsonl", "loss.png", *ADAPTER_FILES.values())
 
 
+@program(
+    "lower --max-tokens or --max-seq-len, or take --dtype bfloat16; --resume goes on from the last checkpoint"
+)
 def main(arguments: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first file is written."""
     options = _parser().parse_args(arguments)
-    _check_output(options)
-    if options.save_every is not None and options.save_every < 1:
-        raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
+    _check_folder(options)
     recipe = _recipe(options)
-    console = Console(stderr=True, highlight=False)
-    base, training, validation = _load(options, console)
+    console = messages()
+    say = console.print
+
+    records = [record for path in options.data for record in read_records(path, options.strict)]
+    base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
+    base.set_backend(options.backend)
+    training, validation, report = _samples(options, records, base.config)
+    say(report)
     adapter = _make_adapter(options, base)
     _try_backend(options.backend, base, adapter, training[0], recipe)
+    for sentence in recipe_warnings(
+        recipe, [len(sample.tokens) for sample in training], options.init is None
+    ):
+        warn(f"{sentence}.")
     optimizer = make_optimizer(adapter, recipe)
-    run = {
-        "base model": base_print(base),
-        "dtype": str(base.dtype),
-        "device": base.device.type,
-        "backend": options.backend,
-        "data": data_print(training),
-        "adapter": asdict(adapter.config) | {"init": str(options.init)},
-    } | asdict(recipe)
+    steps_per_epoch, num_steps = recipe.steps_per_epoch(len(training)), recipe.num_steps(len(training))
+    run = _identity(options, recipe, base, adapter, training)
+    metadata = adapter_metadata(base)
+
     with held(make_directory(options.out)):
-        _check_output(options)  # again: while the base was loaded another run may have begun here
-        first_step = 0
+        _check_folder(options)  # again: while the base was loaded another run may have begun here
+        checkpoint_file, adapter_file = (
+            options.out / "checkpoint.pt",
+            options.out / ADAPTER_FILES[options.format],
+        )
+        done = 0  # optimizer steps
         if options.resume:
-            path = options.out / "checkpoint.pt"
-            checkpoint = load_checkpoint(path, run)
-            restore(path, checkpoint, adapter, optimizer)
-            first_step = checkpoint.step
-        Run(options, recipe, console, base, adapter, optimizer, training, validation, run).go(first_step)
+            checkpoint = load_checkpoint(checkpoint_file, run, num_steps)
+            restore(checkpoint_file, checkpoint, adapter, optimizer)
+            done = checkpoint.step
+        say(_summary(recipe, base, adapter, len(training), len(validation), done))
 
+        def save_state() -> None:
+            save_checkpoint(checkpoint_file, done, adapter, optimizer, run)
 
-@dataclass
-class Run:
-    """A training run with its files and its progress line."""
+        def save_result() -> None:
+            with writing(adapter_file):
+                save_adapter(adapter_file, adapter, base.config, options.format, metadata)
+            _remove(options.out, set(ADAPTER_FILES.values()) - {adapter_file.name})  # of another --format
 
-    options: argparse.Namespace
-    recipe: Recipe
-    console: Console
-    base: Llama
-    adapter: LlamaAdapter
-    optimizer: torch.optim.Optimizer
-    training: list[Sample]
-    validation: list[Sample]
-    identity: dict[str, Any]  # what a run that goes on with this one must agree on
+        def validate() -> None:
+            if not validation:
+                return
 
-    def __post_init__(self) -> None:
-        self.output: Path = self.options.out
-        self.steps_per_epoch = self.recipe.steps_per_epoch(len(self.training))
-        self.total_steps = self.recipe.epochs * self.steps_per_epoch
+            def tell(number: int, total: int) -> None:
+                show(done, f"validating {number}/{total}, step")
 
-    def go(self, first_step: int) -> None:
-        """Trains to the end, or to Ctrl-C, which saves and exits with status 130."""
-        self.console.print(self.summary(first_step))
-        if not self.options.resume:
-            # first: whatever ends the run from here on, --resume goes on with this one
-            self.save_checkpoint(0)
-            for name in ("loss.png", *ADAPTER_FILES.values()):
-                (self.output / name).unlink(missing_ok=True)
-        remove_leftovers(self.output, ("checkpoint.pt", "metrics.jsonl", "loss.png", *ADAPTER_FILES.values()))
-        metrics = MetricsLog(self.output / "metrics.jsonl", first_step)
-        done, tokens, seconds = first_step, 0, 0.0
-        with interruptible() as interrupt, _progress(self.console) as progress:
-            bar = progress.add_task("", total=self.total_steps, completed=done, loss="-", speed="-")
+            loss = evaluate(base, adapter, validation, recipe, interrupt.is_set, tell)
+            if not interrupt.is_set():  # an interrupted one is made up for on --resume
+                metrics.write(step=done, epoch=done / steps_per_epoch, val_loss=loss)
+                say(f"step {done}: validation loss {loss:.4f}")
 
-            def show_pass(number: int, total: int) -> None:
-                progress.update(bar, description=f"validating {number}/{total}")
-
-            if done % self.steps_per_epoch == 0 and not any(
-                "val_loss" in entry and entry["step"] == done for entry in metrics.entries
-            ):
-                self.validate(metrics, done, interrupt, show_pass)
+        if not options.resume:
+            save_state()  # first: whatever ends the run from here on, --resume goes on with this one
+            _remove(options.out, {"loss.png", *ADAPTER_FILES.values()})
+        remove_leftovers(options.out, FILES)
+        metrics = MetricsLog(options.out / "metrics.jsonl", done)
+        first, tokens, seconds = done, 0, 0.0
+        with interruptible() as interrupt, progress(console, num_steps, done) as show:
+            was_validated = any("val_loss" in entry and entry["step"] == done for entry in metrics.entries)
+            if done % steps_per_epoch == 0 and not was_validated:
+                validate()
             for report in train(
-                self.base, self.adapter, self.training, self.recipe, self.optimizer,
-                first_step=first_step, stop=interrupt.is_set,
-            ):  # fmt: skip
+                base, adapter, training, recipe, optimizer, first_step=first, stop=interrupt.is_set
+            ):
                 done = report.step + 1
                 metrics.write(**report._asdict())
                 tokens, seconds = tokens + report.num_tokens, seconds + report.seconds
-                epoch = f"epoch {int(report.epoch) + 1}/{self.recipe.epochs}"
-                speed = f"{tokens / seconds:,.0f}"
-                progress.update(
-                    bar, completed=done, description=epoch, loss=f"{report.loss:.3f}", speed=speed
-                )
-                if done % self.steps_per_epoch == 0:
-                    self.validate(metrics, done, interrupt, show_pass)
-                    self.save_adapter()
-                    self.save_checkpoint(done)
-                elif self.options.save_every and done % self.options.save_every == 0:
-                    self.save_checkpoint(done)
+                epoch_ends = done % steps_per_epoch == 0
+                title = f"epoch {int(report.epoch) + 1}/{recipe.epochs}, step"
+                detail = f"loss {report.loss:.3f}, {tokens / seconds:,.0f} tokens/s"
+                show(done, title, detail, always=epoch_ends or done == first + 1)
+                if epoch_ends:
+                    validate()
+                    save_result()
+                if epoch_ends or (options.save_every and done % options.save_every == 0):
+                    save_state()
             stopped = interrupt.is_set()
         if stopped:
-            self.save_checkpoint(done)
-        elif done == first_step:
-            self.save_adapter()  # nothing was left to train, but the --format may be another
+            save_state()
+        elif done == first:
+            save_result()  # nothing was left to train, but the --format may be another
         metrics.close()
-        loss_picture(self.output / "loss.png", metrics.entries)
-        if stopped:
-            self.console.print(
-                f"Stopped after step {done} of {self.total_steps}; --resume goes on from there."
-            )
-            sys.exit(130)  # what shells expect of a program that Ctrl-C ended
-        self.console.print(self.farewell(metrics))
-
-    def validate(
-        self, metrics: MetricsLog, step: int, interrupt: Event, report: Callable[[int, int], None]
-    ) -> None:
-        """Writes the loss on the samples held back, if there are any; an interrupted one is made up for on --resume."""
-        if not self.validation:
-            return
-        loss = evaluate(self.base, self.adapter, self.validation, self.recipe, interrupt.is_set, report)
-        if not interrupt.is_set():
-            metrics.write(step=step, epoch=step / self.steps_per_epoch, val_loss=loss)
-
-    def save_checkpoint(self, step: int) -> None:
-        """Writes what --resume needs."""
-        save_checkpoint(self.output / "checkpoint.pt", step, self.adapter, self.optimizer, self.identity)
-
-    def save_adapter(self) -> None:
-        """Writes the adapter in the format asked for; an earlier one in another format goes."""
-        with writing(path := self.output / ADAPTER_FILES[self.options.format]):
-            metadata = {"base": base_print(self.base, torch.bfloat16)}
-            save_adapter(path, self.adapter, self.base.config, self.options.format, metadata)
-        for name in ADAPTER_FILES.values():
-            if name != path.name:
-                (self.output / name).unlink(missing_ok=True)
-
-    def summary(self, first_step: int) -> str:
-        """What is about to be trained."""
-        trainable = self.adapter.num_parameters
-        share = trainable / (trainable + sum(parameter.numel() for parameter in self.base.parameters()))
-        resumed = f", from step {first_step}" if first_step else ""
-        return (
-            f"{trainable:,} trainable parameters ({share:.3%}) in layers {self.adapter.layers[0]} to "
-            f"{self.adapter.layers[-1]}; {len(self.training)} samples to train on, {len(self.validation)} to validate; "
-            f"{self.total_steps} steps in {self.recipe.epochs} epochs{resumed}; "
-            f"learning rate up to {self.recipe.peak_lr:.3g}"
-        )
-
-    def farewell(self, metrics: MetricsLog) -> str:
-        """What came of it."""
-        losses = [entry["val_loss"] for entry in metrics.entries if "val_loss" in entry]
-        change = f"Validation loss {losses[0]:.4f} -> {losses[-1]:.4f}. " if losses else ""
-        return f"{change}The adapter is in {self.output / ADAPTER_FILES[self.options.format]}."
+        loss_picture(options.out / "loss.png", metrics.entries)
+    if stopped:
+        say(f"Stopped after step {done} of {num_steps}; --resume goes on from there.")
+        sys.exit(130)  # what shells expect of a program that Ctrl-C ended
+    losses = [entry["val_loss"] for entry in metrics.entries if "val_loss" in entry]
+    change = f"Validation loss {losses[0]:.4f} -> {losses[-1]:.4f}. " if losses else ""
+    say(f"{change}The adapter is in {adapter_file}.")
 
 
-@contextmanager
-def interruptible() -> Iterator[Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets. A second one ends the program as usual."""
-    event = Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: object) -> None:
-        event.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in previous:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        restore()
-
-
-def _check_output(options: argparse.Namespace) -> None:
+def _check_folder(options: argparse.Namespace) -> None:
     """Whether the output folder is one that this run may write into."""
+    if options.save_every is not None and options.save_every < 1:
+        raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
     if options.resume:
         refuse_missing(options.out / "checkpoint.pt")
     elif not options.overwrite:
         refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
 
 
-def _load(options: argparse.Namespace, console: Console) -> tuple[Llama, list[Sample], list[Sample]]:
-    """The frozen base, and the samples to train on and to validate on."""
-    records = [record for path in options.data for record in read_records(path, options.strict)]
-    base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
-    base.set_backend(options.backend)
-    tokenizer = load_tokenizer(options.base).check_vocabulary(base.config.vocab_size)
+def _remove(directory: Path, names: set[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _samples(
+    options: argparse.Namespace, records: Sequence[Record], model: LlamaConfig
+) -> tuple[list[Sample], list[Sample], str]:
+    """The samples to train on, those to validate on, and a sentence that says what became of the records."""
+    data = " and ".join(map(str, options.data))
+    tokenizer = load_tokenizer(options.base).check_vocabulary(model.vocab_size)
     if tokenizer.eos_id is None:
         warn("the tokenizer names no end-of-sequence token: the adapter will not learn where an answer ends.")
-    max_seq_len = min(512, base.config.max_seq_len) if options.max_seq_len is None else options.max_seq_len
+    max_seq_len = min(512, model.max_seq_len) if options.max_seq_len is None else options.max_seq_len
     if max_seq_len < 2:
         raise UserError(f"--max-seq-len must be at least 2, got {max_seq_len}.")
-    if max_seq_len > base.config.max_seq_len:
-        raise UserError(
-            f"--max-seq-len {max_seq_len} is beyond the model's context of {base.config.max_seq_len}."
-        )
-    samples, report = encode(records, tokenizer, max_seq_len)
-    console.print(f"{len(records)} records: {report}")
-    if options.strict and (report.truncated or report.dropped or report.untold):
-        raise UserError(f"--strict: of {len(records)} records {report}.")
-    data = " and ".join(map(str, options.data))
+    if max_seq_len > model.max_seq_len:
+        raise UserError(f"--max-seq-len {max_seq_len} is beyond the model's context of {model.max_seq_len}.")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
+    samples, report = encode(records, tokenizer, max_seq_len)
+    incomplete = report.truncated + report.dropped + report.untold
+    if options.strict and incomplete:
+        raise UserError(f"--strict: of {len(records)} records {report}.")
     training, validation = split(samples, options.validation, options.seed)
     if not training and validation:
         raise UserError(f"--validation took the only sample of {data}: pass --validation 0.")
     if not training:
         raise UserError(f"{data} leaves no sample to train on ({report}).")
-    return base, training, validation
+    if 2 * incomplete > len(records):
+        whole = len(records) - incomplete
+        warn(
+            f"only {whole} of {len(records)} answers are whole, and from a cut one the adapter does not learn where "
+            f"an answer ends: raise --max-seq-len (the model's context is {model.max_seq_len})."
+        )
+    return training, validation, f"{len(records)} records: {report}"
 
 
 def _make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
     chosen = {"prompt_length": options.prompt_length, "gate_activation": options.gate_activation}
     if options.init:
-        adapter = load_adapter(options.init, base.config, **chosen, base=base_print(base, torch.bfloat16))
+        adapter = load_adapter(options.init, base.config, **chosen, base=base)
         if options.layers not in (None, len(adapter.layers)):
             raise UserError(f"{options.init} adapts {len(adapter.layers)} layers, not {options.layers}.")
         return adapter.to(base.device)
@@ -268,14 +210,47 @@ def _try_backend(backend: str, base: Llama, adapter: LlamaAdapter, sample: Sampl
     short = Sample(sample.tokens[:2], 1)
     try:
         with torch.no_grad():
-            batch_loss(
-                base,
-                adapter,
-                next(batches([short], recipe.max_tokens, packed=recipe.packed)),
-                recipe.autocast,
-            )
+            (batch,) = batches([short], recipe.max_tokens, packed=recipe.packed)
+            batch_loss(base, adapter, batch, recipe.autocast)
     except ValueError as error:
         raise UserError(f"--backend {backend}: {error}.") from error
+
+
+def _identity(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    base: Llama,
+    adapter: LlamaAdapter,
+    training: Sequence[Sample],
+) -> dict[str, object]:
+    """What a run that goes on with this one must share with it; "conditions" alone may change, with a warning."""
+    choices = asdict(recipe)
+    # how a step is cut into passes changes its rounding alone, and is what one changes where memory ends
+    conditions = machine(base) | {"max_tokens": choices.pop("max_tokens")}
+    return {
+        "base model": first_fingerprint(base),  # all that checkpoints of the first version have
+        "base weights": base_fingerprint(base),
+        "dtype": str(base.dtype),
+        "device": base.device.type,
+        "backend": options.backend,
+        "data": data_fingerprint(training),
+        "adapter": asdict(adapter.config) | {"init": str(options.init)},
+        "conditions": conditions,
+    } | choices
+
+
+def _summary(
+    recipe: Recipe, base: Llama, adapter: LlamaAdapter, num_training: int, num_validation: int, done: int
+) -> str:
+    """What is about to be trained."""
+    trainable = adapter.num_parameters
+    share = trainable / (trainable + sum(parameter.numel() for parameter in base.parameters()))
+    resumed = f", from step {done}" if done else ""
+    return (
+        f"{trainable:,} trainable parameters ({share:.3%}) in layers {adapter.layers[0]} to {adapter.layers[-1]}; "
+        f"{num_training} samples to train on, {num_validation} to validate; {recipe.num_steps(num_training)} steps in "
+        f"{recipe.epochs} epochs{resumed}; learning rate up to {recipe.highest_lr(num_training):.3g}"
+    )
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -294,19 +269,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]} tokens/s"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=program_name("train"),
@@ -321,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--strict", action="store_true", help="refuse data of which a record would be left out or cut")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     there = files.add_mutually_exclusive_group()
-    there.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    there.add_argument("--resume", action="store_true", help="go on with the run in --out as if it had not "
+                       "stopped: bit for bit with as many threads, the same chip and torch, to rounding otherwise")
     there.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 "
                        f"does not say how many prompts a layer has, nor for which base it is {default}")

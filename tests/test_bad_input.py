@@ -32,8 +32,7 @@ from model import train as program
 from model.config import LlamaConfig
 from model.errors import UserError
 from model.loading import save_base
-from model.metrics import MetricsLog, read_metrics
-from model.storage import write_file
+from model.run_folder import MetricsLog, read_metrics, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,7 +59,8 @@ def test_a_folder_that_another_run_writes_into_is_refused(folder, whole_run, tmp
     else:
         output.mkdir()
     before = contents(output)
-    code = "import sys, time; from model.storage import held\nwith held(sys.argv[1]): print(flush=True), time.sleep(60)"
+    code = "import sys, time; from model.run_folder import held\n"
+    code += "with held(sys.argv[1]): print(flush=True), time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, output], stdout=subprocess.PIPE, cwd=ROOT)
     with other:
         other.stdout.readline()
@@ -427,7 +427,7 @@ def test_what_a_killed_write_left_goes_with_the_next_run(folder, whole_run, tmp_
     shutil.copytree(whole_run, output)
     code = (
         "import os, signal, sys; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from model.storage import write_file; write_file(sys.argv[1], b'half')"
+        "from model.run_folder import write_file; write_file(sys.argv[1], b'half')"
     )
     command = [sys.executable, "-c", code, output / "checkpoint.pt"]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL

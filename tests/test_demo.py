@@ -17,8 +17,8 @@ from model.data import format_prompt
 from model.errors import UserError
 from model.loading import load_base
 from model.muon import Muon, orthogonal
+from model.recipe import Recipe
 from model.tokenizer import load_tokenizer
-from model.training import Recipe
 
 TINY = demo.Size(
     pretraining_steps=2,

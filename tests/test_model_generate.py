@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from tiny_models import KINDS, hf_directory, prompts, word_tokenizer
 
@@ -16,10 +17,10 @@ from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
 from model.errors import UserError, run_program
 from model.generate import Watcher, main
-from model.generation import choose, generate
 from model.llama import Llama
 from model.loading import load_base
-from model.tokenizer import Tokenizer
+from model.sampling import choose, generate
+from model.tokenizer import Tokenizer, load_tokenizer
 
 LENGTHS = (7, 1, 19, 5)
 PROMPTS = [prompt.tolist() for prompt in prompts(LENGTHS)]
@@ -252,6 +253,8 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         (["--base", base, "--backend", "foo", *ask], "--backend foo: backend must be 'auto' or one of"),
         (["--base", base, "--stop", "", *ask], "--stop must not be empty"),
         (["--base", base, "--input", "x", *ask], "--input belongs to --instruction"),
+        (["--base", base, "--prompt-length", 5, *ask], "--prompt-length belongs to --adapter"),
+        (["--base", base, "--gate-activation", "tanh", *ask], "--gate-activation belongs to --adapter"),
         (["--base", base, "--prompt", "\ud800"], "holds \\ud800, half a character"),
         (["--base", base, "--device", "meta", *ask], "--device meta: "),
     ]
@@ -278,6 +281,48 @@ def test_streaming_prints_settled_text_only(capsys):
         watcher(0, list(piece.encode()))
     watcher.show("aEN!EN", last=True)
     assert capsys.readouterr().out == "aEN!EN"
+
+
+@pytest.mark.parametrize("kept", range(1, 14))
+def test_the_stream_is_the_answer_wherever_it_is_cut(tmp_path, capsys, kept):
+    """Under byte fallback, inside and between characters: whole ones before the cut are never lost."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "h": 257, "i": 258}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [
+        tokenizers.decoders.Replace("▁", " "),
+        tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(),
+    ]
+    tokenizer.decoder = tokenizers.decoders.Sequence(steps)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    ids = [257, 258, 256, *"😀é".encode(), 257, *"😀".encode()][:kept]
+    watcher = Watcher(loaded, [], stream=True)
+    for count in range(1, kept + 1):
+        watcher(0, ids[:count])
+    watcher.show(loaded.decode(ids), last=True)
+    expected = ("hi 😀éh😀".encode()[:kept]).decode(errors="replace")
+    assert capsys.readouterr().out == loaded.decode(ids) == expected
+
+
+def test_the_highest_seed_serves_every_prompt(tmp_path, model, capsys):
+    """A prompt's seed is the next one, and after 2**63 - 1 comes 0."""
+    asked = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_ids": []}
+    first, second, third = generate(model, [PROMPTS[0]] * 3, seed=(1 << 63) - 2, **asked)
+    assert [second] == generate(model, PROMPTS[:1], seed=(1 << 63) - 1, **asked)
+    assert [third] == generate(model, PROMPTS[:1], seed=0, **asked)
+    (tmp_path / "prompts.txt").write_text("fox\n" * 5)
+    words = ["--base", tmp_path / "base", "--prompts-file", tmp_path / "prompts.txt", "--batch-size", 2]
+    code, out, told = run(capsys, *words, "--max-new-tokens", 3, "--seed", (1 << 63) - 2)
+    assert code == 0 and out.count("\n") == 5, told
+    code, out, told = run(capsys, *words, "--seed", 1 << 63)
+    assert (code, out) == (2, "") and "seed must lie in 0 .. 2**63 - 1" in told
+
+
+def test_a_prompt_longer_than_the_context_is_refused_unread(tmp_path, model, capsys):
+    words = ["--base", tmp_path / "base", "--max-new-tokens", 1, "--prompt", "the fox " * 100_000]
+    code, _, told = run(capsys, *words)
+    assert code == 2 and "prompt 0 is longer than the model's context of 96 tokens." in told
 
 
 def test_the_backend_is_the_one_that_was_asked_for(tmp_path, model, capsys):

@@ -11,14 +11,13 @@ import pytest
 import torch
 from tiny_runs import CONFIG, arguments, contents, losses_of, run
 
-from model import checkpoint as checkpoint_module
-from model import generate
+from model import generate, train_loop
 from model import train as program
-from model import training as training_module
 from model.adapter_files import load_adapter
 from model.errors import UserError
 from model.loading import load_base
-from model.metrics import MetricsLog, read_metrics
+from model.resume import Checkpoint
+from model.run_folder import MetricsLog, read_metrics
 
 
 def test_a_run_leaves_its_files(folder, whole_run):
@@ -35,7 +34,7 @@ def test_a_run_leaves_its_files(folder, whole_run):
 @pytest.mark.parametrize("after", [0, 2, 5])
 def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch, after):
     """Ctrl-C after some steps, then --resume: each loss and the adapter are as without it, bit for bit."""
-    real, done = training_module.batch_loss, []
+    real, done = train_loop.batch_loss, []
 
     def pressing(*args):
         done.append(None)
@@ -46,7 +45,7 @@ def test_a_resumed_run_is_the_same_run(folder, whole_run, tmp_path, monkeypatch,
     validations = 1 + after // 2  # each one pass
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(training_module, "batch_loss", pressing)
+        patched.setattr(train_loop, "batch_loss", pressing)
         assert run(*arguments(folder, output)) == 130
     assert len(losses_of(output)) == after + validations < len(losses_of(whole_run))
     assert run(*arguments(folder, output, "--resume")) == 0
@@ -90,7 +89,7 @@ def test_a_run_that_crashes_before_its_first_step_resumes(
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(training_module, "batch_loss", crash)
+        patched.setattr(train_loop, "batch_loss", crash)
         program.main(arguments(folder, output, *["--overwrite"] * overwrite))
     assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == 0
     assert not (output / "adapter.safetensors").exists()
@@ -194,4 +193,4 @@ def test_both_programs_take_the_same_device_unless_told(monkeypatch, device):
 
 def test_a_checkpoint_holds_tensors_and_plain_values_only(whole_run):
     state = torch.load(whole_run / "checkpoint.pt", weights_only=True)
-    assert state.keys() == set(checkpoint_module.Checkpoint._fields)
+    assert state.keys() == {*Checkpoint._fields, "digest"}

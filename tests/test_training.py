@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from model.config import AdapterConfig
 from model.data import Sample, pack
 from model.errors import UserError
 from model.llama import Llama
-from model.training import Recipe, batch_loss, evaluate, make_optimizer, train
+from model.recipe import Recipe, recipe_warnings
+from model.train_loop import batch_loss, evaluate, make_optimizer, train
 
 
 def samples(count: int = 9) -> list[Sample]:
@@ -57,6 +59,46 @@ def test_the_papers_optimizer():
 def test_impossible_recipes_are_refused(field):
     with pytest.raises(UserError, match=rf"{field} must be .*, got -1"):
         Recipe(**{field: -1})
+
+
+def test_the_papers_recipe_on_alpaca_needs_no_warning():
+    assert list(recipe_warnings(Recipe(), [300] * 49_402, fresh=True)) == []
+    assert list(recipe_warnings(Recipe(epochs=10**9), [300] * 49_402, fresh=True)) == []
+
+
+CANNOT = {
+    "as long a warm-up": ({"epochs": 2, "batch_size": 64}, "the warm-up of 2 epochs ends after the run of 2"),
+    "a warm-up beyond the run": ({"epochs": 1, "batch_size": 8}, "rises to 0.00013 and not to its peak of 0.000281"),
+    "few steps": ({"epochs": 1, "warmup_epochs": 0.1, "batch_size": 50}, "of 0.00176: the run has only 2 steps"),
+    "gates that stay at 0": ({}, "can move to about 0.011 only .* for instance --base-lr 0.08 --epochs 50"),
+    "a batch of more than all": ({"batch_size": 101}, "--batch-size 101 is more than the 100 samples to train on"),
+    "decay": ({"weight_decay": 1e3}, "--weight-decay 1000 times the learning rate of 0.00225 is at least 1"),
+    "a pass of less than a sample": ({"max_tokens": 298}, "100 samples are longer than --max-tokens 298"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_a_recipe_cannot_reach_is_said(case):
+    changes, sentence = CANNOT[case]
+    told = list(recipe_warnings(Recipe(**changes), [300] * 100, fresh=True))
+    assert re.search(sentence, " ".join(told)), told
+
+
+def test_a_recipe_that_reaches_all_it_says_is_not_talked_about():
+    mended = {"epochs": 10, "warmup_epochs": 4, "batch_size": 4, "base_lr": 0.5, "max_tokens": 299}
+    assert list(recipe_warnings(Recipe(**mended), [300] * 100, fresh=True)) == []
+
+
+def test_gates_that_do_not_start_at_0_need_not_come_far():
+    recipe = Recipe(batch_size=8)
+    assert list(recipe_warnings(recipe, [300] * 100, fresh=False)) == []
+
+
+def test_a_run_that_learns_nothing_is_refused():
+    with pytest.raises(
+        UserError, match="the run has 1 step, and its learning rate is 0.* Pass --warmup-epochs 0"
+    ):
+        list(recipe_warnings(Recipe(epochs=1), [300] * 64, fresh=True))
 
 
 # The loop

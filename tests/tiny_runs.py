@@ -14,7 +14,7 @@ from model.config import LlamaConfig
 from model.errors import run_program
 from model.llama import Llama
 from model.loading import save_base
-from model.metrics import read_metrics
+from model.run_folder import read_metrics
 
 CONFIG = LlamaConfig(
     vocab_size=131,

@@ -1,0 +1,97 @@
+"""What the programs share: they run in one process, and end in a sentence where memory ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
+
+from .errors import UserError
+
+# How launchers tell a process how many there are, and which one it is
+_LAUNCHERS = {
+    "WORLD_SIZE": "RANK",  # torchrun, accelerate, deepspeed
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",  # srun
+}
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to) allocate|not enough memory|bad[_ ]alloc", re.IGNORECASE
+)
+_AMOUNT = re.compile(r"(?:tried to allocate|needs) ([\d.]+ ?[kmgt]?i?b(?:ytes)?)", re.IGNORECASE)
+_WAIT = 5.0  # seconds that the other processes give the first one to say why all end
+
+
+def program(advice: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a program's main. advice: what the user can change where there is not enough memory."""
+
+    def decorate(main: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def run(arguments: list[str] | None = None) -> None:
+            refuse_several_processes()
+            try:
+                main(arguments)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                amount = _AMOUNT.search(str(error))
+                wanted = f" ({amount[1]} more were asked for)" if amount else ""
+                raise UserError(f"there is not enough memory{wanted}: {advice}.") from error
+
+        return run
+
+    return decorate
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python or torch raises for want of memory: torch on a CPU has no class for it."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def refuse_several_processes() -> None:
+    """Ends all processes of a launcher with status 2, the first one with a sentence.
+
+    Each would do the whole work, and write into the same folder. The others wait for the first one, because launchers
+    kill all processes as soon as one has ended.
+    """
+    for size, rank in _LAUNCHERS.items():
+        count = os.environ.get(size, "")
+        if not count.isdecimal() or int(count) < 2:
+            continue
+        if os.environ.get(rank, "0") == "0":
+            raise UserError(
+                f"this was started as {count} processes ({size}={count}) and runs in one: start it without the "
+                f"launcher (torchrun, srun, ...), or unset {size}; one process uses all cores of the machine"
+            )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(_WAIT)
+        sys.exit(2)
+
+
+@contextmanager
+def interruptible() -> Iterator[Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets. A second one ends the program as usual."""
+    event = Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        event.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        restore()

@@ -1,0 +1,63 @@
+"""How far a program is: a bar on a terminal, and a line now and then where stderr goes into a file or a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+EVERY = 10.0  # seconds between two lines
+
+
+class Show(Protocol):
+    """Says how far it is."""
+
+    def __call__(self, done: int, title: str = "", detail: str = "", always: bool = False) -> None:
+        """`done` of the total; a title before it and a detail behind it. always: also if the last line is new."""
+
+
+def messages() -> Console:
+    """The console for what is said on stderr, as it is: paths may hold rich's markup, and long lines stay whole."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console, total: int, done: int = 0, transient: bool = False) -> Iterator[Show]:
+    """Yields what shows the progress; `done` is where it begins. transient: the bar goes away at the end."""
+    if not console.is_interactive:
+        yield _Lines(console, total, done)
+        return
+    columns = ("{task.description}", "{task.fields[detail]}")
+    title, detail = (TextColumn(text, markup=False) for text in columns)
+    with Progress(
+        title, BarColumn(), MofNCompleteColumn(), detail, TimeRemainingColumn(), TextColumn("left"),
+        console=console, transient=transient,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total, completed=done, detail="")
+
+        def show(done: int, title: str = "", detail: str = "", always: bool = False) -> None:
+            bar.update(task, completed=done, description=title, detail=detail)
+
+        yield show
+
+
+class _Lines:
+    def __init__(self, console: Console, total: int, done: int):
+        self.console, self.total, self.first = console, total, done
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int, title: str = "", detail: str = "", always: bool = False) -> None:
+        now = time.monotonic()
+        if not always and now - self.said < EVERY:
+            return
+        self.said = now
+        parts = [f"{title} {done}/{self.total}".lstrip(), detail]
+        if self.first < done < self.total:
+            left = (now - self.began) / (done - self.first) * (self.total - done)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        self.console.print(", ".join(part for part in parts if part))

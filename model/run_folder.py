@@ -1,0 +1,138 @@
+"""The folder of a run: it belongs to one process at a time, its files are whole or not there, and its metrics are a
+line of JSON per step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from zinit_kernels.checkpoints import write_atomically
+
+from .errors import UserError, warn
+
+Entry = dict[str, float]
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Replaces the file in one step. Raises UserError if it cannot be written; then the old one is unchanged."""
+    with writing(path):
+        write_atomically(path, content)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turns what the operating system refuses while `path` is written atomically into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        kept = "the file that was there is unchanged" if Path(path).exists() else "nothing was left there"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {kept}.") from error
+
+
+def remove_leftovers(directory: Path, names: Sequence[str]) -> None:
+    """Removes what writes of these files left in the directory when they were killed."""
+    for name in names:
+        for leftover in directory.glob(f".{name}.*.part"):
+            leftover.unlink(missing_ok=True)
+
+
+def refuse_occupied(directory: str | Path, advice: str) -> None:
+    """Raises UserError if the directory holds files, or is one; advice says what to do then."""
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"the output folder {directory} is a file.")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"the output folder {directory} is not empty: {advice}.")
+
+
+@contextmanager
+def held(directory: str | Path) -> Iterator[None]:
+    """Keeps the directory to itself: another process that asks for it meanwhile gets a UserError.
+
+    The system lets go of it when this process ends, however it ends, and no file is left for it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another run is writing into {directory}: wait for it, or name another folder."
+        ) from None
+    except OSError:
+        pass  # a file system, some of the networked, without locks on folders
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: str | Path) -> Path:
+    """The directory, made with its parents if it was not there."""
+    directory = Path(directory)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line, each with its "step", flushed as it is written.
+
+    Training lines carry the step from 0, validation lines the number of steps done. A run that resumes with
+    `steps_done` drops what came after and writes it again; a new run, with 0, begins an empty file.
+    """
+
+    def __init__(self, path: str | Path, steps_done: int = 0):
+        self.path = Path(path)
+        before = read_metrics(self.path) if steps_done else []
+        self.entries = [entry for entry in before if entry["step"] + ("loss" in entry) <= steps_done]
+        write_file(self.path, "".join(map(_line, self.entries)).encode())
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+
+    def write(self, **entry: float) -> None:
+        """Appends one line."""
+        self.entries.append(entry)
+        with writing(self.path):
+            self._file.write(_line(entry))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Ends writing; `entries` stays."""
+        with writing(self.path):
+            self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[Entry]:
+    """The entries of a metrics file, [] if there is none.
+
+    A line that cannot be read is left out, with a warning that names it; without one if it is the last, which a crash
+    may have cut short. Raises UserError for a file that is something else.
+    """
+    path, entries, broken = Path(path), [], []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            broken.append(number)
+            continue
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise UserError(f"{path} is no metrics file: {line[:40]!r} holds no step. Move it away to go on.")
+        if all(type(value) in (int, float) for value in entry.values()):
+            entries.append(entry)
+        else:
+            broken.append(number)
+    if broken and broken != [len(lines)]:
+        warn(f"{path}: what is in line {', '.join(map(str, broken))} cannot be read and is left out.")
+    return entries
+
+
+def _line(entry: Mapping[str, float]) -> str:
+    return json.dumps(entry) + "\n"

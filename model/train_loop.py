@@ -1,0 +1,132 @@
+"""The training loop: an adapter learns, the base stays as it is.
+
+optimizer = make_optimizer(adapter, recipe)
+for report in train(base, adapter, samples, recipe, optimizer):
+    print(report.step, report.loss)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import LlamaAdapter
+from .data import Batch, Sample, batches, epoch_order
+from .errors import UserError
+from .llama import Llama
+from .loss import answer_loss
+from .recipe import Recipe
+
+
+class StepReport(NamedTuple):
+    """What one optimizer step did."""
+
+    step: int  # from 0
+    epoch: float  # at its beginning
+    loss: float  # mean over the step's answer tokens, in nats
+    learning_rate: float
+    grad_norm: float  # before clipping
+    num_tokens: int  # that went through the model, without padding
+    seconds: float
+
+
+def make_optimizer(adapter: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over the adapter's prompts and gates, both decayed, as in the official script."""
+    return torch.optim.AdamW(
+        adapter.parameters(), lr=recipe.peak_lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+
+
+def train(
+    base: Llama,
+    adapter: LlamaAdapter,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first_step: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[StepReport]:
+    """Takes the optimizer steps from first_step to the recipe's last, one per item of the iterator.
+
+    The base must be frozen. A step's loss is the mean over all answer tokens of its samples, however they are spread
+    over forward passes, so packing changes nothing beyond rounding. `stop` is asked after every pass; once it says
+    True the step begun is thrown away and the iterator ends: the parameters are those after the last step reported.
+    """
+    steps_per_epoch = recipe.steps_per_epoch(len(samples))
+    order: list[int] = []
+    for step in range(first_step, recipe.epochs * steps_per_epoch):
+        began = time.perf_counter()
+        epoch, index = divmod(step, steps_per_epoch)
+        if not order or index == 0:
+            order = epoch_order(len(samples), recipe.seed, epoch)
+        chosen = [samples[i] for i in order[index * recipe.batch_size : (index + 1) * recipe.batch_size]]
+        passes = list(batches(chosen, recipe.max_tokens, packed=recipe.packed))
+        num_answer_tokens = sum(batch.num_answer_tokens for batch in passes)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in passes:
+            partial = batch_loss(base, adapter, batch, recipe.autocast) / num_answer_tokens
+            partial.backward()
+            loss += partial.item()
+            if stop():
+                return
+        learning_rate = recipe.learning_rate(step / steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf).item()
+        for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
+            if not math.isfinite(value):  # a step would carry it into the parameters, and into the checkpoint
+                raise UserError(
+                    f"the {name} became {value} at step {step}: try a lower --base-lr, or --clip 1."
+                )
+        optimizer.step()
+        yield StepReport(
+            step=step,
+            epoch=step / steps_per_epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            num_tokens=sum(batch.num_tokens for batch in passes),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def batch_loss(base: Llama, adapter: LlamaAdapter | None, batch: Batch, autocast: bool = False) -> Tensor:
+    """-log p of the batch's answer tokens, summed: a float32 scalar."""
+    batch = batch.to(base.device)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
+        hidden = base.hidden_states(
+            batch.tokens, adapter, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+        )
+        return answer_loss(hidden, batch.targets, base.output_weight, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(
+    base: Llama,
+    adapter: LlamaAdapter | None,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int, int], None] = lambda number, total: None,
+) -> float:
+    """The mean of -log p over the samples' answer tokens, in nats; nan once `stop`, asked after every pass, is true.
+
+    `report` is told the pass that begins, from 1, and how many there are.
+    """
+    loss, num_answer_tokens = 0.0, 0
+    passes = list(batches(samples, recipe.max_tokens, packed=recipe.packed))
+    for number, batch in enumerate(passes, 1):
+        report(number, len(passes))
+        loss += batch_loss(base, adapter, batch, recipe.autocast).item()
+        num_answer_tokens += batch.num_answer_tokens
+        if stop():
+            return math.nan
+    return loss / num_answer_tokens

@@ -70,7 +70,7 @@ CANNOT = {
     "as long a warm-up": ({"epochs": 2, "batch_size": 64}, "the warm-up of 2 epochs ends after the run of 2"),
     "a warm-up beyond the run": ({"epochs": 1, "batch_size": 8}, "rises to 0.00013 and not to its peak of 0.000281"),
     "few steps": ({"epochs": 1, "warmup_epochs": 0.1, "batch_size": 50}, "of 0.00176: the run has only 2 steps"),
-    "gates that stay at 0": ({}, "can move to about 0.011 only .* for instance --base-lr 0.08 --epochs 50"),
+    "gates that stay at 0": ({}, "can move to about 0.011 only, .* for instance --base-lr 0.08 --epochs 50$"),
     "a batch of more than all": ({"batch_size": 101}, "--batch-size 101 is more than the 100 samples to train on"),
     "decay": ({"weight_decay": 1e3}, "--weight-decay 1000 times the learning rate of 0.00225 is at least 1"),
     "a pass of less than a sample": ({"max_tokens": 298}, "100 samples are longer than --max-tokens 298"),

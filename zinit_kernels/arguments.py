@@ -264,7 +264,8 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+    # numbers first: torch.compile asks a dynamic float for its type, and cannot ask it for its attributes
+    if not isinstance(scale, (int, float)) and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(
             "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
             f"got {type(scale).__name__}"

@@ -11,40 +11,13 @@ rotary embedding. At gate 0 (how training starts) the model's output is the base
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
-
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
+
+from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
 from .config import AdapterConfig, LlamaConfig
 from .llama import Attention, Prompt
-
-# Adapters that keep something. A fused optimizer changes parameters and not their versions (torch 2.13).
-_adapters: WeakSet[LlamaAdapter] = WeakSet()
-register_optimizer_step_post_hook(lambda *_: [adapter.forget() for adapter in _adapters])
-
-
-class Kept(NamedTuple):
-    """A layer's projected prompts, and what tells whether they are still what a projection would give."""
-
-    prompt: Prompt
-    autocast: torch.dtype | None
-    # Each tensor they come from, its storage and its version. Weakly: the replaced is free to go, and its reference
-    # is then to nothing, where an id or an address may come again.
-    sources: list[tuple[ReferenceType[Tensor], ReferenceType[torch.UntypedStorage], int]]
-
-    def is_current(self, tensors: list[Tensor], autocast: torch.dtype | None) -> bool:
-        """Whether these are the tensors, as they were: an in-place change moves the version, a cast the storage."""
-        return (
-            autocast == self.autocast
-            and len(tensors) == len(self.sources)
-            and all(
-                held() is tensor and storage() is tensor.untyped_storage() and version == tensor._version
-                for tensor, (held, storage, version) in zip(tensors, self.sources, strict=True)
-            )
-        )
 
 
 class LlamaAdapter(nn.Module):
@@ -71,15 +44,7 @@ class LlamaAdapter(nn.Module):
         if self.config.gate_init == "random":
             gates.normal_(generator=generator)
         self.gates = None if self.config.gate_init == "none" else nn.Parameter(gates)
-        self._kept: WeakKeyDictionary[Attention, Kept] = WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the kept projections: they belong to bases that a copy or a file does not hold."""
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._kept = WeakKeyDictionary()
+        self._kept: KeptProjections[Prompt] = KeptProjections()
 
     @property
     def num_parameters(self) -> int:
@@ -97,19 +62,16 @@ class LlamaAdapter(nn.Module):
         row = attention.layer_index - self.layers[0]
         if not 0 <= row < len(self.layers):
             return None
-        if torch.is_grad_enabled():
-            return self._project(row, attention)
-        tensors = [*self.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()]
-        if any(tensor.is_inference() for tensor in tensors):  # these have no version
-            return self._project(row, attention)
-        device = self.prompts.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        kept = self._kept.get(attention)
-        if kept is None or not kept.is_current(tensors, autocast):
-            sources = [(ref(tensor), ref(tensor.untyped_storage()), tensor._version) for tensor in tensors]
-            _adapters.add(self)
-            kept = self._kept[attention] = Kept(self._project(row, attention), autocast, sources)
-        return kept.prompt
+        projections = (attention.k_proj, attention.v_proj)
+        sources = sources_of(
+            self.parameters(), projections, hooks_observe=True
+        )  # this model's own, and plain
+        prompt = self._kept.recall(attention, None, sources)
+        if prompt is None:
+            made_of = stamp(None, sources)
+            prompt = self._project(row, attention)
+            self._kept.keep(attention, made_of, prompt)
+        return prompt
 
     def forget(self) -> None:
         """Drops the projected prompts that were kept; only needed after writing through `.data`."""

@@ -10,8 +10,9 @@ PUBLIC := zinit_kernels
 TRITONS ?= 3.6.0 3.9.0
 # beside the pinned one: the last of the 4 series
 TRANSFORMERS ?= 4.57.6
-DROPINS := $(addprefix tests/test_,$(addsuffix .py,integrations_transformers integrations_peft integrations_quantised \
-  integrations_odd_use integrations_distributed official_parity))
+DROPINS := tests/test_projected.py $(addprefix tests/test_,$(addsuffix .py,integrations_transformers integrations_peft \
+  integrations_architectures integrations_folders integrations_ignored integrations_serving integrations_threads \
+  integrations_quantised integrations_odd_use integrations_distributed official_parity))
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean

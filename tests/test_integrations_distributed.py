@@ -115,8 +115,23 @@ def process(rank, folder, expected):
                     tensor, right[name], rtol=1e-4, atol=1e-6, msg=lambda m, where=where: where + m
                 )
         gc.collect()
+    refuse_tensor_parallelism(folder)
+    gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def refuse_tensor_parallelism(folder):
+    from transformers import LlamaForCausalLM
+
+    from zinit_kernels.integrations.transformers import add_zero_init_attention
+
+    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto")
+    assert model.model.layers[0].self_attn.q_proj.weight.to_local().shape == (16, 32)
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM is divided among 2 processes by tensor parallelism"
+    ):
+        add_zero_init_attention(model, 5, 2)
 
 
 def test_two_processes_have_the_gradients_and_the_step_of_the_whole_batch(tmp_path):
@@ -126,6 +141,9 @@ def test_two_processes_have_the_gradients_and_the_step_of_the_whole_batch(tmp_pa
         steps = step(model, optimizer_of(model), tokens(), torch.Tensor.backward)
         assert all(gradient.any() for gradient in steps[0].values())
         expected |= {(way, integration): steps for way in WAYS}
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=64)).save_pretrained(tmp_path / "base")
     processes = torch.multiprocessing.spawn(process, (tmp_path, expected), nprocs=2, join=False)
     deadline = time.monotonic() + PATIENCE
     try:

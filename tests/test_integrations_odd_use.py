@@ -13,10 +13,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
+accelerate_hooks = pytest.importorskip("accelerate")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from tiny_peft import CONFIGS, PROMPTS, adapted, base_model, batch  # noqa: E402
 
-from zinit_kernels.checkpoints import CheckpointError  # noqa: E402
 from zinit_kernels.integrations import peft  # noqa: E402
 from zinit_kernels.integrations import transformers as zinit  # noqa: E402
 
@@ -42,9 +42,9 @@ def inputs():
     return {"input_ids": batch("whole")["input_ids"]}
 
 
-def logits(model):
+def logits(model, **options):
     with torch.no_grad():
-        return model(**inputs()).logits
+        return model(**inputs(), **options).logits
 
 
 def layer_of(model):
@@ -78,18 +78,22 @@ def test_copies_are_equal_and_their_own(make):
     assert torch.equal(logits(fresh), expected)
 
 
-@BOTH
-def test_a_pickled_model_is_read_by_another_process(make, tmp_path):
-    model = make()
-    torch.save({"model": model, "inputs": inputs(), "logits": logits(model)}, tmp_path / "model.pt")
-    code = "import sys, torch; s = torch.load(sys.argv[1], weights_only=False)\n"
-    code += "with torch.no_grad(): print(torch.equal(s['model'](**s['inputs']).logits, s['logits']))"
+def test_pickled_models_are_read_by_another_process(tmp_path):
+    models = [by_peft(), by_transformers()]
+    torch.save([(model, inputs(), logits(model)) for model in models], tmp_path / "models.pt")
+    code = "import sys, torch; models = torch.load(sys.argv[1], weights_only=False)\n"
+    # hooks get numbers of their process: those of this one must not take the place of the model's
+    code += "attention = models[1][0].model.layers[-1].self_attn\n"
+    code += "[attention.register_forward_hook(lambda *_: None) for _ in range(20)]\n"
+    code += "with torch.no_grad(): print(*[torch.equal(m(**i).logits, out) for m, i, out in models])\n"
+    code += "models[1][0].set_attn_implementation('sdpa')\n"
+    code += "try: models[1][0](**models[1][1])\nexcept RuntimeError as error: print('ignored' in str(error))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model.pt"],
+        [sys.executable, "-c", code, tmp_path / "models.pt"],
         capture_output=True, text=True, timeout=240, env=environment,
     )  # fmt: skip
-    assert done.stdout == "True\n", done.stderr
+    assert done.stdout == "True True\nTrue\n", done.stderr
 
 
 def test_save_pretrained_keeps_the_base_and_load_adapter_the_rest(tmp_path):
@@ -189,7 +193,7 @@ def test_prompts_of_two_kinds_are_refused(accelerated, tmp_path):
     implementation, expected = model.config._attn_implementation, logits(model)
     with pytest.raises(ValueError, match="has PEFT's adaption prompts: accelerate"):
         zinit.add_zero_init_attention(model)
-    with pytest.raises(CheckpointError, match="is for layers model.layers; this model has base_model"):
+    with pytest.raises(ValueError, match="has PEFT's adaption prompts: accelerate"):
         zinit.load_adapter(model, tmp_path / "adapter")
     assert model.config._attn_implementation == implementation and torch.equal(logits(model), expected)
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 6
@@ -197,6 +201,147 @@ def test_prompts_of_two_kinds_are_refused(accelerated, tmp_path):
     both = peft.accelerate(get_peft_model(by_transformers(), copy.deepcopy(PROMPTS)))
     with pytest.raises(ValueError, match="has PEFT's prompts and zero-init prompts too"):
         both(**inputs())
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], **options)).eval()
+
+
+def test_prompts_that_peft_saves_beside_its_own_adapter(tmp_path):
+    """modules_to_save puts a wrapper in their place, with a copy for each of its adapters."""
+    base = by_transformers()
+    with zinit.disable_zero_init_attention(base):
+        bare = logits(base)
+    before = logits(base)
+    model = lora(base, modules_to_save=["zinit"])
+    assert torch.equal(logits(model), before)
+    summary = zinit.summary(model)
+    assert len(summary) == 3 and len(zinit.parameter_groups(model, 1e-3)[0]["params"]) == 3
+    assert all(p.requires_grad for group in zinit.parameter_groups(model, 1e-3) for p in group["params"])
+    for _, p in model.named_parameters():
+        if p.requires_grad and p.shape == (8,):  # the gates of the copies that are trained
+            p.data.mul_(-2)
+    changed = logits(model)
+    assert not torch.equal(changed, before)
+    assert zinit.summary(model)[0].gates != summary[0].gates
+    with zinit.disable_zero_init_attention(model):
+        assert torch.equal(logits(model), bare)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), bare)
+    with model.disable_adapter():  # PEFT's: its copies are left out, and the prompts are those of before
+        assert torch.equal(logits(model), before) and zinit.summary(model) == summary
+    zinit.save_adapter(model, tmp_path / "adapter")
+    loaded = zinit.load_adapter(base_model(CONFIGS["llama-gqa"]), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), changed)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="this pass ignored them"):
+        logits(model)
+    merged = model.merge_and_unload()
+    merged.set_attn_implementation("zinit")
+    torch.testing.assert_close(logits(merged), changed, rtol=0, atol=1e-5)
+    removed = zinit.remove_zero_init_attention(merged)
+    assert removed.config._attn_implementation == "sdpa" and torch.equal(logits(removed), bare)
+    assert not any(module._forward_hooks for module in removed.modules())
+
+
+OFFLOADS = {
+    "cpu": lambda model, folder: accelerate_hooks.cpu_offload(model, torch.device("cpu")),
+    "disk": lambda model, folder: accelerate_hooks.disk_offload(model, folder, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("where", OFFLOADS)
+@BOTH
+def test_offloaded_parameters_are_there_while_they_are_needed(make, where, tmp_path):
+    model = make()
+    expected = logits(model)
+    tokens = model.generate(**inputs(), max_new_tokens=4, do_sample=False)
+    OFFLOADS[where](model, tmp_path)
+    assert prompt_of(model).is_meta
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(model.generate(**inputs(), max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_adapters_of_an_offloaded_model_are_mixed_and_accelerated_late():
+    model = adapted(CONFIGS["llama-gqa"], gates=2.0, adapters=("default", "second"))
+    names = ["second", "__base__", "default"]
+    expected = logits(peft.accelerate(copy.deepcopy(model)), adapter_names=names)
+    plain = logits(model)
+    accelerate_hooks.cpu_offload(model, torch.device("cpu"))
+    projections = []
+    attention = model.base_model.model.model.layers[-1].self_attn.model
+    attention.q_proj.register_forward_hook(lambda *_: projections.append(1))
+    torch.testing.assert_close(logits(peft.accelerate(model)), plain, rtol=0, atol=1e-5)
+    assert len(projections) == 1, "Accelerate's hooks still call PEFT's forward, which projects twice"
+    assert torch.equal(logits(model, adapter_names=names), expected)
+    assert torch.equal(logits(peft.restore(model)), plain) and len(projections) == 4
+
+
+def test_prompts_of_an_offloaded_base_are_where_it_computes(tmp_path):
+    zinit.save_adapter(by_transformers(), tmp_path)
+    base = base_model(CONFIGS["llama-gqa"])
+    expected = logits(by_transformers())
+    accelerate_hooks.cpu_offload(base, torch.device("cpu"))
+    assert torch.equal(logits(zinit.load_adapter(base, tmp_path)), expected)
+
+
+@BOTH
+def test_stacked_adapters_under_vmap(make):
+    """As of an ensemble: torch.func's transforms take PyTorch's own operators, as stock PEFT does."""
+    model = make()
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    stacked = {name: torch.stack([p, -2 * p]) for name, p in parameters.items()}
+
+    options = inputs() | {"use_cache": False}
+
+    def call(adapter):
+        return torch.func.functional_call(model, adapter, (), options).logits
+
+    with torch.no_grad():
+        expected = torch.stack([call({name: p[row] for name, p in stacked.items()}) for row in range(2)])
+        found = torch.func.vmap(call)(stacked)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(found[0], found[1])
+
+    def loss(adapter):
+        return call(adapter).square().mean()
+
+    of_each = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for row in range(2):
+        one = {name: p[row].clone().requires_grad_() for name, p in stacked.items()}
+        right = torch.autograd.grad(loss(one), list(one.values()))
+        for name, gradient in zip(one, right, strict=True):
+            torch.testing.assert_close(of_each[name][row], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_tensor_parallel_models_are_refused():
+    for model, adapt in (
+        (base_model(CONFIGS["llama-gqa"]), zinit.add_zero_init_attention),
+        (adapted(CONFIGS["llama-gqa"]), peft.accelerate),
+    ):
+        (model if adapt is zinit.add_zero_init_attention else model.base_model.model)._tp_size = 2
+        with pytest.raises(ValueError, match="is divided among 2 processes by tensor parallelism"):
+            adapt(model)
+        assert model.config._attn_implementation == "sdpa" and "zinit" not in str(model)
+    model = by_transformers()
+    for layer in model.model.layers:  # divided after prompts were added: what one of two processes has then
+        for name, rows in (("q_proj", 32), ("k_proj", 8), ("v_proj", 8)):
+            projection = getattr(layer.self_attn, name)
+            projection.weight = torch.nn.Parameter(projection.weight[:rows])
+        layer.self_attn.o_proj.weight = torch.nn.Parameter(layer.self_attn.o_proj.weight[:, :32])
+    with pytest.raises(ValueError, match=r"8 gates, and this attention call 4 heads.*\(tensor parallelism\)"):
+        logits(model)
+
+
+def test_a_sharded_layer_keeps_its_class():
+    model = adapted(CONFIGS["llama-gqa"])
+    layer = model.base_model.model.model.layers[-1].self_attn
+    layer.__class__ = type("FSDPAdaptedAttention", (type(layer),), {})  # as FSDP2's fully_shard leaves it
+    with pytest.raises(
+        ValueError, match="class of a layer is FSDPAdaptedAttention.*call accelerate before it"
+    ):
+        peft.accelerate(model)
+    assert model.config._attn_implementation == "sdpa" and "Fused" not in str(model)
 
 
 def test_what_cannot_be_adapted_is_told_and_touches_nothing(tmp_path):
@@ -249,24 +394,6 @@ def test_what_cannot_be_adapted_is_told_and_touches_nothing(tmp_path):
     assert os.listdir(tmp_path) == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert model.config._attn_implementation == "sdpa" and "zinit" not in str(model)
     assert zinit.remove_zero_init_attention(model) is model
-
-
-def test_continuous_batching_of_two_models_at_once():
-    """Who leaves first does not take the other's prompts away."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    first, second = by_transformers(), by_transformers()
-    expected = logits(second)
-    outer, inner = zinit.continuous_batching(first), zinit.continuous_batching(second)
-    outer.__enter__()
-    inner.__enter__()
-    outer.__exit__(None, None, None)
-    torch.testing.assert_close(logits(second), expected, rtol=0, atol=1e-5)
-    assert second.config._attn_implementation == "sdpa" and first.config._attn_implementation == "zinit"
-    inner.__exit__(None, None, None)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-    assert torch.equal(logits(second), expected)
 
 
 @pytest.mark.native

@@ -1,7 +1,6 @@
 """PEFT's adaption prompts, accelerated, against PEFT's own: at gates away from 0 the same numbers, at 0 the base's."""
 
 import copy
-import threading
 from collections import Counter
 
 import pytest
@@ -245,25 +244,6 @@ def test_every_row_its_own_adapter(options):
         model.train()(**inputs, adapter_names=["default"] * 5)
 
 
-def test_overlapping_mixed_calls_leave_the_model_as_it_was():
-    model = copy.deepcopy(accelerate(adapted(CONFIGS["llama-gqa"], adapters=("default", "second"))))
-    before = dict(model.named_modules())
-    entered, left = threading.Event(), threading.Event()
-
-    def overlapping():
-        with model.base_model._enable_peft_forward_hooks(adapter_names=["second"]):
-            entered.set()
-            left.wait(10)
-
-    thread = threading.Thread(target=overlapping)
-    with model.base_model._enable_peft_forward_hooks(adapter_names=["default"]):
-        thread.start()
-        assert not entered.wait(0.3)
-    left.set()
-    thread.join()
-    assert dict(model.named_modules()) == before
-
-
 @pytest.mark.parametrize("names", [["second"] * 3, ["second", "default", "__base__"]])
 def test_adapters_that_were_not_moved_with_the_model(names):
     """PEFT keeps those that are not active outside the model, where `.to` does not find them."""
@@ -359,10 +339,10 @@ class TestProjectedPromptsAreNeverStale:
         model, cache, token = prefilled
         layer = model.base_model.model.model.layers[-1].self_attn
         calls = Counter()
-        kept = _kept_tables[layer]
+        kept = _kept_tables[layer.model]
         for _ in range(3):
             self.decode(model, cache, token)
-            assert _kept_tables[layer] is kept
+            assert _kept_tables[layer.model] is kept
         layer.model.k_proj.register_forward_hook(lambda *_: calls.update(["k"]))
         self.decode(model, cache, token)
         assert calls["k"] == 2, "a hooked projection is called again: its hook may do anything"
@@ -436,5 +416,7 @@ def test_what_is_no_adaption_prompt_model_is_told():
     ):
         accelerate(get_peft_model(gpt2, copy.deepcopy(PROMPTS)))
     model = accelerate(adapted(CONFIGS["llama"]))
-    with pytest.raises(ValueError, match="output_attentions is not supported with zero-init prompts"):
+    with pytest.raises(
+        ValueError, match="output_attentions is not supported with zero-init prompts in LlamaA"
+    ):
         model(**batch("whole"), output_attentions=True)

@@ -6,9 +6,6 @@ The formula is written here once more, from the equations, and takes every archi
 import contextlib
 import copy
 import importlib.util
-import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,63 +13,31 @@ import torch
 import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
+from tiny_transformers import (  # noqa: E402
+    ADAPTED,
+    AVAILABLE,
+    CONTINUOUS,
+    DECODER,
+    EAGER,
+    FIVE,
+    FIVE_ONLY,
+    GENERATE,
+    HEADS,
+    LAYERS,
+    MODELS,
+    PROMPTS,
+    adapted,
+    base_model,
+    frozen,
+    inputs_of,
+    outputs,
+    step,
+)
 from transformers import AttentionInterface  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: E402
 
-from zinit_kernels import checkpoints  # noqa: E402
 from zinit_kernels.integrations import transformers as zinit  # noqa: E402
 
-FIVE = int(transformers.__version__.split(".")[0]) >= 5
-VOCABULARY, HEADS, LAYERS, PROMPTS, ADAPTED = 96, 4, 3, 5, 2
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-}
-TEXT = SIZES | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-DECODER = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 128}
-ENCODER = TEXT | {
-    "max_position_embeddings": 128,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-GPT2 = {"n_embd": 32, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": 128}
-GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": None}
-GEMMA = DECODER | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24}
-CLIP_TEXT = TEXT | {"max_position_embeddings": 128, "eos_token_id": VOCABULARY - 1}
-STACKS = ("text_model.encoder.layers", "vision_model.encoder.layers")  # CLIP's
-VISION = SIZES | {"image_size": 12, "patch_size": 4}
-
-
-def of(model, config, **sizes):
-    return lambda: getattr(transformers, model)(getattr(transformers, config)(**sizes))
-
-
-def clip():
-    config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=16)
-    return transformers.CLIPModel(config)
-
-
-MODELS = {
-    "Llama": of("LlamaForCausalLM", "LlamaConfig", **DECODER, attention_bias=True),
-    "Mistral": of("MistralForCausalLM", "MistralConfig", **DECODER, head_dim=16, sliding_window=8),
-    "Qwen2": of("Qwen2ForCausalLM", "Qwen2Config", **DECODER),
-    "Qwen3": of("Qwen3ForCausalLM", "Qwen3Config", **DECODER, head_dim=16),
-    "Gemma 2": of("Gemma2ForCausalLM", "Gemma2Config", **GEMMA, attn_logit_softcapping=2.0),
-    "Gemma 3": of("Gemma3ForCausalLM", "Gemma3TextConfig", **GEMMA),
-    "Phi-3": of("Phi3ForCausalLM", "Phi3Config", **DECODER),
-    "GPT-2": of("GPT2LMHeadModel", "GPT2Config", **GPT2, scale_attn_by_inverse_layer_idx=True),
-    "BERT": of("BertForMaskedLM", "BertConfig", **ENCODER),
-    "RoBERTa": of("RobertaForTokenClassification", "RobertaConfig", **ENCODER),
-    "ViT": of("ViTForImageClassification", "ViTConfig", **VISION, hidden_dropout_prob=0.0, num_labels=3),
-    "CLIP": clip,
-}
-GENERATE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "GPT-2")
-# before transformers 5 these do not take their attention from AttentionInterface
-FIVE_ONLY = ("BERT", "RoBERTa")
-AVAILABLE = [name for name in MODELS if FIVE or name not in FIVE_ONLY]
-CONTINUOUS = ("Llama", "Qwen3")
 FEATURES = {  # a column of the table in docs/transformers.md -> the architectures whose test runs
     "outputs, gradients, padding": MODELS,
     "gate 0 is the base": MODELS,
@@ -83,59 +48,6 @@ FEATURES = {  # a column of the table in docs/transformers.md -> the architectur
     "bfloat16 base": MODELS,
     "save, load": MODELS,
 }
-
-
-def base_model(name):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for key, parameter in model.named_parameters():
-        if key.endswith("bias") or "norm" in key:
-            torch.nn.init.normal_(parameter, mean=0.0 if key.endswith("bias") else 1.0, std=0.3)
-        elif parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
-
-
-def adapted(name, gates=0.5, **options):
-    model = zinit.add_zero_init_attention(base_model(name), PROMPTS, ADAPTED, **options)
-    generator = torch.Generator().manual_seed(3)
-    for key, parameter in model.named_parameters():
-        if key.endswith("zinit.gate"):
-            parameter.data.copy_(gates * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def inputs_of(name, kind="whole", rows=3, tokens=14):
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(rows, 3, 12, 12, generator=generator)
-    if name == "ViT":
-        return {"pixel_values": pixels}
-    ids = torch.randint(2, VOCABULARY - 1, (rows, tokens), generator=generator)
-    inputs = {"input_ids": ids}
-    ids[:, -4] = VOCABULARY - 1  # where CLIP takes the whole text's features
-    if kind != "whole":
-        mask = torch.ones_like(ids)
-        for row in range(rows):
-            mask[row, : 3 * row] = 0
-        inputs["attention_mask"] = mask if kind == "left-padded" else mask.flip(1)
-    return inputs | ({"pixel_values": pixels} if name == "CLIP" else {})
-
-
-def outputs(model, inputs):
-    """Every output that prompts reach, at the places that are no padding."""
-    out = model(**inputs)
-    if hasattr(out, "image_embeds"):
-        return torch.cat([out.text_embeds.flatten(), out.image_embeds.flatten()])
-    if out.logits.dim() == 3 and "attention_mask" in inputs:
-        return out.logits[inputs["attention_mask"].bool()]
-    return out.logits
-
-
-def step(model, inputs):
-    model.zero_grad()
-    out = outputs(model, inputs)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def weights_of(attention, prompt):
@@ -177,11 +89,19 @@ def the_formula(module, query, key, value, attention_mask, dropout=0.0, scaling=
     elif causal and queries > 1:
         hidden = torch.ones(queries, key.shape[2], dtype=torch.bool).triu(1)
         token_scores = token_scores.masked_fill(hidden, -torch.inf)
+    if kwargs.get("s_aux") is not None:
+        # attention sinks: one more key with a score of its own and without a value, for the tokens alone
+        sinks = kwargs["s_aux"][None, :, None, None].expand(*token_scores.shape[:-1], 1)
+        token_scores = torch.cat([token_scores, sinks], -1)
+        value = F.pad(value, (0, 0, 0, 1))
     out = token_scores.softmax(-1) @ value.repeat_interleave(repeat, 1)
     if "zinit" in module._modules:
         own = module.zinit
-        prompt_key, prompt_value = (t.unflatten(-1, (-1, head_dim)) for t in weights_of(module, own.prompt))
-        if hasattr(module, "k_norm"):
+        prompt_key, prompt_value = weights_of(module, own.prompt)
+        if type(module).__name__ == "Olmo2Attention":  # all heads together
+            prompt_key = module.k_norm(prompt_key)
+        prompt_key, prompt_value = (t.unflatten(-1, (-1, head_dim)) for t in (prompt_key, prompt_value))
+        if hasattr(module, "k_norm") and type(module).__name__ != "Olmo2Attention":
             prompt_key = module.k_norm(prompt_key)
         prompt_key, prompt_value = (
             t.transpose(0, 1).repeat_interleave(repeat, 0) for t in (prompt_key, prompt_value)
@@ -210,7 +130,7 @@ def test_outputs_and_gradients_are_the_formulas(name, kind):
     with by_the_formula(model):
         expected, expected_gradients = step(model, inputs)
     assert (out - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-    stacks = 2 if name == "CLIP" else 1
+    stacks = 2 if name in ("CLIP", "SigLIP") else 1
     assert gradients.keys() == expected_gradients.keys() and len(gradients) == 2 * ADAPTED * stacks
     for key, gradient in gradients.items():
         size = expected_gradients[key].norm()
@@ -222,8 +142,8 @@ def test_outputs_and_gradients_are_the_formulas(name, kind):
 @pytest.mark.parametrize("kind", ["whole", "left-padded"])
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_at_gate_0_it_is_the_base_bit_for_bit(name, kind):
-    base, inputs = base_model(name), inputs_of(name, kind)
-    if name == "Gemma 2":
+    base, inputs = frozen(base_model(name)), inputs_of(name, kind)
+    if name in EAGER:
         base.set_attn_implementation("eager")  # sdpa has no soft cap
     expected = outputs(base, inputs)
     model = zinit.add_zero_init_attention(base, PROMPTS, ADAPTED)
@@ -266,17 +186,28 @@ def test_gradient_checkpointing(name):
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_torch_compile(name):
+    """An adapted attention module is one graph, forward and backward."""
     model, inputs = adapted(name), inputs_of(name)
-    expected, expected_gradients = step(model, inputs)
+    expected = step(model, inputs)
     torch._dynamo.reset()
-    # transformers' own losses and warnings break graphs of some models: the attention modules must be whole
-    compiled = torch.compile(model, backend="aot_eager")
-    out, gradients = step(compiled, inputs)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    attention = [module for module in model.modules() if "zinit" in module._modules][-1]
+    attention.compile(backend="aot_eager", fullgraph=True)
+    assert_same_step(step(model, inputs), expected)
+
+
+def test_torch_compile_of_a_whole_model():
+    model, inputs = adapted("Llama"), inputs_of("Llama")
+    expected = step(model, inputs)
+    torch._dynamo.reset()
+    assert_same_step(step(torch.compile(model, backend="aot_eager", fullgraph=True), inputs), expected)
+
+
+def assert_same_step(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    gradients = {key.removeprefix("_orig_mod."): gradient for key, gradient in found[1].items()}
+    assert gradients.keys() == expected[1].keys()
     for key, gradient in gradients.items():
-        torch.testing.assert_close(
-            gradient, expected_gradients[key.removeprefix("_orig_mod.")], rtol=1e-3, atol=1e-5
-        )
+        torch.testing.assert_close(gradient, expected[1][key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
@@ -296,22 +227,8 @@ def test_float32_adapter_on_a_bfloat16_base(name):
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_saved_adapters_are_loaded(name, tmp_path):
-    model, inputs = adapted(name), inputs_of(name)
-    expected = outputs(model, inputs)
-    zinit.save_adapter(model, tmp_path / "adapter")
-    loaded = zinit.load_adapter(base_model(name), tmp_path / "adapter")
-    assert torch.equal(outputs(loaded, inputs), expected)
-    assert {p for p, q in loaded.named_parameters() if q.requires_grad} == {
-        p for p, _ in model.named_parameters() if ".zinit." in p
-    }
-    again = zinit.load_adapter(zinit.add_zero_init_attention(base_model(name), 2, 1), tmp_path / "adapter")
-    assert torch.equal(outputs(again, inputs), expected)
-
-
-@pytest.mark.parametrize("name", AVAILABLE)
 def test_removed_it_is_the_base_again(name):
-    base, inputs = base_model(name), inputs_of(name)
+    base, inputs = frozen(base_model(name)), inputs_of(name)
     before, expected = base.config._attn_implementation, outputs(base, inputs)
     keys = list(base.state_dict())
     model = zinit.add_zero_init_attention(base, PROMPTS, ADAPTED)
@@ -327,77 +244,8 @@ def test_removing_keeps_an_implementation_chosen_later():
     assert zinit.remove_zero_init_attention(model).config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({"stacks": {}}, "is for layers none; this model has text_model.encoder.layers, vision_model.enc"),
-        ({"stacks": {STACKS[0]: "0"}}, "is for layers text_model.encoder.layers; this model has text_model"),
-        ({"stacks": dict.fromkeys(STACKS)}, "holds no prompts"),
-        ({"model_type": "siglip"}, "is for a model of the type 'siglip'; this one is a 'clip'"),
-        ({"model_type": None}, "is for a model of the type None; this one is a 'clip'"),
-    ],
-    ids=["no stack", "one of two", "no prompts", "another type", "no type"],
-)
-def test_a_folder_that_does_not_fit_leaves_the_adapter_in_place(config, message, tmp_path):
-    model = adapted("CLIP")
-    expected = outputs(model, inputs_of("CLIP"))
-    zinit.save_adapter(model, tmp_path)
-    written = json.loads((tmp_path / "adapter.json").read_text())
-    (tmp_path / "adapter.json").write_text(json.dumps(written | config))
-    with pytest.raises(checkpoints.CheckpointError, match=message):
-        zinit.load_adapter(model, tmp_path)
-    assert torch.equal(outputs(model, inputs_of("CLIP")), expected)
-
-
-def test_a_dtype_without_fractions_leaves_the_adapter_in_place(tmp_path):
-    model = adapted("Llama")
-    expected = outputs(model, inputs_of("Llama"))
-    zinit.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="dtype must be a floating-point one, got torch.int8"):
-        zinit.load_adapter(model, tmp_path, dtype=torch.int8)
-    assert torch.equal(outputs(model, inputs_of("Llama")), expected)
-
-
-@pytest.mark.skipif(not FIVE, reason="an encoder of transformers 4's CLIP is no model of its own")
-def test_one_of_two_stacks_is_saved_and_loaded(tmp_path):
-    model = base_model("CLIP")
-    zinit.add_zero_init_attention(model.text_model, PROMPTS, ADAPTED)
-    zinit.save_adapter(model, tmp_path)
-    loaded = zinit.load_adapter(base_model("CLIP"), tmp_path)
-    assert [row.layer for row in zinit.summary(loaded)] == [row.layer for row in zinit.summary(model)]
-    assert len(zinit.summary(loaded)) == ADAPTED
-
-
-def test_every_official_adapter_fits_a_llama(tmp_path):
-    heads = torch.randn(ADAPTED, HEADS)
-    made = checkpoints.AdapterCheckpoint(torch.randn(ADAPTED, 10, 32), heads, "tanh", (1, 2), LAYERS, HEADS)
-    checkpoints.save_adapter(tmp_path / "v1.pth", made, "official-v1")
-    model = zinit.load_adapter(base_model("Llama"), tmp_path / "v1.pth")
-    assert torch.equal(torch.tensor([row.gates for row in zinit.summary(model)]), heads.tanh())
-    raw = zinit.load_adapter(base_model("Llama"), tmp_path / "v1.pth", gate_activation="identity")
-    assert torch.equal(torch.tensor([row.gates for row in zinit.summary(raw)]), heads)
-
-
-def test_what_does_not_fit_is_told_and_touches_nothing(tmp_path):
-    zinit.save_adapter(adapted("Llama"), tmp_path / "llama")
+def test_what_does_not_fit_is_told_and_touches_nothing():
     wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"hidden_size": 64}))
-    with pytest.raises(
-        checkpoints.CheckpointError, match="hidden size 32, 3 layers and 4 heads; this base has hidden"
-    ):
-        zinit.load_adapter(wide, tmp_path / "llama")
-    with pytest.raises(
-        checkpoints.CheckpointError, match="is for layers model.layers; this model has transformer.h"
-    ):
-        zinit.load_adapter(base_model("GPT-2"), tmp_path / "llama")
-    with pytest.raises(
-        checkpoints.CheckpointError, match="has several stacks of layers: text_model.encoder.layers"
-    ):
-        zinit.load_adapter(base_model("CLIP"), tmp_path / "llama" / "adapter.safetensors")
-    (tmp_path / "llama" / "adapter.json").write_text("{}")
-    with pytest.raises(checkpoints.CheckpointError, match="adapter.json is damaged"):
-        zinit.load_adapter(wide, tmp_path / "llama")
-    assert wide.config._attn_implementation == "sdpa" and all(p.requires_grad for p in wide.parameters())
-
     model = adapted("Llama")
     for call, message in (
         (lambda: zinit.add_zero_init_attention(model), "has zero-init prompts already"),
@@ -412,10 +260,10 @@ def test_what_does_not_fit_is_told_and_touches_nothing(tmp_path):
             "Linear has no attention of a known architecture",
         ),
         (lambda: zinit.parameter_groups(wide, 1e-3), r"call add_zero_init_attention\(model\) first"),
-        (lambda: model(**inputs_of("Llama"), output_attentions=True), "output_attentions is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    assert wide.config._attn_implementation == "sdpa" and all(p.requires_grad for p in wide.parameters())
 
 
 @pytest.mark.skipif(FIVE, reason="transformers 5 has them on AttentionInterface")
@@ -464,49 +312,6 @@ def test_packed_sequences_see_the_prompts_each():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         alone = torch.cat([model(input_ids=ids[:, :6]).logits, model(input_ids=ids[:, 6:]).logits], 1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
-
-
-@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_continuous_batching(name):
-    model = adapted(name, gates=3.0)
-    prompts = [row[: 4 + 3 * i].tolist() for i, row in enumerate(inputs_of(name)["input_ids"])]
-    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    room = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    with zinit.continuous_batching(model):
-        assert model.config._attn_implementation == "sdpa"
-        found = model.generate_batch(prompts, config, room)
-    assert model.config._attn_implementation == "zinit"
-    found = sorted((tuple(out.prompt_ids), out.generated_tokens) for out in found.values())
-    expected = []
-    for prompt in prompts:
-        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
-        expected.append((tuple(prompt), tokens[0, len(prompt) :].tolist()))
-    assert found == sorted(expected)
-
-
-def test_continuous_batching_of_two_threads_ends_as_it_began(monkeypatch):
-    class Slow(list):
-        def __len__(self):
-            found = super().__len__()
-            time.sleep(0.1)  # in which another thread gets its turn
-            return found
-
-    monkeypatch.setattr(zinit, "_batching", Slow())
-    before = zinit.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(zinit.ALL_ATTENTION_FUNCTIONS, "sdpa", before)
-    inside = threading.Barrier(2, timeout=10)
-
-    def serve(model):
-        with zinit.continuous_batching(model):
-            inside.wait()
-
-    threads = [threading.Thread(target=serve, args=(adapted("Llama"),)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert zinit.ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 def test_trainer(tmp_path):

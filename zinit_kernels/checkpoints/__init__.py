@@ -12,7 +12,7 @@ Names of tensors are checked strictly. Files come from anywhere, so their tensor
 """
 
 from .adapter import AdapterCheckpoint, CheckpointError
-from .formats import FORMATS, WRITABLE, load_adapter, save_adapter
+from .formats import FORMATS, WRITABLE, load_adapter, save_adapter, saved_stacks
 from .writing import write_atomically
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "CheckpointError",
     "load_adapter",
     "save_adapter",
+    "saved_stacks",
     "write_atomically",
 ]

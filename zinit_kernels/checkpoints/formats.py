@@ -95,6 +95,15 @@ def identify(
     )
 
 
+def saved_stacks(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The stacks of layers that have prompts in a saved model, e.g. ("model.layers",): `load_adapter`'s `stack`.
+
+    Empty for a file or folder that holds an adapter alone. Raises what `load_adapter` does.
+    """
+    file = read_file(Path(path))
+    return trainer.stacks(file) if trainer.recognise(file) else ()
+
+
 def save_adapter(
     path: str | os.PathLike[str],
     checkpoint: AdapterCheckpoint,

@@ -6,7 +6,8 @@ Attention modules without prompts get `sdpa`, unchanged. With prompts, one fused
 
 (LLaMA-Adapter, arXiv 2303.16199, equations 5 to 8), where pk and pv are what the layer's own key and value
 projections make of the prompts, without the rotary embedding. What the fused kernels do not take (dense masks,
-dropout, a soft cap, a paged cache) gets the token branch from transformers and the prompt branch added.
+dropout, a soft cap, attention sinks, a paged cache) gets the token branch from transformers and the prompt branch
+added.
 
 A layer whose gates are all 0 (how training starts) is the base's layer bit for bit: on a CPU its token branch is
 `sdpa`'s too. Elsewhere, and under torch.compile, looking at the gates would cost a synchronisation or a graph, and
@@ -16,7 +17,7 @@ the token branch is the fused kernel's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from ..api import zero_init_attention, zero_init_attention_with_kvcache
+from ..projected import in_transform
+from .architectures import architecture_of
 from .prompts import Prompts, Table, prompt_branch, recall, tabulate
+from .scope import Scope
+from .usage import asks_for_weights, mark_used
+
+try:  # of transformers 5: which outputs the running call collects
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    _active_collector = None
 
 NAME = "zinit"
+
+# Arguments of transformers' attention functions that change the scores and that `sdpa` does not know: with them the
+# token branch is the eager formula of the model's own file. A row in FUSED, transformers' name -> the argument of the
+# fused operator that means the same, makes these layers fused instead.
+EAGER = ("softcap", "s_aux")  # capped scores (Gemma 2), attention sinks (GPT-OSS)
+FUSED: dict[str, str] = {}
 _UNFUSED = {"cache", "position_bias"}  # arguments of sdpa's that change its keys or scores
+
+# Of a call whose rows have different adapters: what gives an attention module its prompts (None: it has none there).
+mixed: Scope[Mapping[nn.Module, Callable[[], Prompts | None]]] = Scope("zinit_mixed_adapters")
 
 
 def attention_forward(
@@ -41,58 +60,60 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     zinit_prompts: Prompts | None = None,
+    zinit_tokens: Callable[..., tuple[Tensor, Any]] = sdpa_attention_forward,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function of the name "zinit".
 
     Args:
         query: [B, Hq, T, D], rotated; key, value: [B, Hkv, S, D] with the cache's, not repeated.
         attention_mask: as `sdpa` gets it: None, or bool or additive [B, 1, T, S].
-        zinit_prompts: the prompts, where they are not a submodule `zinit` of `module` with a method
-            `prompts(module)`.
+        zinit_prompts: the prompts, where they are not a submodule `zinit` of `module`.
+        zinit_tokens: the attention function of the token branch, where that is neither fused nor eager.
         dropout, scaling, kwargs: as transformers passes them.
 
     Returns:
-        ([B, T, Hq, D], None).
+        ([B, T, Hq, D], weights). The weights are None unless output_attentions asks for them and the token branch is
+        the eager formula (Gemma 2, GPT-OSS); then they are its softmax [B, Hq, T, S]. The prompts' softmax, each row
+        of which has a sum of 1 of its own, is not in them.
 
     Raises:
-        ValueError: for what would be lost without a word: output_attentions, attention sinks, a second adapter.
+        ValueError: for what would be lost without a word: a second adapter in the layer, output_attentions where no
+            weights are kept, a soft cap or attention sinks with a paged cache.
     """
-    prompts = zinit_prompts
-    own: Any = module._modules.get("zinit")
-    if own is not None:
-        if prompts is not None:
-            raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
-        prompts = own.prompts(module)
-    token = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    prompts = _prompts(module, zinit_prompts)
+    weighed, score_options = _wants_weights(kwargs), _score_options(kwargs)
+    tokens = (module, query, key, value, attention_mask, dropout, scaling, kwargs, zinit_tokens, weighed)
     if prompts is None:
-        return _token_branch(*token), None
-    if kwargs.get("output_attentions"):
+        return _token_branch(*tokens)
+    if weighed and not score_options:
         raise ValueError(
-            "output_attentions is not supported with zero-init prompts: no weights are kept; set it to False"
+            f"output_attentions is not supported with zero-init prompts in {type(module).__name__}: no weights are "
+            "kept there; set it to False"
         )
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("attention sinks (s_aux) are not supported together with zero-init prompts")
     table = recall(module, prompts, query, key.shape[2])
     at_rest = table is None and prompts.at_rest()
     if at_rest and not torch.is_grad_enabled():
-        return _token_branch(*token), None
+        return _token_branch(*tokens)
 
     table = table or tabulate(module, prompts, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap = kwargs.get("softcap")
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
-    if at_rest or dropout or softcap is not None or not fusable or _UNFUSED & kwargs.keys():
-        branch = prompt_branch(query, table, prompts, scale, softcap)
-        return _token_branch(*token) + branch.transpose(1, 2), None
+    unfused = at_rest or dropout or weighed or not fusable or _UNFUSED & kwargs.keys() or in_transform()
+    if unfused or any(name not in FUSED for name in score_options):
+        out, weights = _token_branch(*tokens)
+        return out + prompt_branch(query, table, prompts, scale, kwargs.get("softcap")).transpose(
+            1, 2
+        ), weights
+    options = {ours: kwargs[theirs] for theirs, ours in FUSED.items() if kwargs.get(theirs) is not None}
     if query.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
-        return _decode(query, key, value, table, prompts, scale), None
+        return _decode(query, key, value, table, prompts, scale, options), None
     if causal:  # in an empty static cache the keys behind the queries are not written yet
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     out = zero_init_attention(
         query, key, value, table.key.transpose(1, 2), table.value.transpose(1, 2), table.gate, attn_mask=mask,
         is_causal=causal, scale=scale, gate_activation=prompts.gate_activation,
-        prompt_index=prompts.row_index(query),
+        prompt_index=prompts.row_index(query), **options,
     )  # fmt: skip
     return cast(Tensor, out).transpose(1, 2), None
 
@@ -102,12 +123,18 @@ def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
 
     Raises:
         TypeError: a part of a model, or a wrapper around one.
-        ValueError: one of `attentions` does not take it (transformers only warns); the model is then as it was.
+        ValueError: one of `attentions` does not take it (transformers only warns), or the model is divided among
+            processes by tensor parallelism; the model is then as it was.
     """
     if not hasattr(model, "set_attn_implementation"):
         raise TypeError(
             f"expected a transformers model, got {type(model).__name__}, which has no set_attn_implementation: pass "
             "the whole model, before it is wrapped"
+        )
+    if (processes := getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is divided among {processes} processes by tensor parallelism (tp_plan), which "
+            "zero-init prompts do not support yet: load it without tp_plan, or with device_map"
         )
     before: str = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -121,8 +148,34 @@ def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
     return before
 
 
+def _prompts(module: nn.Module, given: Prompts | None) -> Prompts | None:
+    """The prompts of this layer in this call: PEFT's, the layer's own, or those of a call with several adapters."""
+    own = module._modules.get("zinit")
+    for layers in mixed.values():
+        if module in layers:
+            given = layers[module]()
+    if given is not None or own is not None:
+        mark_used(module)
+    if own is None:
+        return given
+    if given is not None:
+        raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
+    found = own()  # a call, not attributes: offloaded and wrapped parameters are there only during one
+    if found is None:
+        return None
+    prompt, gate = found
+    attributes: Any = own
+    return Prompts((prompt,), (gate,), attributes.gate_activation, attributes.projection)
+
+
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, table: Table, prompts: Prompts, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Table,
+    prompts: Prompts,
+    scale: float,
+    options: dict[str, Any],
 ) -> Tensor:
     """One query against many keys: with 32/8 heads, D = 128 and 512 keys 166 us a call, 1208 us by the other door.
 
@@ -132,7 +185,7 @@ def _decode(
     out = zero_init_attention_with_kvcache(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_k=table.key,
         prompt_v=table.value, gate=table.gate, cache_seqlens=lengths, causal=False, softmax_scale=scale,
-        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query),
+        gate_activation=prompts.gate_activation, prompt_index=prompts.row_index(query), **options,
     )  # fmt: skip
     return cast(Tensor, out)
 
@@ -146,20 +199,66 @@ def _token_branch(
     dropout: float,
     scaling: float | None,
     kwargs: dict[str, Any],
-) -> Tensor:
-    """[B, T, Hq, D] by sdpa, or by the modelling file's own eager formula where sdpa has no soft cap."""
-    if kwargs.get("softcap") is None:
-        return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )[0]
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    function: Callable[..., tuple[Tensor, Any]],
+    weighed: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """([B, T, Hq, D], weights or None) of the tokens alone, as transformers computes them.
+
+    By `function` (sdpa), or by the modelling file's own eager formula where that one lacks an option.
+    """
+    if options := _score_options(kwargs):
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                f"{type(module).__name__} is not supported by continuous batching with zero-init prompts: nothing "
+                f"computes its {' and '.join(options)} with a paged cache; use generate instead"
+            )
+        function, mask = _eager_formula(module), _additive_mask(module, query, key, mask, kwargs)
+    out, weights = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return out, weights if weighed else None
+
+
+def _score_options(kwargs: dict[str, Any]) -> list[str]:
+    return [name for name in EAGER if kwargs.get(name) is not None]
+
+
+def _eager_formula(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    found = architecture_of(module)
+    file = (found[0] if found else type(module)).__module__
+    function = getattr(sys.modules[file], "eager_attention_forward", None)
+    if function is None:
+        raise ValueError(f"{file} has no eager_attention_forward, which a soft cap or attention sinks need")
+    return cast("Callable[..., tuple[Tensor, Any]]", function)
+
+
+def _additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
     queries, keys = query.shape[2], key.shape[2]
     if mask is None and _is_causal(module, kwargs.get("is_causal")) and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    return mask
+
+
+def _wants_weights(kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asked for output_attentions.
+
+    GPT-2 and SigLIP, for example, do not hand that argument on to their attention function. transformers 5 knows during
+    such a call that it collects attentions; in transformers 4 it is an argument of the attention module at least.
+    """
+    if kwargs.get("output_attentions"):
+        return True
+    if _active_collector is None:
+        return asks_for_weights()
+    if (
+        torch.compiler.is_compiling()
+    ):  # its variable cannot be traced; transformers keeps a global one beside it
+        collected = _active_collector.global_var if _active_collector.compiling else None
+    else:
+        collected = _active_collector.get()
+    return collected is not None and any(name.endswith("attentions") for name in collected)
 
 
 def _is_causal(module: nn.Module, told: bool | None) -> bool:

@@ -21,7 +21,9 @@ from litgpt.model import CausalSelfAttention
 from torch import Tensor, nn
 
 from ..api import zero_init_attention
-from .prompts import Projection, Prompts, prompt_branch, recall, tabulate
+from ..projected import in_transform
+from .architectures import Projection
+from .prompts import Prompts, prompt_branch, recall, tabulate
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -56,13 +58,13 @@ class _FusedAttention:
             return CausalSelfAttention.scaled_dot_product_attention(self, q, k, v, mask)
         # the parameter itself, not a view of it: its identity and version say whether kept projections are stale
         prompts = Prompts(
-            self, (self.adapter_wte.weight,), (self.gating_factor,), "identity", _LAYOUTS[self.zinit_layout]
+            (self.adapter_wte.weight,), (self.gating_factor,), "identity", _LAYOUTS[self.zinit_layout]
         )
         at_rest = prompts.at_rest()
         softcap = self.config.attention_logit_softcapping
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
         table = recall(self, prompts, q, k.shape[2]) or tabulate(self, prompts, q)
-        if at_rest or softcap is not None or mask is not None:
+        if at_rest or softcap is not None or mask is not None or in_transform():
             out = CausalSelfAttention.scaled_dot_product_attention(self, q, k, v, mask)
             return out + prompt_branch(q, table, prompts, scale, softcap).transpose(1, 2)
         repeats = k.shape[1] // table.key.shape[2]  # one of every group's equal heads is enough

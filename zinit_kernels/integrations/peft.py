@@ -14,18 +14,22 @@ once, and prompts are projected once per generation. Right here where PEFT is no
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from peft.tuners.adaption_prompt.layer import AdaptedAttention
 from peft.tuners.adaption_prompt.model import AdaptionPromptModel
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import NAME, attend_by_zinit
-from .prompts import SPLIT, Prompts
+from .architectures import SPLIT
+from .attention import NAME, attend_by_zinit, mixed
+from .prompts import Prompts
+from .serving import attends_by_zinit, serving
+from .usage import begin, ignored, take_used
 
 _BASE = "__base__"  # PEFT's name for a row without an adapter
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -34,49 +38,35 @@ _Model = TypeVar("_Model", bound=nn.Module)
 class FusedAdaptedAttention(AdaptedAttention):
     """PEFT's layer with its parameters; where the model attends by "zinit", the base's forward with prompts."""
 
-    def forward(self, **kwargs: Any) -> tuple[Tensor, ...]:
+    attends_by_zinit = True
+
+    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         attention = self.model
-        if attention.config._attn_implementation != NAME:
+        if not attends_by_zinit(attention.config._attn_implementation):
             return super().forward(**kwargs)
-        prompts = Prompts(self, (self.adaption_prompt,), (self.adaption_gate,), "identity", SPLIT)
-        return attention(**kwargs, zinit_prompts=prompts)
-
-
-class MixedAdaptedAttention(nn.Module):
-    """Stands in for one call where the rows of a batch have different adapters."""
-
-    def __init__(self, attention: nn.Module, adapted: list[AdaptedAttention], index: Tensor):
-        super().__init__()
-        self.model = attention
-        self.adapted = adapted
-        self.index = index
-
-    def forward(self, **kwargs: Any) -> tuple[Tensor, ...]:
-        prompts = [layer.adaption_prompt for layer in self.adapted]
-        gates = [layer.adaption_gate for layer in self.adapted]
-        mixed = Prompts(self.adapted[0], prompts, gates, "identity", SPLIT, self.index)
-        return self.model(**kwargs, zinit_prompts=mixed)
-
-
-class _Turns:
-    """A lock that a copied or unpickled model gets anew."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
-        return _Turns, ()
+        for layers in mixed.values():
+            if attention in layers:  # the attention function takes them from there
+                return attention(**kwargs)
+        prompts = Prompts((self.adaption_prompt,), (self.adaption_gate,), "identity", SPLIT)
+        begin()
+        output = attention(**kwargs, zinit_prompts=prompts)
+        if take_used() is not attention:
+            raise ignored(attention)
+        return output
 
 
 class FusedAdaptionPromptModel(AdaptionPromptModel):
-    """PEFT's tuner; new adapters are fused too, and `adapter_names` is obeyed, by one such call at a time."""
-
-    _turns: _Turns
+    """PEFT's tuner; new adapters are fused too, `adapter_names` is obeyed, and continuous batching works."""
 
     def _create_adapted_attentions(self, config: Any, parents: list[nn.Module]) -> None:
         super()._create_adapted_attentions(config, parents)
         for parent in parents:
-            getattr(parent, config.target_modules).__class__ = FusedAdaptedAttention
+            _become(getattr(parent, config.target_modules), FusedAdaptedAttention)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which knows attention implementations by a list of names."""
+        with serving(self.model):
+            return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -87,24 +77,20 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
             return
         if self.training:
             raise ValueError("adapter_names needs the model in eval mode; call model.eval() first")
-        if self.model.config._attn_implementation != NAME:
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "adapter_names is not supported under nn.DataParallel: use DistributedDataParallel, or one device"
+            )
+        if not attends_by_zinit(self.model.config._attn_implementation):
             raise ValueError(
                 f"adapter_names needs the attention implementation {NAME!r}, which accelerate() sets; the model has "
                 f"{self.model.config._attn_implementation!r}"
             )
-        with self._turns.lock:
-            replaced = []
-            try:
-                for parent, target, layer in self._mixed_layers(adapter_names):
-                    replaced.append((parent, target, getattr(parent, target)))
-                    setattr(parent, target, layer)
-                yield
-            finally:
-                for parent, target, layer in replaced:
-                    setattr(parent, target, layer)
+        with mixed.holding(self._mixed_layers(adapter_names)):
+            yield
 
-    def _mixed_layers(self, names: list[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-        """What stands in for each adapted attention; the base's own where only the active adapter has prompts."""
+    def _mixed_layers(self, names: list[str]) -> dict[nn.Module, Callable[[], Prompts | None]]:
+        """For every attention that some adapter of this call, or the active one, has prompts for: the call's own."""
         known = {*self.peft_config, _BASE}
         if not isinstance(names, (list, tuple)) or not names:
             raise ValueError(f"adapter_names must be a list of one name for each row, got {names!r}")
@@ -114,17 +100,11 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
         lengths = {name: self.peft_config[name].adapter_len for name in used}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"adapters of one batch must have one adapter_len, got {lengths}")
-        for parent in {parent: None for name in (*used, *self._live()) for parent in self._parents[name]}:
-            rows = [name for name in used if parent in self._parents[name]]
-            target = self.peft_config[rows[0] if rows else self._active_adapter].target_modules
-            if not rows:
-                yield parent, target, getattr(parent, target).model
-                continue
-            adapted = [self._layers(name)[self._parents[name].index(parent)] for name in rows]
-            order = {name: row for row, name in enumerate(rows)}
-            index = torch.tensor([order.get(name, -1) for name in names], dtype=torch.int32)
-            layer = MixedAdaptedAttention(adapted[0].model, adapted, index).train(False)
-            yield parent, target, layer
+        layers: dict[nn.Module, dict[str, AdaptedAttention]] = {}
+        for name in dict.fromkeys((*used, *self._live())):
+            for layer in self._layers(name):
+                layers.setdefault(layer.model, {})[name] = layer
+        return {attention: partial(_mix, adapted, used, names) for attention, adapted in layers.items()}
 
     def _live(self) -> list[str]:
         return [self._active_adapter] if self._enabled and self._active_adapter else []
@@ -136,13 +116,29 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
         return [getattr(parent, target) for parent in self._parents[name]]
 
 
+def _mix(adapted: dict[str, AdaptedAttention], used: list[str], names: list[str]) -> Prompts | None:
+    """One layer's prompts for rows of these names; None where no row has any there.
+
+    Made when the layer is called: Accelerate loads an offloaded layer's parameters for the time of its forward.
+    """
+    rows = [name for name in used if name in adapted]
+    if not rows:
+        return None
+    order = {name: row for row, name in enumerate(rows)}
+    index = torch.tensor([order.get(name, -1) for name in names], dtype=torch.int32)
+    prompts = [adapted[name].adaption_prompt for name in rows]
+    gates = [adapted[name].adaption_gate for name in rows]
+    return Prompts(prompts, gates, "identity", SPLIT, index)
+
+
 def accelerate(peft_model: _Model) -> _Model:
     """Makes an existing AdaptionPromptConfig model attend through zinit_kernels, in place, and returns it.
 
-    State dict, set_adapter, disable_adapter, saving, loading, generate, gradient checkpointing, padding and quantised
-    bases work as before; every adapter of the model is included, and those added later. The attention implementation
-    becomes "zinit": where the fused kernels do not apply, and in layers without prompts, that is `sdpa`. Setting
-    another one with `set_attn_implementation` gives PEFT's own computation back, until `accelerate` is called again.
+    State dict, set_adapter, disable_adapter, saving, loading, generate, generate_batch, gradient checkpointing, padding
+    and quantised bases work as before; every adapter of the model is included, and those added later. The attention
+    implementation becomes "zinit": where the fused kernels do not apply, and in layers without prompts, that is `sdpa`.
+    Setting another one with `set_attn_implementation` gives PEFT's own computation back, until `accelerate` is called
+    again. `continuous_batching` of `integrations.transformers` serves these models too.
 
     Args:
         peft_model: what `get_peft_model(base, AdaptionPromptConfig(...))` returned, on a Llama or Mistral base.
@@ -151,39 +147,64 @@ def accelerate(peft_model: _Model) -> _Model:
         TypeError: not a model with adaption prompts.
         ValueError: a GPT-2 base: PEFT adds its prompts behind the output projection, unprojected, which is not the
             paper's formula; `integrations.transformers.add_zero_init_attention` adapts GPT-2 by it. A base that does
-            not take its attention from AttentionInterface. The model is then as it was.
+            not take its attention from AttentionInterface, one that is divided by tensor parallelism, or one whose
+            layers have other classes by now (call `accelerate` before `fully_shard`). The model is then as it was.
     """
     tuner = _tuner(peft_model)
-    model_type = tuner.model.config.model_type
     layers = _adapted_layers(tuner)
-    if not all(type(layer) in (AdaptedAttention, FusedAdaptedAttention) for layer in layers):
-        raise ValueError(
-            f"PEFT's adaption prompts on {model_type!r} are added behind the output projection, which one attention "
-            "call cannot do; add_zero_init_attention of zinit_kernels.integrations.transformers adapts this model by "
-            "the paper's formula"
-        )
+    for layer in layers:
+        _check_class(layer, tuner.model.config.model_type)
     before = attend_by_zinit(tuner.model, (layer.model for layer in layers))
     if before != NAME or not isinstance(tuner, FusedAdaptionPromptModel):
         tuner._attention_before = before
-    if not isinstance(tuner, FusedAdaptionPromptModel):
-        tuner._turns = _Turns()
     tuner.__class__ = FusedAdaptionPromptModel
     for layer in layers:
-        layer.__class__ = FusedAdaptedAttention
+        _become(layer, FusedAdaptedAttention)
     return peft_model
 
 
 def restore(peft_model: _Model) -> _Model:
-    """Undoes `accelerate`, in place: PEFT's classes and the attention implementation from before."""
+    """Undoes `accelerate`, in place: PEFT's classes and the attention implementation from before.
+
+    Raises:
+        TypeError: not a model with adaption prompts. ValueError: one that was sharded since, by FSDP2 for example.
+    """
     tuner = _tuner(peft_model)
     if isinstance(tuner, FusedAdaptionPromptModel):
-        for layer in _adapted_layers(tuner):
-            layer.__class__ = AdaptedAttention
+        layers = _adapted_layers(tuner)
+        for layer in layers:
+            _check_class(layer, tuner.model.config.model_type)
+        for layer in layers:
+            _become(layer, AdaptedAttention)
         tuner.__class__ = AdaptionPromptModel
         if tuner.model.config._attn_implementation == NAME:
             tuner.model.set_attn_implementation(tuner._attention_before)
-        del tuner._attention_before, tuner._turns
+        del tuner._attention_before
     return peft_model
+
+
+def _check_class(layer: nn.Module, model_type: str) -> None:
+    """ValueError unless the layer's class can be exchanged for another one."""
+    if type(layer) in (AdaptedAttention, FusedAdaptedAttention):
+        return
+    if isinstance(layer, AdaptedAttention):
+        raise ValueError(
+            f"the class of a layer is {type(layer).__name__}, which something else put in the place of PEFT's "
+            "AdaptedAttention (FSDP2's fully_shard, a parametrisation): call accelerate before it, and restore not "
+            "after it"
+        )
+    raise ValueError(
+        f"PEFT's adaption prompts on {model_type!r} are added behind the output projection, which one attention "
+        "call cannot do; add_zero_init_attention of zinit_kernels.integrations.transformers adapts this model by "
+        "the paper's formula"
+    )
+
+
+def _become(layer: nn.Module, kind: type[AdaptedAttention]) -> None:
+    """Exchanges the layer's class, and the forward that Accelerate's hooks call, which they keep in the layer."""
+    layer.__class__ = kind
+    if "_old_forward" in vars(layer):
+        layer._old_forward = types.MethodType(kind.forward, layer)  # type: ignore[assignment]
 
 
 def _tuner(peft_model: nn.Module) -> AdaptionPromptModel:

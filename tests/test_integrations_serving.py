@@ -1,0 +1,65 @@
+"""transformers' continuous batching with prompts: the answers of generate, and everything as before afterwards."""
+
+import threading
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from tiny_transformers import CONTINUOUS, FIVE, adapted, inputs_of, outputs  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+
+from zinit_kernels.integrations import transformers as zinit  # noqa: E402
+
+
+@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_continuous_batching(name):
+    model = adapted(name, gates=3.0)
+    prompts = [row[: 4 + 3 * i].tolist() for i, row in enumerate(inputs_of(name)["input_ids"])]
+    config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    with zinit.continuous_batching(model):
+        assert model.config._attn_implementation == "sdpa"
+        found = model.generate_batch(prompts, config, room)
+    assert model.config._attn_implementation == "zinit"
+    found = sorted((tuple(out.prompt_ids), out.generated_tokens) for out in found.values())
+    expected = []
+    for prompt in prompts:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        expected.append((tuple(prompt), tokens[0, len(prompt) :].tolist()))
+    assert found == sorted(expected)
+
+
+def test_continuous_batching_that_overlaps_ends_as_it_began():
+    """Of one model and of two: who enters first may leave first, in another thread."""
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    model, other = adapted("Llama"), adapted("Llama")
+    expected = outputs(model, inputs_of("Llama"))
+    contexts = [zinit.continuous_batching(one) for one in (model, model, other)]
+    for context in contexts:
+        context.__enter__()
+    for context in contexts:
+        assert model.config._attn_implementation == ("zinit" if context is contexts[2] else "sdpa")
+        torch.testing.assert_close(outputs(model, inputs_of("Llama")), expected, rtol=0, atol=1e-5)
+        thread = threading.Thread(target=context.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    assert model.config._attn_implementation == other.config._attn_implementation == "zinit"
+    assert "_supports_flash_attn" not in vars(model)
+
+
+@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
+def test_continuous_batching_does_not_switch_to_flash_attention(monkeypatch):
+    """It would, by default, where flash-attention is installed, and take the prompts away."""
+    api = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
+    monkeypatch.setattr(api, "is_flash_attn_2_available", lambda *_, **__: True)
+    monkeypatch.setattr(api, "is_flash_attn_3_available", lambda *_, **__: False)
+    model = adapted("Llama", gates=3.0)
+    config = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    with zinit.continuous_batching(model):
+        found = model.generate_batch([[5, 6, 7]], config, room)
+    expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)[0, 3:]
+    assert [out.generated_tokens for out in found.values()] == [expected.tolist()]

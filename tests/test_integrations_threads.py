@@ -1,0 +1,186 @@
+"""One model, several threads: each call has its own adapters, or the base, whatever the others ask for meanwhile."""
+
+import asyncio
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+from tiny_peft import CONFIGS, adapted, batch  # noqa: E402
+from tiny_transformers import adapted as prompted  # noqa: E402
+from tiny_transformers import inputs_of, outputs  # noqa: E402
+
+from zinit_kernels.integrations import transformers as zinit  # noqa: E402
+from zinit_kernels.integrations.peft import accelerate  # noqa: E402
+from zinit_kernels.integrations.scope import Scope  # noqa: E402
+
+IDS = batch("whole", rows=2)["input_ids"]
+
+
+def logits(model, **options):
+    with torch.no_grad():
+        return model(input_ids=IDS, **options).logits
+
+
+class Elsewhere:
+    """Code that runs in another thread, one step at a time."""
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(1)
+        return self
+
+    def __call__(self, function, *args, **kwargs):
+        return self.pool.submit(function, *args, **kwargs).result(60)
+
+    def __exit__(self, *_):
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def peft_model():
+    return accelerate(adapted(CONFIGS["llama-gqa"], gates=2.0, adapters=("default", "second")))
+
+
+def test_plain_calls_while_another_thread_names_its_adapters(peft_model):
+    names = ["second", "__base__"]
+    plain, named = logits(peft_model), logits(peft_model, adapter_names=names)
+    assert not torch.equal(plain, named)
+    modules = dict(peft_model.named_modules())
+    with Elsewhere() as elsewhere, Elsewhere() as third:
+        contexts = [
+            peft_model.base_model._enable_peft_forward_hooks(adapter_names=n) for n in (names, ["default"])
+        ]
+        elsewhere(contexts[0].__enter__)  # a call of these names has begun there, and another one here
+        third(contexts[1].__enter__)
+        assert torch.equal(logits(peft_model), plain)
+        assert torch.equal(elsewhere(logits, peft_model), named)
+        torch.testing.assert_close(third(logits, peft_model), plain, rtol=0, atol=1e-5)
+        assert dict(peft_model.named_modules()) == modules
+        elsewhere(contexts[0].__exit__, None, None, None)
+        third(contexts[1].__exit__, None, None, None)
+        assert torch.equal(elsewhere(logits, peft_model), plain)
+
+
+def test_generating_in_four_threads(peft_model):
+    """Decoding keeps projected prompts, for calls of either kind."""
+    options = {"max_new_tokens": 6, "do_sample": False}
+    calls = [{}, {"adapter_names": ["second", "default"]}, {"adapter_names": ["__base__", "second"]}, {}]
+    expected = [peft_model.generate(input_ids=IDS, **options, **call).tolist() for call in calls]
+    start = threading.Barrier(4, timeout=60)
+
+    def generate(call):
+        start.wait()
+        return [peft_model.generate(input_ids=IDS, **options, **call).tolist() for _ in range(4)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(generate, calls), expected, strict=True):
+            assert found == [right] * 4
+
+
+def test_the_base_is_asked_for_by_one_thread_alone():
+    model, inputs = prompted("Llama"), inputs_of("Llama")
+    with_prompts = outputs(model, inputs)
+    with zinit.disable_zero_init_attention(model):
+        base = outputs(model, inputs)
+    assert not torch.equal(base, with_prompts)
+    with Elsewhere() as elsewhere:
+        first, second = (zinit.disable_zero_init_attention(model) for _ in range(2))
+        elsewhere(first.__enter__)
+        assert torch.equal(outputs(model, inputs), with_prompts)
+        assert torch.equal(elsewhere(outputs, model, inputs), base)
+        second.__enter__()
+        elsewhere(first.__exit__, None, None, None)  # who entered first leaves first
+        assert torch.equal(outputs(model, inputs), base)
+        assert torch.equal(elsewhere(outputs, model, inputs), with_prompts)
+        copied = copy.deepcopy(model)  # for which nobody asked for the base
+        second.__exit__(None, None, None)
+    assert torch.equal(outputs(model, inputs), with_prompts)
+    assert torch.equal(outputs(copied, inputs), with_prompts)
+
+
+def test_a_block_may_end_in_another_thread():
+    model, inputs = prompted("Llama"), inputs_of("Llama")
+    expected = outputs(model, inputs)
+    block = zinit.disable_zero_init_attention(model)
+    block.__enter__()
+    with Elsewhere() as elsewhere:
+        elsewhere(block.__exit__, None, None, None)
+    assert torch.equal(outputs(model, inputs), expected)
+
+
+def test_asyncio_tasks_are_threads_too():
+    model, inputs = prompted("Llama"), inputs_of("Llama")
+    expected = outputs(model, inputs)
+
+    async def disabled():
+        with zinit.disable_zero_init_attention(model):
+            await asyncio.sleep(0)
+            return outputs(model, inputs)
+
+    async def plain():
+        return outputs(model, inputs)
+
+    async def both():
+        return await asyncio.gather(disabled(), plain())
+
+    base, found = asyncio.run(both())
+    assert torch.equal(found, expected) and not torch.equal(base, expected)
+
+
+def test_compiled_each_thread_has_its_own():
+    model, inputs = prompted("Llama"), inputs_of("Llama")
+    torch._dynamo.reset()
+    model.model.layers[-1].self_attn.compile(backend="eager", fullgraph=True)
+    with_prompts = outputs(model, inputs)
+    with zinit.disable_zero_init_attention(model):
+        base = outputs(model, inputs)
+    with Elsewhere() as elsewhere, zinit.disable_zero_init_attention(model):
+        assert torch.equal(outputs(model, inputs), base)
+        assert torch.equal(elsewhere(outputs, model, inputs), with_prompts)
+    assert torch.equal(outputs(model, inputs), with_prompts) and not torch.equal(base, with_prompts)
+
+
+def test_what_backward_recomputes_is_what_forward_computed():
+    """Also where autograd recomputes in a thread of its own, as it does for a GPU."""
+    model, inputs = prompted("Llama").train(), inputs_of("Llama")
+    model.config.use_cache = False  # transformers 4 would make a mask for the one pass and not for the other
+    model.lm_head.requires_grad_(True)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+
+    def gradients():
+        model.zero_grad()
+        with zinit.disable_zero_init_attention(model):
+            outputs(model, inputs).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients()
+    assert len(expected) == 3 and all(torch.equal(found[name], expected[name]) for name in expected)
+
+    scope, seen = Scope("of this test"), []
+
+    class InBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(scope.values())
+            return gradient
+
+    x = torch.ones(1, requires_grad=True)
+    with Elsewhere() as elsewhere, scope.holding("block"):
+        elsewhere(lambda: InBackward.apply(x).sum().backward())  # backward, in a thread without blocks
+        assert seen == [("block",)] and elsewhere(scope.values) == ()
+        assert elsewhere(scope.values, True) == ("block",)  # a replica of nn.DataParallel
+
+
+def test_adapter_names_in_a_replica_are_refused(peft_model):
+    peft_model.base_model._is_replica = True  # as nn.DataParallel marks its copies
+    with pytest.raises(ValueError, match="adapter_names is not supported under nn.DataParallel"):
+        logits(peft_model, adapter_names=["second", "default"])

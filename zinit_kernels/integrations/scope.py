@@ -1,0 +1,68 @@
+"""What a `with` block says about the calls within it: for its own thread or asyncio task, and for no other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+import torch
+
+_Value = TypeVar("_Value")
+
+
+class _Entry(Generic[_Value]):
+    """A block that is being executed. Compared by identity: two blocks may hold equal values."""
+
+    def __init__(self, value: _Value):
+        self.value = value
+
+
+class Scope(Generic[_Value]):
+    """The values of the blocks that a call stands in, outermost first.
+
+    One model serves several threads. What concerns one call (which adapters its rows have, whether it wants the base)
+    must not be written into the model, where every other call would see it.
+    """
+
+    def __init__(self, name: str):
+        self._here: ContextVar[tuple[_Entry[_Value], ...]] = ContextVar(name, default=())
+        # `entries` and their `values` in this thread: torch.compile cannot trace ContextVar (2.13), but reads
+        # threading.local, if it is no subclass, and guards on what it read
+        self._thread = threading.local()
+        self._all: list[_Entry[_Value]] = []
+
+    @contextmanager
+    def holding(self, value: _Value) -> Iterator[None]:
+        """A block of this value."""
+        entry = _Entry(value)
+        self._all.append(entry)
+        self._here.set((*self._here.get(), entry))
+        self._set_thread((*getattr(self._thread, "entries", ()), entry))
+        try:
+            yield
+        finally:
+            # not by a token: blocks of one thread may overlap, and end in another thread than they began in
+            self._all.remove(entry)
+            self._here.set(tuple(other for other in self._here.get() if other is not entry))
+            self._set_thread(other for other in getattr(self._thread, "entries", ()) if other is not entry)
+
+    def _set_thread(self, entries: Iterable[_Entry[_Value]]) -> None:
+        self._thread.entries = tuple(entries)
+        self._thread.values = tuple(entry.value for entry in self._thread.entries)
+
+    def values(self, moved: bool = False) -> tuple[_Value, ...]:
+        """The values in force for the calling code.
+
+        PyTorch moves some calls to threads of its own: what backward recomputes to autograd's thread of the device, and
+        the replicas of nn.DataParallel (`moved`). Those have no blocks; the ones of all threads hold for them.
+        """
+        if torch.compiler.is_compiling():
+            values: tuple[_Value, ...] = getattr(self._thread, "values", ())
+            return values
+        entries = self._here.get()
+        if not entries and self._all and (moved or torch._C._current_graph_task_id() != -1):
+            entries = tuple(self._all)
+        return tuple(entry.value for entry in entries if entry in self._all)

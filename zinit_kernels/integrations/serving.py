@@ -1,0 +1,83 @@
+"""transformers' continuous batching, which takes attention functions by a fixed list of names, with prompts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import NAME, attention_forward
+
+# what continuous batching calls for a model that attends by "sdpa"; the second name before transformers 5.19
+_NAMES = ("sdpa", "paged|sdpa")
+
+
+class _Served(NamedTuple):
+    contexts: int  # of this model
+    implementation: str  # from before the first
+    flash: bool | None  # the model's own _supports_flash_attn, where it had one
+
+
+_lock = threading.Lock()
+_models: WeakKeyDictionary[Any, _Served] = WeakKeyDictionary()
+_found: dict[str, Callable[..., Any]] = {}  # transformers' own functions, while any model is served
+
+
+def attends_by_zinit(implementation: str) -> bool:
+    """Whether a model that attends by this name asks for prompts now."""
+    return implementation == NAME or implementation in _found
+
+
+@contextmanager
+def serving(model: Any) -> Iterator[None]:
+    """Within it the model attends by "sdpa", and "sdpa" asks for prompts. Contexts may overlap, in threads too."""
+    base: nn.Module = model.set_attn_implementation.__self__
+    _enter(base)
+    try:
+        yield
+    finally:
+        _leave(base)
+
+
+def _enter(base: Any) -> None:
+    with _lock:
+        if not _models:
+            for name in _NAMES:
+                if name in ALL_ATTENTION_FUNCTIONS:
+                    _found[name] = ALL_ATTENTION_FUNCTIONS[name]
+                    ALL_ATTENTION_FUNCTIONS[name] = _with_prompts(_found[name])
+        served = _models.get(base)
+        if served is None:
+            own = vars(base).get("_supports_flash_attn")
+            served = _Served(0, base.config._attn_implementation, own)
+            base.set_attn_implementation("sdpa")
+            base._supports_flash_attn = False  # else it switches to flash-attention where that is installed
+        _models[base] = served._replace(contexts=served.contexts + 1)
+
+
+def _leave(base: Any) -> None:
+    """Whoever leaves last puts back what the first one found."""
+    with _lock:
+        served = _models.pop(base)
+        if served.contexts > 1:
+            _models[base] = served._replace(contexts=served.contexts - 1)
+        else:
+            base.set_attn_implementation(served.implementation)
+            if served.flash is None:
+                del base._supports_flash_attn
+            else:
+                base._supports_flash_attn = served.flash
+        if not _models:
+            for name, function in _found.items():
+                ALL_ATTENTION_FUNCTIONS[name] = function
+            _found.clear()
+
+
+def _with_prompts(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return partial(attention_forward, zinit_tokens=function)

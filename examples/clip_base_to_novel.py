@@ -20,6 +20,7 @@ from common import best, fit, is_quick, show, trained_numbers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
+from zinit_kernels.console import run
 from zinit_kernels.integrations.transformers import add_zero_init_attention, parameter_groups
 
 SIZE, LAYERS, PROMPTS = 24, 3, 10
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

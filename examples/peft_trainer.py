@@ -18,6 +18,7 @@ import torch
 from peft import AdaptionPromptConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from zinit_kernels.console import run
 from zinit_kernels.integrations.peft import accelerate
 
 STYLES = {
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from common import best, fit, head_group, is_quick, show, trained_numbers
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForTokenClassification
 
+from zinit_kernels.console import run
 from zinit_kernels.integrations.transformers import add_zero_init_attention, parameter_groups
 
 ANIMALS = ("dog", "cat", "bird", "horse", "fox", "wolf", "cow", "goat", "mouse", "bear")
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,7 +31,7 @@ def convert(lines: str) -> Iterator[dict[str, str]]:
                 yield {field: text.strip() for field, text in record.items()}
         except KeyError as error:
             raise ValueError(f"line {number}: the field {error} is missing") from error
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, TypeError, AttributeError) as error:
             raise ValueError(f"line {number}: not a seed task ({error})") from error
 
 

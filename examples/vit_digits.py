@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from zinit_kernels.console import run
 from zinit_kernels.integrations.transformers import add_zero_init_attention, parameter_groups
 
 LAYERS, HIDDEN, PROMPTS = 4, 64, 10
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

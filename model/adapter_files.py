@@ -1,4 +1,4 @@
-"""Adapters between disk and model."""
+"""The adapter of this folder's model, from disk and back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from zinit_kernels import checkpoints
+from zinit_kernels.console import shown
 
 from .adapter import LlamaAdapter
 from .config import AdapterConfig, LlamaConfig
@@ -27,7 +28,7 @@ def save_adapter(
     "zinit" alone keeps the metadata (`adapter_metadata` of the base): an official-v1 file fits any base of its shape.
     """
     if adapter.gates is None:
-        raise UserError(f"{path}: an adapter without gates is there to be compared with, no format keeps it.")
+        raise UserError(f"{path}: an adapter without gates is only for comparison, no format can hold it.")
     checkpoint = checkpoints.AdapterCheckpoint(
         prompts=adapter.prompts.detach(),
         gates=adapter.gates.detach(),
@@ -50,9 +51,11 @@ def load_adapter(
     gate_activation: str | None = None,
     base: Llama | None = None,
 ) -> LlamaAdapter:
-    """The adapter of a file for a base of this shape; prompt_length and gate_activation are those of
-    `checkpoints.load_adapter`. base: the base that it is for; if the file's fingerprint is another one's, a warning
-    is shown (official-v1 files have none).
+    """The adapter of a file, or of a folder that holds one, for a base of this shape.
+
+    prompt_length, gate_activation: as in `checkpoints.load_adapter`. base: the base that the adapter is for; a warning
+    is shown if the file has the fingerprint of another one (official-v1 files have none).
+    Raises UserError if it is damaged or does not fit; OSError if it cannot be read.
     """
     try:
         checkpoint = checkpoints.load_adapter(
@@ -62,7 +65,7 @@ def load_adapter(
         raise UserError(f"{error}.") from error
     if checkpoint.layers[0] != model.num_layers - len(checkpoint.layers):
         raise UserError(
-            f"{path} adapts layers {list(checkpoint.layers)}, only the topmost ones are supported."
+            f"{path} adapts layers {shown(list(checkpoint.layers))}, only the topmost ones are supported."
         )
     length = checkpoint.prompts.shape[1]
     if prompt_length not in (None, length):
@@ -70,7 +73,7 @@ def load_adapter(
     if base is not None and not is_of_base(checkpoint.metadata, base):
         warn(f"{path} was trained on another base of the same shape: its answers may be nonsense.")
     config = AdapterConfig(length, len(checkpoint.layers), checkpoint.gate_activation)
-    # a generator of its own: loading draws nothing from the program's
+    # a generator of its own, so that loading draws nothing from the program's
     adapter = LlamaAdapter(model, config, torch.Generator())
     with torch.no_grad():
         adapter.prompts.copy_(checkpoint.prompts)

@@ -73,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
     )
-    parser.add_argument("--adapter", type=Path, help="adapter file; without it the base alone answers")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="an adapter's file, or a folder that holds one, such as a run's; without it the base alone answers",
+    )
     parser.add_argument(
         "--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say (default: 10)"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, warn
 from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 # The special tokens of the LLaMA family, for a tokenizer whose files name none
@@ -96,6 +96,11 @@ class Tokenizer:
                     f"the tokenizer puts id {id} around a text and the model has a vocabulary of {rows}: "
                     "they belong to different models."
                 )
+        if self.vocab_size > rows:
+            warn(
+                f"the tokenizer has ids up to {self.vocab_size - 1} and the model a vocabulary of {rows}: a text that "
+                "holds one of the added tokens without a row is refused."
+            )
         return replace(self, rows=rows)
 
     def _encode_start(self, text: str, limit: int) -> list[int]:

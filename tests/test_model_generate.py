@@ -201,6 +201,7 @@ def test_program(tmp_path, capsys, model, adapter):
     assert code == 0 and "tokens/s" in told
     code, adapted, _ = run(capsys, *greedy, "--prompt", "the quick", "--adapter", file)
     assert code == 0 and adapted != plain
+    assert run(capsys, *greedy, "--prompt", "the quick", "--adapter", tmp_path)[1] == adapted  # its folder
     stop = adapted[2:4]
     code, stopped, _ = run(capsys, *greedy, "--prompt", "the quick", "--adapter", file, "--stop", stop)
     assert code == 0 and stopped == adapted[: adapted.index(stop)] + "\n"

@@ -254,13 +254,16 @@ def test_vocabulary_must_fit(tmp_path):
             tokenizer.check_vocabulary(rows)
 
 
-def test_an_added_token_may_lie_beyond_the_model(tmp_path):
-    """32,001 tokens with an added <pad> on 32,000 rows: only a text that holds the token is refused."""
+def test_an_added_token_may_lie_beyond_the_model(tmp_path, capsys):
+    """32,001 tokens with an added <pad> on 32,000 rows: a warning, and only a text that holds the token is refused."""
     tokenizer = word_tokenizer(tmp_path, 300)
     rows = tokenizer.get_vocab_size()
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer(tmp_path).check_vocabulary(rows + 1)
+    assert capsys.readouterr().err == ""
     loaded = load_tokenizer(tmp_path).check_vocabulary(rows)
+    assert f"ids up to {rows} and the model a vocabulary of {rows}: a text that" in capsys.readouterr().err
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT).ids
     with pytest.raises(
         UserError, match=rf"holds the token '<tool>' \(id {rows}\), and the model's vocabulary ends"

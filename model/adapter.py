@@ -6,7 +6,8 @@
     hidden = base.hidden_states(tokens, adapter, cu_seqlens=cu_seqlens)
 
 The prompts of a layer go through the layer's own k_proj and v_proj (eq. 5 of arXiv 2303.16199), without the
-rotary embedding. At gate 0 (how training starts) the model's output is the base's, bit for bit.
+rotary embedding. Gates start at 0: the output is then bit for bit what this model gives without an
+adapter.
 """
 
 from __future__ import annotations

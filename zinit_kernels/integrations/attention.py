@@ -9,9 +9,9 @@ projections make of the prompts, without the rotary embedding. What the fused ke
 dropout, a soft cap, attention sinks, a paged cache) gets the token branch from transformers and the prompt branch
 added.
 
-A layer whose gates are all 0 (how training starts) is the base's layer bit for bit: on a CPU its token branch is
-`sdpa`'s too. Elsewhere, and under torch.compile, looking at the gates would cost a synchronisation or a graph, and
-the token branch is the fused kernel's.
+On a CPU, a layer whose gates are all 0 (how training starts) gives the base's output bit for bit, because its tokens
+then go through `sdpa` too. On other devices and under torch.compile, looking at the gates would cost a synchronisation
+or a graph; there the tokens go through the fused kernel, whose output differs from `sdpa`'s by rounding.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def cached(backend: str, variant: str, problem: Problem) -> Call:
     shape, device = problem.shape, problem.device
     query, key, value, *prompts = (t.transpose(1, 2) for t in problem.tensors[:5])
     gate = problem.gate
-    options = {"cache_seqlens": torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device)}
+    lengths = torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32, device=device)
+    options = {"cache_seqlens": lengths, "causal": True}
     if variant == EACH:  # equal values in memory of their own
         prompts = [t.repeat(shape.batch, 1, 1, 1) for t in prompts]
         gate = gate.repeat(shape.batch, 1)

@@ -106,8 +106,8 @@ class Attention(nn.Module):
             return zero_init_attention_with_kvcache(
                 query, keys, values, key, value,
                 prompt_k=prompt_key, prompt_v=prompt_value, gate=gate, cache_seqlens=cache.lengths,
-                rotary_cos=cache.cos, rotary_sin=cache.sin, causal=True, window_size=(window_left, 0),
-                gate_activation=activation, backend=self.backend,
+                rotary_cos=cache.cos, rotary_sin=cache.sin, rotary_interleaved=False,
+                causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
             )  # fmt: skip
         query, key = Rotary.apply(query, layout.cos, layout.sin), Rotary.apply(key, layout.cos, layout.sin)
         if layout.cu_seqlens is not None:

@@ -12,7 +12,7 @@ import torch
 from far_memory import far_apart
 
 from zinit_kernels import prompt_attention_, zero_init_attention
-from zinit_kernels.ops import _flatten
+from zinit_kernels.call import CALL
 from zinit_kernels.testing import CASES, Case, check_case, gradients, make_inputs
 from zinit_kernels.testing.check import projections
 
@@ -216,7 +216,7 @@ def test_numbers_that_lead_outside_a_tensor_are_named_and_the_kernels_cut_them()
     inputs.options["prompt_index"] = torch.tensor([0, 1, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="prompt_index.*3"):
         inputs.call("triton")
-    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in _flatten(inputs.canonical())]
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in CALL.arguments(inputs.canonical())]
     args[3:6] = (torch.nan_to_num(a, nan=1.0) for a in args[3:6])  # unused rows are poison, and NaN != NaN
     out, _ = torch.ops.zinit.forward_triton(*args)
     args[6] = torch.tensor([0, 1, -1], dtype=torch.int32)
@@ -232,11 +232,11 @@ OPCHECKED = [
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck_forward_and_backward(case):
     inputs = make_inputs(case, torch.float32)
-    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in _flatten(inputs.canonical()))
+    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in CALL.arguments(inputs.canonical()))
     torch.library.opcheck(torch.ops.zinit.forward_triton.default, args)
     out, lse = torch.ops.zinit.forward_triton(*args)
     for needs in (0b111111, 0b111000):
-        backward_args = (torch.randn_like(out), torch.randn_like(lse), *args[:3], out, lse, *args[3:], needs)
+        backward_args = (torch.randn_like(out), torch.randn_like(lse), out, lse, *args, needs)
         torch.library.opcheck(torch.ops.zinit.backward_triton.default, backward_args)
 
 

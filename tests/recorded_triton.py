@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 from zinit_kernels.arguments import from_cache
 from zinit_kernels.backends.triton import configs, launch, ranges, tuning
-from zinit_kernels.ops import _flatten
+from zinit_kernels.call import CALL
 from zinit_kernels.testing import CacheCase, Case, make_cache_arguments, make_inputs
 
 
@@ -46,7 +46,7 @@ def compiled(monkeypatch):
 
 def attend(case, dtype=torch.float16, needs=0b111111):
     inputs = make_inputs(case, dtype)
-    args = [a.detach() if torch.is_tensor(a) else a for a in _flatten(inputs.canonical())]
+    args = [a.detach() if torch.is_tensor(a) else a for a in CALL.arguments(inputs.canonical())]
     out, lse = launch.forward(*args)
     launch.backward(torch.empty_like(out), torch.empty_like(lse), *args[:3], out, lse, *args[3:], needs)
 

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zinit_kernels import (
     prompt_attention_,
-    reference,
     zero_init_attention,
     zero_init_attention_varlen,
     zero_init_attention_with_kvcache,
 )
+from zinit_kernels.backends import reference
 from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -281,6 +281,7 @@ def test_meta_tensors_have_a_shape(backend):
             prompt_v=table,
             gate=gate,
             cache_seqlens=5,
+            causal=True,
             backend=backend,
         ),
     )

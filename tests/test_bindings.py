@@ -52,7 +52,7 @@ def arguments_of(stage: str) -> dict:
         return {**attention, **table, **packing, **last}
     out, lse = tensor(TOKENS, HEADS), torch.randn(B, HEADS, TOKENS)
     return {
-        "grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse), **attention, "out": out, "lse": lse,
+        "grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse), "out": out, "lse": lse, **attention,
         **table, **packing, **last, "needs": 63,
     }  # fmt: skip
 
@@ -68,7 +68,7 @@ def packed(stage: str) -> dict:
 
 
 def call(stage: str, given: dict, backend: str = "cpu"):
-    return getattr(torch.ops.zinit, f"{stage}_{backend}").default(*given.values())
+    return getattr(torch.ops.zinit, f"{stage}_{backend}").default(**given)
 
 
 CALLS = {

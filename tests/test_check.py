@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from zinit_kernels import check, dispatch
+from zinit_kernels import check
+from zinit_kernels.backends import composed, reference
 
 
 def test_says_what_there_is_and_that_it_is_right():
@@ -20,8 +21,8 @@ def test_says_what_there_is_and_that_it_is_right():
 
 
 def test_a_wrong_backend_is_named_and_fails(monkeypatch, capsys):
-    right = dispatch._RUN_WITH_CACHE["reference"]
-    monkeypatch.setitem(dispatch._RUN_WITH_CACHE, "composed", lambda call: (right(call)[0] * 1.5, None))
+    right = reference.attention_with_cache
+    monkeypatch.setattr(composed, "attention_with_cache", lambda call: (right(call)[0] * 1.5, None))
     monkeypatch.setattr(check, "devices", lambda: ["cpu"])
     assert check.main() == 1
     out = capsys.readouterr().out
@@ -34,6 +35,6 @@ def test_an_exception_is_a_wrong_answer(monkeypatch, capsys, error):
     def fail(call):
         raise error
 
-    monkeypatch.setitem(dispatch._RUN, "composed", fail)
+    monkeypatch.setattr(composed, "attention", fail)
     assert check.main() == 1
     assert f"WRONG: {type(error).__name__}: {error}" in capsys.readouterr().out

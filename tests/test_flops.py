@@ -84,6 +84,7 @@ def test_decode_counts_what_the_cache_holds():
             prompt_v=prompt,
             gate=0.5,
             cache_seqlens=torch.tensor([4, 20], dtype=torch.int32),
+            causal=True,
             backend="cpu",
         )  # fmt: skip
     )
@@ -95,5 +96,5 @@ def test_registered_whichever_is_imported_first(counter_first):
     lines = ["import zinit_kernels", "from torch.utils import flop_counter"]
     script = "import sys, torch\n" + "\n".join(reversed(lines) if counter_first else lines)
     script += "\nassert all(getattr(torch.ops.zinit, f'{s}_{b}') in flop_counter.flop_registry"
-    script += " for b, stages in zinit_kernels.ops.STAGES.items() for s in stages)"
+    script += " for b, stages in zinit_kernels.operators.STAGES.items() for s in stages)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -16,6 +16,7 @@ from zinit_kernels import (
     zero_init_attention_with_kvcache,
 )
 from zinit_kernels.backends import extension
+from zinit_kernels.backends.cuda import HEAD_DIMS
 from zinit_kernels.testing import (
     CACHE_CASES,
     CASES,
@@ -78,7 +79,7 @@ def run_or_hear_why(reason, run):
 
 
 @needs_cuda_kernels
-@pytest.mark.parametrize("head_dim", dispatch.CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_cuda_prefill_of_many_tiles(head_dim):
     case = Case(
         "long", batch=1, heads_q=4, heads_kv=2, seqlens_q=(1500,), head_dim=head_dim, window=(700, -1)
@@ -88,7 +89,7 @@ def test_cuda_prefill_of_many_tiles(head_dim):
 
 
 @needs_cuda_kernels
-@pytest.mark.parametrize("head_dim", dispatch.CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("prompt_length", [10, 128])
 def test_cuda_prompt_attention(head_dim, prompt_length):
     case = Case("prompt", seqlens_q=(300,), head_dim=head_dim, heads_kv=2, prompt_length=prompt_length)

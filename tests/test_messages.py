@@ -1,5 +1,6 @@
 """Every refusal names the argument, what was expected, what came, and what to do; explain says what would run."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def cache(**changed):
         "q": x(2, 1, 4, 8), "k_cache": x(2, 16, 2, 8), "v_cache": x(2, 16, 2, 8),
         "k": x(2, 1, 2, 8), "v": x(2, 1, 2, 8),
         "prompt_k": x(3, 2, 8), "prompt_v": x(3, 2, 8), "gate": 0.5, "cache_seqlens": torch.tensor([3, 4]),
+        "causal": True,
     }  # fmt: skip
     return given | changed
 
@@ -117,6 +119,153 @@ FUNCTIONS = {
     varlen: zero_init_attention_varlen,
     cache: zero_init_attention_with_kvcache,
 }
+
+
+def swapped(given, names, dims=(1, 2)):
+    return given | {name: given[name].transpose(*dims) for name in names}
+
+
+def branch(**changed):
+    given = {"out": x(2, 6, 4, 8), "q": x(2, 6, 4, 8), "prompt_k": x(1, 3, 2, 8), "prompt_v": x(1, 3, 2, 8)}
+    return given | {"gate": torch.ones(4)} | changed
+
+
+def caches(**changed):
+    """Five queries, of which the keys have no multiple."""
+    return cache(q=x(2, 5, 4, 8), k=x(2, 5, 2, 8), v=x(2, 5, 2, 8), **changed)
+
+
+SDPA_TENSORS, PROMPTS = ("query", "key", "value"), ("prompt_key", "prompt_value")
+TO_SDPA = (
+    r"heads and tokens swapped, \[B, T, H, D\]: this function takes \[B, H, T, D\], use .transpose\(1, 2\)"
+)
+TO_FLASH = (
+    r"heads and tokens swapped, \[B, H, T, D\]: this function takes \[B, T, H, D\], use .transpose\(1, 2\)"
+)
+TO_PACKED = (
+    r"heads and tokens swapped, \[H, total, D\]: this function takes \[total, H, D\], use .transpose\(0, 1\)"
+)
+ALONE = r"tokens of {} swapped\? This function takes \[B, {}, D\]"
+SWAPPED = {
+    "whole": (zero_init_attention, swapped(sdpa(), SDPA_TENSORS), "^query, key and value have " + TO_SDPA),
+    "whole_with_prompts": (
+        zero_init_attention, swapped(sdpa(), (*SDPA_TENSORS, *PROMPTS)), "^query, key and value have " + TO_SDPA,
+    ),
+    "whole_causal": (
+        zero_init_attention, swapped(sdpa(is_causal=True), SDPA_TENSORS), "query, key and value have " + TO_SDPA,
+    ),
+    "more_keys": (
+        zero_init_attention, swapped(sdpa(key=x(2, 2, 9, 8), value=x(2, 2, 9, 8)), SDPA_TENSORS),
+        "query and key have " + TO_SDPA,
+    ),
+    "query_alone": (zero_init_attention, swapped(sdpa(query=x(2, 4, 5, 8)), ("query",)), ALONE.format("query", "H, T")),
+    "mask": (
+        zero_init_attention,
+        swapped(sdpa(**dict.fromkeys((*PROMPTS, "gate")), attn_mask=torch.ones(2, 6) > 0), SDPA_TENSORS),
+        "attn_mask must be .*query, key and value have " + TO_SDPA,
+    ),
+    "gate": (prompt_attention_, swapped(branch(), ("out", "q")), "^gate must hold .*out and q have " + TO_FLASH),
+    "packed": (zero_init_attention_varlen, swapped(varlen(), "qkv", (0, 1)), "^q, k and v have " + TO_PACKED),
+    "packed_without_prompts": (
+        zero_init_attention_varlen, swapped(varlen(**dict.fromkeys(("prompt_k", "prompt_v", "gate"))), "qkv", (0, 1)),
+        "q, k and v have " + TO_PACKED,
+    ),
+    "caches": (
+        zero_init_attention_with_kvcache, swapped(caches(), ("q", "k_cache", "v_cache", "k", "v")),
+        "q and k_cache have " + TO_FLASH,
+    ),
+    "caches_alone": (
+        zero_init_attention_with_kvcache, swapped(caches(), ("k_cache", "v_cache")), ALONE.format("k_cache", "T, H"),
+    ),
+    "new_keys": (zero_init_attention_with_kvcache, swapped(caches(), "kv"), "^k must .*k and v have " + TO_FLASH),
+    "branch": (
+        prompt_attention_, swapped(branch(out=x(2, 5, 4, 8), q=x(2, 5, 4, 8)), ("out", "q")), ALONE.format("q", "T, H"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_swapped_layout_is_named_as_such(name):
+    function, given, message = SWAPPED[name]
+    with pytest.raises(ValueError, match=message):
+        function(**given)
+
+
+@pytest.mark.parametrize("name", ["value", "prompt_layout", "prompt_heads", "gate_size", "mask_shape"])
+def test_no_other_fault_is_taken_for_a_swapped_layout(name):
+    build, changed, error, _ = REFUSED[name]
+    with pytest.raises(error) as caught:
+        FUNCTIONS[build](**build(**changed))
+    assert "tokens swapped" not in str(caught.value)
+
+
+# flash-attn 2.8 and torch 2.11, where a name of theirs is one of ours
+THEIR_DEFAULTS = {
+    zero_init_attention: {"attn_mask": None, "is_causal": False, "scale": None},
+    zero_init_attention_varlen: {"softmax_scale": None, "causal": False, "window_size": (-1, -1)},
+    zero_init_attention_with_kvcache: {
+        "k": None, "v": None, "rotary_cos": None, "rotary_sin": None, "cache_seqlens": None, "block_table": None,
+        "softmax_scale": None, "causal": False, "window_size": (-1, -1), "rotary_interleaved": True, "num_splits": 0,
+    },
+}  # fmt: skip
+MUST_BE_GIVEN = {"cache_seqlens", "causal", "rotary_interleaved"}
+
+
+@pytest.mark.parametrize("function", THEIR_DEFAULTS, ids=lambda function: function.__name__)
+def test_a_familiar_name_has_the_familiar_default_or_none(function):
+    ours = inspect.signature(function).parameters
+    for name, default in THEIR_DEFAULTS[function].items():
+        if name not in MUST_BE_GIVEN or function is not zero_init_attention_with_kvcache:
+            assert ours[name].default == default, name
+    if function is zero_init_attention_with_kvcache:
+        given = cache(rotary_cos=x(16, 4), rotary_sin=x(16, 4), rotary_interleaved=True)
+        for backend in ("auto", "reference"):
+            function(**given, backend=backend)
+            for name in MUST_BE_GIVEN:
+                without = {key: value for key, value in given.items() if key != name}
+                with pytest.raises(TypeError, match=name):
+                    function(**without, backend=backend)
+        with pytest.raises(
+            TypeError, match="flash_attn_with_kvcache's default is False, .* this function was True"
+        ):
+            function(**cache(causal=None))
+        with pytest.raises(TypeError, match="default is True, the default of this function was False"):
+            function(**given | {"rotary_interleaved": None})
+        function(**cache())  # no tables: no pairs
+
+
+def test_positions_of_another_function_are_no_prompts():
+    """The fourth argument of SDPA is a mask, of flash_attn_varlen_func cumulative lengths."""
+    given = sdpa()
+    with pytest.raises(ValueError, match="must be given together"):
+        zero_init_attention(*(given[n] for n in SDPA_TENSORS), torch.ones(6, 6) > 0)
+    packed = varlen()
+    lengths = packed["cu_seqlens_q"]
+    with pytest.raises(TypeError):
+        zero_init_attention_varlen(packed["q"], packed["k"], packed["v"], lengths, lengths, 4, 4)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.native), "composed", "reference"])
+@pytest.mark.parametrize(
+    ("causal", "new", "positions"), [(False, 2, 16), (False, None, 15), (True, 2, 22), (True, None, 22)]
+)
+def test_rotary_tables_that_suffice_are_accepted(causal, new, positions, backend):
+    """Without a causal mask or a window all queries are rotated at cache_seqlens, new keys at cache_seqlens + t."""
+    tables = x(positions, 4), x(positions, 4)
+    given = {
+        "q": x(1, 8, 4, 8), "k_cache": torch.zeros(1, 32, 2, 8), "v_cache": torch.zeros(1, 32, 2, 8),
+        "k": None if new is None else x(1, new, 2, 8), "v": None if new is None else x(1, new, 2, 8),
+        "prompt_k": None, "prompt_v": None, "gate": None, "cache_seqlens": 14, "causal": causal,
+        "rotary_interleaved": True, "backend": backend,
+    }  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=f"needs {positions}"):
+        cut = [table[:-1].clone() for table in tables]
+        zero_init_attention_with_kvcache(**given, rotary_cos=cut[0], rotary_sin=cut[1])
+    copies = {name: given[name].clone() for name in ("k_cache", "v_cache")}
+    out = zero_init_attention_with_kvcache(**given, rotary_cos=tables[0], rotary_sin=tables[1])
+    longer = [torch.cat((table, x(50, 4))) for table in tables]
+    expected = zero_init_attention_with_kvcache(**given | copies, rotary_cos=longer[0], rotary_sin=longer[1])
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)

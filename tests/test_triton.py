@@ -189,9 +189,9 @@ def test_chips_by_capability(monkeypatch, capability, expected):
     """Of a chip that is not here: the choice looks at device and capability alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from zinit_kernels import dispatch
+    from zinit_kernels.backends import triton
 
-    monkeypatch.setattr(dispatch, "_TRITON_UNAVAILABLE", "")
+    monkeypatch.setattr(triton, "UNAVAILABLE", "")
     major, minor = capability
     chip = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: chip)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from . import arguments, dispatch, shortcuts
+from . import arguments, dispatch, fast_path
 from .dispatch import Explanation
 
 if TYPE_CHECKING:
@@ -28,13 +28,16 @@ class _SdpaOptions(TypedDict, total=False):
     backend: str
 
 
-class _VarlenOptions(TypedDict, total=False):
+class _FlashOptions(TypedDict, total=False):
     softmax_scale: float | None
-    causal: bool
     window_size: tuple[int, int] | None
     gate_activation: str
     prompt_index: Tensor | None
     backend: str
+
+
+class _VarlenOptions(_FlashOptions, total=False):
+    causal: bool
 
 
 class _CacheRequired(TypedDict):
@@ -42,13 +45,14 @@ class _CacheRequired(TypedDict):
     prompt_v: Tensor | None
     gate: Tensor | float | None
     cache_seqlens: Tensor | int
+    causal: bool
 
 
-class _CacheOptions(_CacheRequired, _VarlenOptions, total=False):
+class _CacheOptions(_CacheRequired, _FlashOptions, total=False):
     block_table: Tensor | None
     rotary_cos: Tensor | None
     rotary_sin: Tensor | None
-    rotary_interleaved: bool
+    rotary_interleaved: bool | None
     num_splits: int
 
 
@@ -127,7 +131,8 @@ def zero_init_attention(
             [N, Hq] with a table of adapters. float32 preferred. Applied before the output projection.
         attn_mask: bool (True = attend) or additive. A key-padding mask [B, S] (or [B, 1, 1, S]) is fused;
             what depends on the query runs the composed path. A [B, S] that could also mean [T, S] is refused:
-            spell it with four dimensions.
+            spell it with four dimensions. A `torch.nn.attention.bias.CausalBias` is what it is to SDPA, and fused
+            where it is aligned at the end (`causal_lower_right`).
         is_causal: query i sees keys j <= i; needs T == S. May be combined with attn_mask.
         window_size: (left, right), -1 = no limit: query i sees keys i - left <= j <= i + right. Needs T == S.
         scale: of the scores of both branches; default D ** -0.5.
@@ -151,7 +156,7 @@ def zero_init_attention(
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
         prompt_index,
     )  # fmt: skip
-    if backend in ("auto", "cpu") and (done := shortcuts.attend(*given)):
+    if backend in ("auto", "cpu") and (done := fast_path.attention(*given)):
         return done if return_lse else done[0]
     out, lse = dispatch.run(backend, arguments.from_sdpa(*given), return_lse)
     return out if lse is None else (out, lse)
@@ -255,7 +260,11 @@ def zero_init_attention_varlen(
         q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale, causal, window_size, gate_activation, prompt_index,
     )  # fmt: skip
-    out, lse = dispatch.run(backend, call, return_lse)
+    try:
+        out, lse = dispatch.run(backend, call, return_lse)
+    except (RuntimeError, ValueError) as error:
+        arguments.blame_layout(error, call)
+        raise
     out = out.squeeze(0).transpose(0, 1)
     return out if lse is None else (out, lse.squeeze(0))
 
@@ -307,9 +316,9 @@ def zero_init_attention_with_kvcache(
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = False,
+    rotary_interleaved: bool | None = None,
     softmax_scale: float | None = None,
-    causal: bool = True,
+    causal: bool | None = None,
     window_size: tuple[int, int] | None = (-1, -1),
     num_splits: int = 0,
     gate_activation: str = "tanh",
@@ -336,9 +345,12 @@ def zero_init_attention_with_kvcache(
             anything, NaN too.
         block_table: int32 [B, max_pages]: page i of a sequence; entries behind its last page are not read.
         rotary_cos, rotary_sin: [positions, rotary_dim / 2]; rotates k, and q, at positions cache_seqlens + t
-            (q without causal and window: all at cache_seqlens, as flash-attn does).
-        rotary_interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
-        causal, window_size: bottom-right aligned, as `zero_init_attention_varlen`.
+            (q without causal and window: all at cache_seqlens, as flash-attn does). No more positions than these
+            are needed.
+        rotary_interleaved: pairs (2i, 2i + 1) (True) or (i, i + rotary_dim / 2) (False). Must be given with the
+            tables: flash-attn's default is True, this function's was False.
+        causal, window_size: bottom-right aligned, as `zero_init_attention_varlen`. causal must be given:
+            flash-attn's default is False, this function's was True.
         num_splits: pieces the keys of a sequence are split into; 0 chooses. Changes nothing beyond rounding.
         softmax_scale, gate_activation, backend: as `zero_init_attention_varlen`.
 
@@ -354,7 +366,7 @@ def zero_init_attention_with_kvcache(
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
         rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
     )  # fmt: skip
-    if backend in ("auto", "cpu") and (done := shortcuts.attend_with_cache(*given)):
+    if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]
     out, lse = dispatch.run(backend, arguments.from_cache(*given), return_lse)
     return out if lse is None else (out, lse)
@@ -396,10 +408,10 @@ def prompt_attention_(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    head_major, call = arguments.from_prompt_branch(
+    call = arguments.from_prompt_branch(
         out, q, prompt_k, prompt_v, gate, cu_seqlens, max_seqlen, softmax_scale, gate_activation, prompt_index
     )
-    dispatch.add_prompt_branch(backend, head_major, call)
+    dispatch.add_prompt_branch(backend, call)
     return out
 
 

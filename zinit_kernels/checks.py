@@ -8,32 +8,18 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .calls import CacheCall, Call
+from .call import FLOATS, PLAIN_TYPES, AnyCall, CacheCall, PromptCall, has_values
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (*FLOATS, torch.float64)
 _ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether it can be read: not while torch.compile or a torch.func transform looks on, and fake and meta tensors
-    hold nothing."""
-    if torch.compiler.is_compiling() or is_transforming():
-        return False
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
-def is_transforming() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp) is on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def check_values(call: Call | CacheCall) -> None:
+def check_values(call: AnyCall) -> None:
     """The checks that must read tensors, for eager calls on host memory; the native kernels do the same ones.
 
     On a device they would wait for it, so there they run with ZINIT_CHECK=1 alone; without, kernels clamp.
@@ -49,7 +35,9 @@ def check_values(call: Call | CacheCall) -> None:
             )
     if isinstance(call, CacheCall):
         _check_cache_values(call)
-    elif call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+    elif isinstance(call, PromptCall):
+        _check_cumulative("cu_seqlens", call.cu_seqlens, call.query.shape[2], call.max_seqlen, "max_seqlen")
+    else:
         _check_cumulative(
             "cu_seqlens_q", call.cu_seqlens_q, call.query.shape[2], call.max_seqlen_q, "max_seqlen_q"
         )
@@ -62,6 +50,9 @@ def _check_cache_values(call: CacheCall) -> None:
     appended = 0 if call.new_key is None else call.new_key.shape[1]
     page_size = call.key_cache.shape[1]
     capacity = page_size if call.block_table is None else page_size * call.block_table.shape[1]
+    # without a causal mask or a window all queries are rotated at one position
+    queries = call.query.shape[1]
+    rotated = max(appended, min(queries, 1) if call.window_left == call.window_right == -1 else queries)
     for sequence, seqlen in enumerate(call.cache_seqlens.tolist()):
         if seqlen < 0 or seqlen + appended > capacity:
             raise ValueError(
@@ -69,22 +60,22 @@ def _check_cache_values(call: CacheCall) -> None:
                 "the capacity of the cache: make the cache longer (or give the sequence more pages)"
             )
         if call.block_table is not None:
-            used = call.block_table[sequence, : -(-(seqlen + appended) // page_size)]
+            used = call.block_table[sequence, : -(-(seqlen + appended) // max(page_size, 1))]
             if len(used) and (int(used.min()) < 0 or int(used.max()) >= call.key_cache.shape[0]):
                 raise ValueError(
                     f"block_table[{sequence}] names pages {used.tolist()}, the pool has {call.key_cache.shape[0]} pages"
                 )
-        if (
-            call.rotary_cos is not None
-            and seqlen + max(appended, call.query.shape[1]) > call.rotary_cos.shape[0]
-        ):
+        if call.rotary_cos is not None and rotated and seqlen + rotated > call.rotary_cos.shape[0]:
             raise ValueError(
-                f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs "
-                f"{seqlen + max(appended, call.query.shape[1])}"
+                f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs {seqlen + rotated}"
             )
 
 
-def _check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int, longest_name: str) -> None:
+def _check_cumulative(
+    name: str, cu_seqlens: Tensor | None, total: int, longest: int, longest_name: str
+) -> None:
+    if cu_seqlens is None:
+        return
     lengths = cu_seqlens.diff().tolist()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or min(lengths, default=0) < 0:
         raise ValueError(
@@ -96,15 +87,64 @@ def _check_cumulative(name: str, cu_seqlens: Tensor, total: int, longest: int, l
         )
 
 
+def check_storage(**given: Any) -> None:
+    """That each tensor is what its storage says, and on the first one's device; the names are the public function's.
+
+    A subclass that overrides what operators do may hold anything in its storage: `torch.nn.attention.bias.CausalBias`
+    holds nothing.
+    """
+    device = None
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_nested or tensor.layout != torch.strided:
+            came = "a nested one" if tensor.is_nested else tensor.layout
+            raise TypeError(
+                f"{name} must be a dense tensor, got {came}: use .to_dense(), or for sequences of several lengths "
+                "zero_init_attention_varlen"
+            )
+        kind = type(tensor)
+        if kind not in PLAIN_TYPES and not _is_what_it_stores(kind):
+            advice = _ADVICE.get(kind.__name__, "pass the plain torch.Tensor that it stands for")
+            raise TypeError(
+                f"{name} must be a plain tensor, got a {kind.__qualname__}, a subclass with its own meaning of what "
+                f"operators do with it: {advice}"
+            )
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} must be on the query's device {device}, got {tensor.device}: move one of the two"
+            )
+
+
+_ADVICE = {
+    "CausalBias": "it goes into zero_init_attention's attn_mask only",
+    "DTensor": "pass .to_local(), the heads or the sequences of this process, or .full_tensor()",
+    "MaskedTensor": "pass .get_data(), and its mask as attn_mask",
+}
+# Subclasses that stand in for a tensor everywhere: torch's own tracing, and results of collectives not waited for yet.
+_STAND_INS = frozenset(("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor"))
+
+
+def _is_what_it_stores(kind: type[Tensor]) -> bool:
+    """Whether a Tensor subclass leaves operators as they are, as one that only carries a name or metadata does."""
+    if kind.__module__.startswith("torch.") and kind.__name__ in _STAND_INS:
+        return True
+    leaves_functions = _function_of(kind.__torch_function__) in (
+        _function_of(Tensor.__torch_function__),
+        torch._C._disabled_torch_function_impl,
+    )
+    return leaves_functions and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _function_of(method: Any) -> Any:
+    """The function of a class method, which makes a new bound object at each look."""
+    return getattr(method, "__func__", method)
+
+
 def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor | None = None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        came = "a nested one" if tensor.is_nested else tensor.layout
-        raise TypeError(
-            f"{name} must be a dense tensor {layout}, got {came}: use .to_dense(), or for sequences of several lengths "
-            "zero_init_attention_varlen"
-        )
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(tensor.shape)}")
     if like is None:
@@ -114,36 +154,73 @@ def check_tensor(name: str, tensor: Tensor, dims: int, layout: str, like: Tensor
             )
         if tensor.shape[-1] == 0:
             raise ValueError(f"{name} must have a head_dim of at least 1, got shape {tuple(tensor.shape)}")
-        return
-    if tensor.dtype != like.dtype:
+    elif tensor.dtype != like.dtype:
         raise TypeError(
             f"{name} must have the query's dtype {like.dtype}, got {tensor.dtype}: cast one of the two"
         )
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name} must be on the query's device {like.device}, got {tensor.device}: move one of the two"
-        )
 
 
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], free: tuple[int, ...] = ()) -> None:
-    """free: dimensions whose size is the tensor's own, spelled * in the message."""
+def check_shape(
+    name: str, tensor: Tensor, expected: tuple[int, ...], free: tuple[int, ...] = (), hint: str = ""
+) -> None:
+    """free: dimensions whose size is the tensor's own, spelled * in the message, which ends in `hint`."""
     if tensor.shape != expected:
         words = ["*" if i in free else size for i, size in enumerate(expected)]
-        raise ValueError(f"{name} must have shape {spell(words)}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {spell(words)}, got {tuple(tensor.shape)}{hint}")
 
 
 def spell(sizes: Sequence[int | str]) -> str:
     return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
-def check_groups(heads_q: int, heads_kv: int, seqlen_q: int, name: str, layout: str) -> None:
-    if heads_kv == 0 or heads_q % heads_kv != 0:
-        hint = ""
-        if heads_kv and seqlen_q % heads_kv == 0 and seqlen_q:
-            hint = f"; are heads and tokens swapped? The layout here is {layout}"
-        raise ValueError(
-            f"the {heads_q} heads of {name} must be a multiple of the {heads_kv} key/value heads{hint}"
+class Layout(NamedTuple):
+    """A public function's layout, and the one that is easily mistaken for it."""
+
+    operands: str  # the names of the tensors that have it
+    name: str
+    heads: int  # the dimension that counts them
+    tokens: int
+    swapped: str
+    turn: str  # what turns one into the other
+
+    def swap(self, operands: str = "") -> str:
+        """The sentence that says so of the operands."""
+        return (
+            f"{operands or self.operands} have heads and tokens swapped, {self.swapped}: this function takes "
+            f"{self.name}, use {self.turn}"
         )
+
+
+_SDPA = "[B, H, T, D]", -3, -2, "[B, T, H, D]", ".transpose(1, 2)"
+_FLASH = "[B, T, H, D]", -2, -3, "[B, H, T, D]", ".transpose(1, 2)"
+_PACKED = "[total, H, D]", -2, -3, "[H, total, D]", ".transpose(0, 1)"
+WHOLE = Layout("query, key and value", *_SDPA)
+VARLEN = Layout("q, k and v", *_PACKED)
+CACHED = Layout("q, k_cache and v_cache", *_FLASH)
+BRANCH = Layout("out and q", *_FLASH)
+PACKED_BRANCH = Layout("out and q", *_PACKED)
+
+
+def are_groups(heads_q: int, heads_kv: int) -> bool:
+    return heads_kv > 0 and heads_q % heads_kv == 0
+
+
+def check_groups(layout: Layout, query: Tensor, key: Tensor, names: tuple[str, str]) -> None:
+    heads_q, heads_kv = query.shape[layout.heads], key.shape[layout.heads]
+    if are_groups(heads_q, heads_kv):
+        return
+    tokens_q, tokens_kv = query.shape[layout.tokens], key.shape[layout.tokens]
+    hint = ""
+    # where there are as many queries as keys, these would always do as numbers of heads
+    if tokens_q and are_groups(tokens_q, tokens_kv) and (tokens_q != tokens_kv or heads_q < heads_kv):
+        hint = f"; it seems that {layout.swap(' and '.join(names))}"
+    elif tokens_q and are_groups(tokens_q, heads_kv):
+        hint = f"; are heads and tokens of {names[0]} swapped? This function takes {layout.name}"
+    elif are_groups(heads_q, tokens_kv):
+        hint = f"; are heads and tokens of {names[1]} swapped? This function takes {layout.name}"
+    raise ValueError(
+        f"the {heads_q} heads of {names[0]} must be a multiple of the {heads_kv} key/value heads{hint}"
+    )
 
 
 def check_written(name: str, cache: Tensor) -> None:
@@ -178,8 +255,6 @@ def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) 
                 f"{name} must be a floating-point table [max positions, rotary_dim / 2] with rotary_dim <= {head_dim}, "
                 f"the same shape as its pair, got {tuple(table.shape)} of {table.dtype}"
             )
-        if table.device != q.device:
-            raise ValueError(f"{name} must be on the query's device {q.device}, got {table.device}")
     # kernels read tables of one dtype, and of none that is wider than what they compute in
     dtype = torch.promote_types(q.dtype, torch.float32)
     if cos.dtype == sin.dtype and cos.dtype in DTYPES[:3]:
@@ -187,7 +262,7 @@ def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) 
     return cos.to(dtype).contiguous(), sin.to(dtype).contiguous()
 
 
-def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
+def as_int32(name: str, tensor: Tensor, dims: int) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be an int32 tensor, got {came}")
@@ -195,8 +270,6 @@ def as_int32(name: str, tensor: Tensor, dims: int, like: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must have {dims} dimension{'s' * (dims > 1)}, got shape {tuple(tensor.shape)}"
         )
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the query's device {like.device}, got {tensor.device}")
     if tensor.dtype == torch.int32:
         return tensor.contiguous()
     if tensor.device.type == "cpu" and tensor.numel() and has_values(tensor):

@@ -21,11 +21,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .ops import STAGES
+from .call import CALL, CacheCall, Call, PromptCall, from_backward_arguments
+from .operators import STAGES, operator
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -34,7 +34,7 @@ def register_when_imported() -> None:
     """Registers the formulas now, or with the counter's own import: to import it costs half a second, and Triton."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
-    else:
+    elif not any(type(finder).__name__ == _WhenImported.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
 
@@ -59,71 +59,62 @@ def _register(counter: ModuleType) -> None:
     formulas = {"forward": _forward, "backward": _backward, "decode": _decode, "prompt": _prompt}
     for backend, stages in STAGES.items():
         for stage in stages:
-            operator = getattr(torch.ops.zinit, f"{stage}_{backend}")
-            counter.register_flop_formula(operator, get_raw=True)(formulas[stage])
+            packet = operator(stage, backend).overloadpacket
+            if packet not in counter.flop_registry:  # else by a package that was imported before
+                counter.register_flop_formula(packet, get_raw=True)(formulas[stage])
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor | None, prompt_value: Tensor | None,
-    gate: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, window_left: int,
-    window_right: int, tanh_gate: bool, **ignored: Any,
-) -> int:  # fmt: skip
-    lengths = _lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    pairs = sum(_pairs(*length, window_left, window_right) for length in lengths)
-    prompt_pairs = _prompt_pairs(query, prompt_key)
-    return 4 * query.shape[3] * query.shape[1] * (pairs + prompt_pairs)
+def _forward(*arguments: Any, **ignored: Any) -> int:
+    call = Call(*arguments)
+    return 4 * call.query.shape[3] * call.query.shape[1] * (_token_pairs(call) + _prompt_pairs(call))
 
 
-def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
-    key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int, **ignored: Any,
-) -> int:  # fmt: skip
-    lengths = _lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    pairs = sum(_pairs(*length, window_left, window_right) for length in lengths)
-    prompt_pairs = _prompt_pairs(query, prompt_key)
-    wants = [bool(needs >> i & 1) for i in range(6)]
-    wants_query, wants_key, _, wants_prompt_key, wants_prompt_value, _ = wants
-    token_products = any(wants[:3]) + (wants_query or wants_key) + sum(wants[:3])
-    needs_row_sums = any(wants[:2]) or any(wants[3:])
-    prompt_products = 2 * needs_row_sums + wants_query + wants_prompt_key + wants_prompt_value
-    return 2 * query.shape[3] * query.shape[1] * (token_products * pairs + prompt_products * prompt_pairs)
+def _backward(*arguments: Any, **ignored: Any) -> int:
+    _, call, needs = from_backward_arguments(arguments)
+    wants = {name: bool(needs >> i & 1) for i, name in enumerate(CALL.differentiable)}
+    token_wants = [wants.pop(name) for name in ("query", "key", "value")]
+    wants_query, wants_key, _ = token_wants
+    token_products = any(token_wants) + (wants_query or wants_key) + sum(token_wants)
+    needs_row_sums = wants_query or wants_key or any(wants.values())
+    prompt_products = 2 * needs_row_sums + wants_query + wants["prompt_key"] + wants["prompt_value"]
+    products = token_products * _token_pairs(call) + prompt_products * _prompt_pairs(call)
+    return 2 * call.query.shape[3] * call.query.shape[1] * products
 
 
-def _decode(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
-    cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, *rest: Any, **ignored: Any,
-) -> int:  # fmt: skip
-    batch, seqlen_q, heads_q, head_dim = query.shape
-    capacity = key_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    appended = 0 if new_key is None else new_key.shape[1]
-    prompt_length = 0 if prompt_key is None else prompt_key.shape[1]
-    if isinstance(cache_seqlens, FakeTensor) or cache_seqlens.is_meta:
+def _decode(*arguments: Any, **ignored: Any) -> int:
+    call = CacheCall(*arguments)
+    batch, seqlen_q, heads_q, head_dim = call.query.shape
+    capacity = call.key_cache.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])
+    appended = 0 if call.new_key is None else call.new_key.shape[1]
+    prompt_length = 0 if call.prompt_key is None else call.prompt_key.shape[1]
+    if _has_no_values(call.cache_seqlens):
         lengths = [capacity] * batch
     else:
-        lengths = [min(length + appended, capacity) for length in cache_seqlens.tolist()]
-    pairs = sum(_pairs(seqlen_q, length, window_left, window_right) for length in lengths)
+        lengths = [min(length + appended, capacity) for length in call.cache_seqlens.tolist()]
+    pairs = sum(_pairs(seqlen_q, length, call.window_left, call.window_right) for length in lengths)
     return 4 * head_dim * heads_q * (pairs + batch * seqlen_q * prompt_length)
 
 
-def _prompt(out: Tensor, query: Tensor, prompt_key: Tensor, *rest: Any, **ignored: Any) -> int:
-    return 4 * query.shape[3] * query.shape[1] * _prompt_pairs(query, prompt_key)
+def _prompt(*arguments: Any, **ignored: Any) -> int:
+    call = PromptCall(*arguments)
+    return 4 * call.query.shape[3] * call.query.shape[1] * _prompt_pairs(call)
 
 
-def _lengths(
-    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> Iterable[tuple[int, int]]:  # fmt: skip
+def _token_pairs(call: Call) -> int:
+    return sum(_pairs(*lengths, call.window_left, call.window_right) for lengths in _lengths(call))
+
+
+def _lengths(call: Call) -> Iterable[tuple[int, int]]:
     """(queries, keys) of every sequence."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return [(query.shape[2], key.shape[2])] * query.shape[0]
-    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
-        return [(max_seqlen_q, max_seqlen_k)] * (cu_seqlens_q.shape[0] - 1)
-    return zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return [(call.query.shape[2], call.key.shape[2])] * call.batch_size
+    if _has_no_values(call.cu_seqlens_q):
+        return [(call.max_seqlen_q, call.max_seqlen_k)] * call.batch_size
+    return zip(call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist(), strict=True)
+
+
+def _has_no_values(lengths: Tensor) -> bool:
+    return isinstance(lengths, FakeTensor) or lengths.is_meta
 
 
 @lru_cache(maxsize=4096)
@@ -137,6 +128,8 @@ def _pairs(queries: int, keys: int, left: int, right: int) -> int:
     return sum(max(b - a + 1, 0) for a, b in zip(first, last, strict=True))
 
 
-def _prompt_pairs(query: Tensor, prompt_key: Tensor | None) -> int:
+def _prompt_pairs(call: Call | PromptCall) -> int:
     """(query, prompt) pairs of a head; a sequence whose index names no row counts as one that has prompts."""
-    return 0 if prompt_key is None else query.shape[0] * query.shape[2] * prompt_key.shape[2]
+    if call.prompt_key is None:
+        return 0
+    return call.query.shape[0] * call.query.shape[2] * call.prompt_key.shape[2]

@@ -99,8 +99,8 @@ void set_plan(BackwardPlan& p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, const OptionalTensor& prompt_key,
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& prompt_key,
     const OptionalTensor& prompt_value, const OptionalTensor& gate, const OptionalTensor& prompt_index,
     const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,

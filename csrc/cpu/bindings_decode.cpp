@@ -1,4 +1,4 @@
-// zinit::decode_cpu: what came is checked, the work is planned, three stages run. See schemas.py.
+// zinit::decode_cpu: what came is checked, the work is planned, three stages run. See call.py.
 #include <tuple>
 
 #include "arguments.h"

@@ -44,7 +44,7 @@ const KernelTable& kernels() {
 
 }  // namespace zinit::cpu
 
-// Named here and not in schemas.py: it is a fact about this library, not an operator of the package.
+// Named here and not in operators.py: it is a fact about this library, not an operator of the package.
 STABLE_TORCH_LIBRARY_FRAGMENT(zinit, m) { m.def("cpu_capability() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(zinit, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&zinit::cpu::capability));

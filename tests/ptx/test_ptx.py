@@ -19,8 +19,9 @@ import ptx_module  # noqa: E402
 from emulator import Emulator, as_prefill, decode_params, prefill_params, prompt_params  # noqa: E402
 from toolchain import find_cuda  # noqa: E402
 
-from zinit_kernels import dispatch, prompt_attention_  # noqa: E402
-from zinit_kernels.calls import CacheCall, Call  # noqa: E402
+from zinit_kernels import prompt_attention_  # noqa: E402
+from zinit_kernels.backends import cuda, fused  # noqa: E402
+from zinit_kernels.call import CacheCall, Call, PromptCall  # noqa: E402
 from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case, make_inputs  # noqa: E402
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -108,7 +109,7 @@ class PtxKernels:
         params, out, lse = decode_params(call)
         batch, tokens, heads_q, head_dim = call.query.shape
         heads_kv, dtype = call.key_cache.shape[2], call.query.dtype
-        if tokens > dispatch.MAX_CUDA_DECODE_TOKENS:
+        if tokens > cuda.MAX_DECODE_TOKENS:
             tensors = (*call, out, lse)
             params = as_prefill(params)
             work, (_, blocks, _) = self.emulator.prefill_plan(params)
@@ -134,13 +135,13 @@ class PtxKernels:
         self.run("prefill_attention", dtype, (64,), (blocks, *columns), shared, work, tensors)
 
     def forward(self, *canonical):
-        call = Call._make((*canonical[:8], None, *canonical[8:]))
+        call = Call(*canonical)
         params, out, lse = prefill_params(call)
         self.prefill(params, call.query.dtype, (call.query.shape[1], call.batch_size), (*call, out, lse))
         return out, lse
 
     def add_prompt_branch(self, *arguments):
-        query = arguments[1]
+        query = PromptCall(*arguments).query
         work, (blocks, shared) = self.emulator.prompt_plan(prompt_params(*arguments))
         grid = (blocks, query.shape[1], query.shape[0])
         self.run("add_prompts_to_output", query.dtype, (64,), grid, shared, work, arguments)
@@ -151,8 +152,8 @@ def register(monkeypatch):
     """register(entries): backend="cuda" interprets them, on CPU tensors."""
     emulator = Emulator(compile_host.build("kernels.so", compile_host.ALL))
     library = torch.library.Library("zinit", "IMPL")
-    monkeypatch.setattr(dispatch, "_CUDA_UNAVAILABLE", "")
-    monkeypatch.setattr(dispatch, "_why_not_on_gpu", lambda call: "")
+    monkeypatch.setattr(cuda, "UNAVAILABLE", "")
+    monkeypatch.setattr(fused, "why_not_on_gpu", lambda call: "")
 
     def implement(entries):
         kernels = PtxKernels(entries, emulator)

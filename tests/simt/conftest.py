@@ -5,7 +5,8 @@ import pytest
 import torch
 from emulator import Emulator
 
-from zinit_kernels import dispatch
+from zinit_kernels.backends import cuda as cuda_room
+from zinit_kernels.backends import fused
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,8 +29,8 @@ def emulator():
 def register(monkeypatch):
     """register(emulator): backend="cuda" runs it; the backend's other reasons stay."""
     library = torch.library.Library("zinit", "IMPL")
-    monkeypatch.setattr(dispatch, "_CUDA_UNAVAILABLE", "")
-    monkeypatch.setattr(dispatch, "_why_not_on_gpu", lambda call: "")
+    monkeypatch.setattr(cuda_room, "UNAVAILABLE", "")
+    monkeypatch.setattr(fused, "why_not_on_gpu", lambda call: "")
 
     def implement(emulator):
         library.impl("decode_cuda", emulator.decode, "CPU")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zinit_kernels.calls import CacheCall, Call
+from zinit_kernels.call import CacheCall, Call, PromptCall
 
 MULTIPROCESSORS = 4  # of the imagined chip
 
@@ -149,17 +149,12 @@ def prefill_params(call: Call) -> tuple[PrefillParams, Tensor, Tensor]:
     return params, out, lse
 
 
-def prompt_params(
-    out, query, prompt_key, prompt_value, gate, prompt_index, cu_seqlens, max_seqlen, scale, tanh
-):
+def prompt_params(*arguments):
     """The parameters of `prompt_attention_`, from the operator's arguments."""
-    no_keys = prompt_key[:1, :, :0]
-    call = Call(
-        query, no_keys, no_keys, prompt_key, prompt_value, gate, prompt_index, None, None, cu_seqlens, None, max_seqlen,
-        0, scale, -1, -1, tanh,
-    )  # fmt: skip
-    views = {"query": _view(query, True), "out": _view(out, True)}
-    return PromptParams(**_attention_fields(call), **views, total_q=query.shape[2])
+    call = PromptCall(*arguments)
+    attention = call.attention()._replace(cu_seqlens_k=None)
+    views = {"query": _view(call.query, True), "out": _view(call.out, True)}
+    return PromptParams(**_attention_fields(attention), **views, total_q=call.query.shape[2])
 
 
 def as_prefill(params: DecodeParams) -> PrefillParams:
@@ -207,7 +202,7 @@ class Emulator:
 
     def forward(self, *canonical) -> tuple[Tensor, Tensor]:
         """zinit::forward_cuda on host memory."""
-        params, out, lse = prefill_params(Call._make((*canonical[:8], None, *canonical[8:])))
+        params, out, lse = prefill_params(Call(*canonical))
         self._checked(self.library.simt_prefill(ctypes.byref(params)))
         return out, lse
 

@@ -5,12 +5,12 @@ import torch
 
 from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.dispatch import CUDA_HEAD_DIMS, MAX_CUDA_DECODE_TOKENS
+from zinit_kernels.backends.cuda import HEAD_DIMS, MAX_DECODE_TOKENS
 from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ("forward", "reverse", "random1")
-FITTING = [c for c in CACHE_CASES if c.head_dim in CUDA_HEAD_DIMS and c.seqlen_q <= MAX_CUDA_DECODE_TOKENS]
+FITTING = [c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q <= MAX_DECODE_TOKENS]
 REFUSED = [c for c in CACHE_CASES if c not in FITTING]
 OWN_CASES = [
     CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), heads_q=4, heads_kv=2, num_splits=2),
@@ -178,7 +178,7 @@ def test_token_by_token_equals_one_chunk(cuda, dtype):
 
 
 # Shared memory: two blocks must fit into the 100 KB of sm_86, 89 and 120 in a usual call, and one always.
-@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("rows, element_bytes", [(1, 2), (4, 2), (16, 2), (1, 4), (4, 4)])
 def test_shared_memory_within_budget(emulator, rows, element_bytes, head_dim):
     usual = emulator.shared_bytes(rows, head_dim, element_bytes, prompt_length=10, new_tokens=1)

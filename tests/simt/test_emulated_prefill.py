@@ -5,7 +5,8 @@ import torch
 from orders import in_all_orders
 
 from zinit_kernels import explain, zero_init_attention, zero_init_attention_with_kvcache
-from zinit_kernels.dispatch import CUDA_HEAD_DIMS, MAX_CUDA_DECODE_TOKENS
+from zinit_kernels.backends.cuda import HEAD_DIMS, MAX_DECODE_TOKENS
+from zinit_kernels.call import CALL
 from zinit_kernels.testing import (
     CACHE_CASES,
     CASES,
@@ -32,7 +33,7 @@ OWN_CASES = [
     Case("negative_scale", scale=-0.2, heads_q=2, heads_kv=2),
     Case("scale_0", scale=0.0, heads_q=2, heads_kv=2),
 ]  # fmt: skip
-FITTING = [*(c for c in CASES if c.head_dim in CUDA_HEAD_DIMS), *OWN_CASES]
+FITTING = [*(c for c in CASES if c.head_dim in HEAD_DIMS), *OWN_CASES]
 OWN_CACHE_CASES = [
     CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), seqlen_q=17, heads_q=4, heads_kv=2),
     CacheCase("paged_rotary", seqlens=(0, 15, 16), seqlen_q=33, page_size=16, rotary_dim=64, heads_q=2, heads_kv=1),
@@ -45,7 +46,7 @@ OWN_CACHE_CASES = [
     CacheCase("per_sample", seqlens=(20, 5), seqlen_q=17, table="per_sample", gate_activation="identity"),
 ]  # fmt: skip
 FITTING_CACHE = [
-    *(c for c in CACHE_CASES if c.head_dim in CUDA_HEAD_DIMS and c.seqlen_q > MAX_CUDA_DECODE_TOKENS),
+    *(c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q > MAX_DECODE_TOKENS),
     *OWN_CACHE_CASES,
 ]
 ORDERED = ("lengths", "head_dim_128_window", "prompts_of_two_tiles", "left_padding", "packed_grouped")
@@ -96,11 +97,11 @@ def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(emulator, way, 
         row = -1 if way == "no_row" else 1000000
         call = call._replace(prompt_index=torch.full((2,), row, dtype=torch.int32))
     plain = call._replace(prompt_key=None, prompt_value=None, gate=None, prompt_index=None)
-    ours, expected = (emulator.forward(*c[:8], *c[9:]) for c in (call, plain))
+    ours, expected = (emulator.forward(*CALL.arguments(c)) for c in (call, plain))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_no_bank_is_met_twice(cuda, emulator, head_dim):
     emulator.bank_conflicts()
     check_case(
@@ -114,7 +115,7 @@ def test_absurd_packed_lengths_stay_inside(emulator):
     call = make_inputs(case, torch.bfloat16).canonical()
     absurd = torch.tensor([-5, 2000000000, -2000000000, 60, 2147483647], dtype=torch.int32)
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        emulator.forward(*(call._replace(**{name: absurd})[i] for i in range(17) if i != 8))
+        emulator.forward(*CALL.arguments(call._replace(**{name: absurd})))
 
 
 def test_absurd_cache_lengths_write_nothing_outside_the_sequence(emulator):
@@ -201,13 +202,13 @@ def test_a_cache_gives_what_fresh_keys_give(cuda):
     out = zero_init_attention_with_kvcache(
         query.transpose(1, 2), torch.zeros(shape).to(query), torch.zeros(shape).to(query), key.transpose(1, 2),
         value.transpose(1, 2), prompt_k=prompt_key.transpose(1, 2), prompt_v=prompt_value.transpose(1, 2), gate=gate,
-        cache_seqlens=torch.zeros(2, dtype=torch.int32), backend="cuda",
+        cache_seqlens=torch.zeros(2, dtype=torch.int32), causal=True, backend="cuda",
     )  # fmt: skip
     assert torch.equal(out.transpose(1, 2), expected)
 
 
 # One block must fit into the 99 KB of sm_86, 89 and 120, two into the 164 KB of sm_80 up to head_dim 128.
-@pytest.mark.parametrize("head_dim", CUDA_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_shared_memory_within_budget(emulator, head_dim):
     prefill, prompt = emulator.tile_bytes(head_dim)
     print(f"D {head_dim}: {prefill} bytes of shared memory for prefill, {prompt} for the prompt branch alone")

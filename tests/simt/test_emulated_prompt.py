@@ -4,14 +4,15 @@ import pytest
 import torch
 from orders import in_all_orders
 
-from zinit_kernels import dispatch, prompt_attention_, reference
-from zinit_kernels.dispatch import CUDA_HEAD_DIMS
+from zinit_kernels import dispatch, prompt_attention_
+from zinit_kernels.backends import reference
+from zinit_kernels.backends.cuda import HEAD_DIMS
 from zinit_kernels.testing import Case, make_inputs
 from zinit_kernels.testing.check import assert_within_eager_error
 
 DTYPES = [torch.bfloat16, torch.float16]
 CASES = [
-    *(Case(f"head_dim_{d}", head_dim=d, heads_q=4, heads_kv=2, seqlens_q=(70,)) for d in CUDA_HEAD_DIMS),
+    *(Case(f"head_dim_{d}", head_dim=d, heads_q=4, heads_kv=2, seqlens_q=(70,)) for d in HEAD_DIMS),
     Case("prompt_length_128", prompt_length=128, seqlens_q=(17,)),
     Case("prompt_length_17", prompt_length=17, seqlens_q=(1,), head_dim=256),
     Case("prompt_length_0", prompt_length=0, seqlens_q=(15,)),

@@ -1,7 +1,7 @@
 """Finds and loads the compiled operators, and keeps the reason where there are none, with the command that helps.
 
 A library is loaded once, on the first question about it. It registers its kernels for the schemas of
-`schemas.py`, which may be imported before or after.
+`operators.py`, which may be imported before or after.
 """
 
 import importlib

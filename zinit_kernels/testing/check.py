@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arguments, reference
+from .. import arguments
 from ..api import zero_init_attention_with_kvcache
+from ..backends import reference
 from .cases import CacheCase, Case, Inputs, make_cache_arguments, make_inputs
 from .magnitude import magnitudes
 

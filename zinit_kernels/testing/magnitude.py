@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..calls import Call
+from ..backends import reference
+from ..call import Call
 
 
 class _Sequence(NamedTuple):
@@ -91,7 +91,13 @@ def _sequence_of(call: Call, one: _Sequence) -> int:
 
 def _sequences(call: Call) -> Iterator[_Sequence]:
     group = call.query.shape[1] // call.key.shape[1]
-    mask = reference.token_mask(call)
+    bias, visible = reference.token_mask(call)
+    mask = bias
+    if visible is not None:
+        hidden = torch.zeros((), dtype=call.query.dtype, device=call.query.device).masked_fill(
+            ~visible, float("-inf")
+        )
+        mask = hidden if bias is None else bias + hidden
     if mask is not None:
         mask = mask.expand(call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
     for b in range(call.batch_size):

@@ -42,7 +42,7 @@ def forward(
     cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, window_left: int,
     window_right: int, tanh_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`zinit::forward_triton`, see schemas.py."""
+    """`zinit::forward_triton`."""
     query, key, value = (addressable(t) for t in (query, key, value))
     out = token_major_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -75,12 +75,12 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`zinit::backward_triton`, see schemas.py. What is not wanted is neither allocated nor computed."""
+    """`zinit::backward_triton`. What is not wanted is neither allocated nor computed."""
     token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
     prompt_grads = [
         torch.zeros_like(t, memory_format=torch.contiguous_format)
@@ -193,7 +193,7 @@ def decode(
     rotary_interleaved: bool, scale: float, window_left: int, window_right: int, tanh_gate: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`zinit::decode_triton`, see schemas.py. Reads nothing back from the device: safe to capture in a graph."""
+    """`zinit::decode_triton`. Reads nothing back from the device: safe to capture in a graph."""
     out = token_major_like(query := query.transpose(1, 2))
     key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
     new_key, new_value, prompt_key, prompt_value = (

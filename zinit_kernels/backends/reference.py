@@ -1,22 +1,26 @@
-"""The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to
-any order.
+"""The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to any order.
 
     out[b,h,i] =               sum_j softmax_j(scale * q[b,h,i] . k[b,g,j] + mask[b,h,i,j]) v[b,g,j]
                + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
 
-g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv
-2303.16199, eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and
-for judging the kernels, which never import it.
+g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv 2303.16199,
+eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the other
+backends, none of which imports it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .calls import CacheCall, Call
+from ..call import AnyCall, CacheCall, Call, PromptCall, has_values
+
+CHECKS_VALUES = False
+
+
+def why_not(call: AnyCall, return_lse: bool) -> str:
+    """'': it runs every call."""
+    return ""
 
 
 def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -35,100 +39,62 @@ def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Ten
 @torch.no_grad()
 def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Appends (rotated) new keys and values to the caches in place, then attends; output [B, T, Hq, D]."""
-    whole, seqlens = append(call)
+    whole, seqlens = _append(call)
     slots = torch.arange(whole.max_seqlen_k, device=seqlens.device)[None, :]
     written = slots < seqlens[:, None]
     position = seqlens[:, None] - whole.max_seqlen_q + torch.arange(whole.max_seqlen_q, device=seqlens.device)
     visible = _in_window(position, slots.expand_as(written), call.window_left, call.window_right)
     visible = visible & written[:, None, :]
-    beyond = ~written[:, None, :, None]
-    out, lse = attention(
-        whole._replace(
-            key=whole.key.masked_fill(beyond, 0),
-            value=whole.value.masked_fill(beyond, 0),
-            dense_mask=visible[:, None],
-            window_left=-1,
-            window_right=-1,
-        ),
-        compute_dtype,
-    )
+    mask_alone = whole._replace(dense_mask=visible[:, None], window_left=-1, window_right=-1)
+    out, lse = attention(mask_alone, compute_dtype)
     return out.transpose(1, 2), lse
 
 
-def differentiable_gradients(
-    call: Call, wanted: Sequence[bool], grad_out: Tensor | None, grad_lse: Tensor | None
-) -> list[Tensor | None]:
-    """create_graph=True: what backends without a second derivative answer it with, the gradients of the written-out
-    formula for those of the call's first six tensors that are wanted.
-
-    Each input enters through a view of its own: the search for gradients stops there, where it would go on from
-    the query into a key that it was computed from, and one tensor passed twice stays two inputs.
-    """
-    views = [t.view_as(t) if t is not None and want else t for t, want in zip(call[:6], wanted, strict=True)]
-    chosen = [view for view, want in zip(views, wanted, strict=True) if view is not None and want]
-    outputs = attention(Call._make((*views, *call[6:])))
-    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs], chosen, [g for _, g in pairs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if want else None for want in wanted]
+def add_prompt_branch(call: PromptCall) -> None:
+    """out += the second sum of the formula."""
+    call.out.add_(attention(call.attention())[0])
 
 
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
-    mask = token_mask(call)
-    key, value = blank_masked_keys(call, key, value)
-    out, lse = _softmax_attention(query, key, value, call.scale, mask)
-
+    out, lse = _softmax_attention(query, key, value, call.scale, *token_mask(call))
     if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
         out = out + _prompt_branch(call, query, dtype)
     return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
 
 
-def token_mask(call: Call) -> Tensor | None:
-    """What hides keys from queries, as one additive mask broadcastable to [B, Hq, T, S]; None if nothing does."""
-    device, dtype = call.query.device, torch.promote_types(call.query.dtype, torch.float32)
+def token_mask(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, visible), each broadcastable to [B, Hq, T, S] or None: what is added to the scores, and which keys a query
+    sees. A bias of -inf hides a key too."""
+    device = call.query.device
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
-    visible = None
+    seen = []
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
         query_sequence, query_position = _sequence_and_position(call.cu_seqlens_q, seqlen_q)
         key_sequence, key_position = _sequence_and_position(call.cu_seqlens_k, seqlen_k)
         lengths_q, lengths_k = call.cu_seqlens_q.diff(), call.cu_seqlens_k.diff()
-        offset = (lengths_k - lengths_q)[query_sequence] if call.batch_size else 0
-        visible = query_sequence[:, None] == key_sequence[None, :]
-        inside = _in_window(
-            (query_position + offset)[None], key_position[None], call.window_left, call.window_right
-        )
-        visible = (visible & inside[0])[None, None]
-    elif (call.window_left, call.window_right) != (-1, -1):
+        query_position = query_position + ((lengths_k - lengths_q)[query_sequence] if call.batch_size else 0)
+        seen.append(query_sequence[:, None] == key_sequence[None, :])
+    else:
         query_position = torch.arange(seqlen_q, device=device) + seqlen_k - seqlen_q
         key_position = torch.arange(seqlen_k, device=device)
-        visible = _in_window(query_position[None], key_position[None], call.window_left, call.window_right)[
-            None
-        ]
-    mask = None if call.key_bias is None else call.key_bias[:, None, None, :]
+    if (call.window_left, call.window_right) != (-1, -1):
+        seen.append(
+            _in_window(query_position[None], key_position[None], call.window_left, call.window_right)[0]
+        )
+    biases = [] if call.key_bias is None else [call.key_bias[:, None, None, :]]
     if call.dense_mask is not None:
-        if call.dense_mask.dtype == torch.bool:
-            visible = call.dense_mask if visible is None else visible & call.dense_mask
-        else:
-            mask = call.dense_mask if mask is None else mask + call.dense_mask
-    if visible is None:
-        return mask
-    hidden = torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
-    return hidden if mask is None else mask + hidden
+        (seen if call.dense_mask.dtype == torch.bool else biases).append(call.dense_mask)
+    seen += [bias != float("-inf") for bias in biases]
+    bias, visible = None, None
+    for one in biases:
+        bias = one if bias is None else bias + one
+    for one in seen:
+        visible = one if visible is None else visible & one
+    return bias, visible
 
 
-def blank_masked_keys(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros where key_bias masks: 0 x NaN is NaN, and what stands at a masked key must not reach the products."""
-    if call.key_bias is None:
-        return key, value
-    masked = (call.key_bias == float("-inf"))[:, None, :, None]
-    return key.masked_fill(masked, 0), value.masked_fill(masked, 0)
-
-
-def append(call: CacheCall) -> tuple[Call, Tensor]:
+def _append(call: CacheCall) -> tuple[Call, Tensor]:
     """Rotates, writes the new keys and values at cache_seqlens; returns the attention that is left to do, against
     whole caches without a mask of their ends, and the new lengths, int64 [B]."""
     seqlens = call.cache_seqlens.long()
@@ -149,14 +115,23 @@ def append(call: CacheCall) -> tuple[Call, Tensor]:
         call.key_cache[owner, slot] = new_key
         call.value_cache[owner, slot] = call.new_value
         seqlens = seqlens + new_key.shape[1]
-    query, key, value = (t.transpose(1, 2) for t in (query, *_gather_pages(call)))
-    prompt_key, prompt_value = (
-        None if table is None else table.transpose(1, 2) for table in (call.prompt_key, call.prompt_value)
-    )
+    key, value = _gather_pages(call)
+    turned = call._replace(query=query, key_cache=key, value_cache=value).head_major()
     return Call(
-        query, key, value, prompt_key, prompt_value, call.gate, call.prompt_index, None, None, None, None,
-        query.shape[2], key.shape[2], call.scale, call.window_left, call.window_right, call.tanh_gate,
-    ), seqlens  # fmt: skip
+        query=turned.query,
+        key=turned.key_cache,
+        value=turned.value_cache,
+        prompt_key=turned.prompt_key,
+        prompt_value=turned.prompt_value,
+        gate=call.gate,
+        prompt_index=call.prompt_index,
+        max_seqlen_q=query.shape[1],
+        max_seqlen_k=key.shape[1],
+        scale=call.scale,
+        window_left=call.window_left,
+        window_right=call.window_right,
+        tanh_gate=call.tanh_gate,
+    ), seqlens
 
 
 def _gather_pages(call: CacheCall) -> tuple[Tensor, Tensor]:
@@ -178,7 +153,7 @@ def prompt_rows(call: Call) -> Tensor:
     return batch if rows == call.batch_size else torch.zeros_like(batch)
 
 
-def gather_prompts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _gather_prompts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Each sequence's prompts [B, Hkv, P, D] and activated gates [B, Hq]; zeros where it has none."""
     assert call.prompt_key is not None and call.prompt_value is not None and call.gate is not None
     rows = prompt_rows(call)
@@ -194,15 +169,20 @@ def gather_prompts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = (query @ key.transpose(-1, -2)) * scale
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
+    if visible is None:
+        scores = (query @ key.transpose(-1, -2)) * scale
+    else:
+        scores, value, infinities = _among_visible(query, key, value, scale, visible)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
     if scores.shape[-1] == 0:
-        return torch.zeros_like(query) + scores.sum() * 0, scores.new_full(scores.shape[:-1], float("-inf"))
+        return scores @ value, scores.new_full(scores.shape[:-1], float("-inf"))
     # a finite pivot for rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN
     pivot = scores.detach().amax(-1, keepdim=True)
     pivot = pivot.masked_fill(pivot == float("-inf"), 0)
@@ -211,21 +191,51 @@ def _softmax_attention(
     empty = total == 0
     safe_total = total.masked_fill(empty, 1)
     lse = (pivot + safe_total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
-    return (weights / safe_total) @ value, lse
+    out = (weights / safe_total) @ value
+    if visible is not None and infinities is not None:
+        out = out + infinities * (weights / safe_total).sum(-1, keepdim=True)
+    return out, lse
+
+
+def _among_visible(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scores, the values as far as they are finite, and what those that are not add to each query that sees them.
+
+    A key or value that a query does not see has no influence on it, whatever it holds. A plain product would let one
+    through that is NaN or infinite, forward and backward: 0 * NaN is NaN.
+    """
+    if has_values(key) and bool(key.isfinite().all() & value.isfinite().all()):
+        return (query @ key.transpose(-1, -2)) * scale, value, None
+    zero_for = lambda x: x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # noqa: E731
+    is_finite_key = key.isfinite().all(-1)[:, :, None, :]
+    scores = query @ zero_for(key).transpose(-1, -2)
+    scores = torch.where(is_finite_key, scores, (query @ key.transpose(-1, -2)).detach())
+
+    pairs = visible.to(value.dtype).expand(scores.shape)
+    sees = {x: pairs @ (value == x).to(value.dtype) > 0 for x in (float("inf"), float("-inf"))}
+    sees_nan = pairs @ value.isnan().to(value.dtype) > 0
+    infinities = torch.zeros_like(query)
+    for x, rows in sees.items():
+        infinities = infinities.masked_fill(rows, x)
+    both = sees[float("inf")] & sees[float("-inf")]
+    return scores * scale, zero_for(value), infinities.masked_fill(sees_nan | both, float("nan"))
 
 
 def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
     assert call.prompt_key is not None and call.prompt_value is not None and call.gate is not None
-    if call.prompt_key.shape[2] == 0 or call.prompt_key.shape[0] == 0:
+    if call.prompt_key.shape[0] == 0:
         return torch.zeros_like(query)
-    prompt_key, prompt_value, weight = (t.to(dtype) for t in gather_prompts(call))
+    prompt_key, prompt_value, weight = (t.to(dtype) for t in _gather_prompts(call))
     if call.cu_seqlens_q is None:
-        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, None)
+        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, None, None)
         return weight[:, :, None, None] * branch
     total = query.shape[2]
     sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
     tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]
-    branch, _ = _softmax_attention(tokens, prompt_key[sequence], prompt_value[sequence], call.scale, None)
+    branch, _ = _softmax_attention(
+        tokens, prompt_key[sequence], prompt_value[sequence], call.scale, None, None
+    )
     return (weight[sequence][:, :, None, None] * branch).squeeze(2).transpose(0, 1).unsqueeze(0)
 
 

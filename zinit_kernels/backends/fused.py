@@ -1,0 +1,163 @@
+"""What the fused backends share: autograd around their operators, and the calls that none of them takes.
+
+Autograd sits outside the operators, in one `torch.autograd.Function`: `register_autograd` costs 11 us a call,
+even under no_grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import operators
+from ..call import CALL, FLOATS, AnyCall, CacheCall, Call, PromptCall, Saved, why_transformed
+from . import formula
+
+MAX_HEAD_DIM = 256
+MIN_CAPABILITY = (8, 0)
+
+
+def why_not(call: AnyCall) -> str:
+    """The reason why no fused backend runs a call; '' if some may."""
+    query = call.query
+    if reason := why_transformed():
+        return reason
+    if query.dtype == torch.float64:
+        return "the fused kernels compute in float32, the tensors are float64"
+    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+        return f"head_dim must be 1 to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if call.prompt_key is not None and call.prompt_value is not None:
+        dtype = call.prompt_key.dtype
+        if dtype != call.prompt_value.dtype:
+            return f"both prompt tables must have one dtype, got {dtype} and {call.prompt_value.dtype}"
+        if dtype not in FLOATS:
+            return f"prompts must be float32, bfloat16 or float16, got {dtype}"
+    if isinstance(call, Call) and call.dense_mask is not None:
+        return "attn_mask depends on the query (or requires grad); only key-padding masks [B, S] are fused"
+    return ""
+
+
+def why_not_on_gpu(call: AnyCall) -> str:
+    """The reason why the tensors are on no chip that the kernels for GPUs are written for."""
+    device = call.query.device
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    # a constant to torch.compile, which get_device_capability is not
+    chip = torch.cuda.get_device_properties(device)
+    if (chip.major, chip.minor) < MIN_CAPABILITY:
+        return f"{chip.name} is sm_{chip.major}{chip.minor}; the kernels are written for sm_80 and newer"
+    return ""
+
+
+def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a backend's operator, differentiable in the call's differentiable tensors."""
+    return attention_of(backend, *CALL.arguments(call))
+
+
+def attention_of(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`attention` of the operator's arguments."""
+    if requires_grad(arguments[: len(CALL.differentiable)]):
+        if torch.compiler.is_compiling():
+            arguments = _unaliased(arguments)
+        return _Attention.apply(backend, *arguments)
+    return OPERATORS["forward", backend](*arguments)
+
+
+def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse), no gradient; the caches are written in place and their version counters move on."""
+    written = () if call.new_key is None else (call.key_cache, call.value_cache)
+    # entering no_grad costs 1.5 us, so only where it is needed
+    if requires_grad(call):
+        with torch.no_grad():
+            return decode(OPERATORS["decode", backend], call, written)
+    return decode(OPERATORS["decode", backend], call, written)
+
+
+def decode(
+    operator: Callable[..., tuple[Tensor, Tensor]], arguments: tuple[Any, ...], written: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """A cache operator's (out, lse); autograd learns which caches it has written."""
+    result = operator(*arguments)
+    if written and not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(written)
+    return result
+
+
+def add_prompt_branch(call: PromptCall, backend: str) -> None:
+    """By the backend's own operator, no gradient."""
+    OPERATORS["prompt", backend](*call)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(call.out)
+
+
+def requires_grad(arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd would record an operation on these arguments."""
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
+
+
+OPERATORS: dict[tuple[str, str], Any] = {
+    (stage, backend): operators.operator(stage, backend)
+    for backend, stages in operators.STAGES.items()
+    for stage in stages
+}
+
+
+def _unaliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """dynamo refuses one tensor in two places of a Function, as key and value, or as both cu_seqlens."""
+    seen: list[Tensor] = []
+    for argument in arguments:
+        repeated = torch.is_tensor(argument) and any(argument is other for other in seen)
+        seen.append(argument.view_as(argument) if repeated else argument)
+    return tuple(seen)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the tensors, `out` and `lse`, nothing of size T x S. An input that wants no gradient costs none."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = OPERATORS["forward", backend](*arguments)
+        tensors, numbers = CALL.split(arguments)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.backend, ctx.numbers = backend, numbers
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        _, *needed = ctx.needs_input_grad
+        wanted = needed[: len(CALL.differentiable)]
+        nothing = (None,) * len(needed)
+        if grad_out is None and grad_lse is None:
+            return None, *nothing
+        out, lse, *tensors = ctx.saved_tensors
+        arguments = (*tensors, *ctx.numbers)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = formula.differentiable_gradients(Call(*arguments), wanted, grad_out, grad_lse)
+        else:
+            saved = Saved(
+                _dense(grad_out, out), None if grad_lse is None else grad_lse.contiguous(), out, lse
+            )
+            grads = _gradients(ctx.backend, saved, arguments, wanted)
+        return None, *grads, *nothing[len(grads) :]
+
+
+def _dense(grad_out: Tensor | None, out: Tensor) -> Tensor:
+    if grad_out is None:
+        return torch.zeros_like(out)
+    return grad_out.contiguous() if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1 else grad_out
+
+
+def _gradients(
+    backend: str, saved: Saved, arguments: tuple[Any, ...], wanted: list[bool]
+) -> list[Tensor | None]:
+    needs = sum(1 << i for i, want in enumerate(wanted) if want)
+    grads = OPERATORS["backward", backend](*saved, *arguments, needs)
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

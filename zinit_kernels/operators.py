@@ -1,0 +1,148 @@
+"""The registered operators: their schemas and fake kernels, made from the fields of `call.py`.
+
+One operator per stage and backend, `zinit::<stage>_<backend>`:
+
+    forward(Call) -> (out, lse)             out [B, Hq, T, D], stored [B, T, Hq, D], in the query's dtype;
+                                            lse float32 [B, Hq, T], natural logarithm of the token branch's sum, -inf
+                                            for a query without keys
+    backward(Saved, Call, needs) -> grads   one for each differentiable field, as `call.batched` says; bit i of `needs`
+                                            asks for the i-th, one not asked for comes back with no elements
+    decode(CacheCall) -> (out, lse)         out [B, T, Hq, D] contiguous; writes the caches
+    prompt(PromptCall) -> ()                adds onto out
+
+They are defined here, in Python, so that they exist without any native file. The compiled libraries and the Triton room
+register their kernels for them; `backends/fused.py` puts autograd around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import CACHE_CALL, CALL, PROMPT_CALL, SAVED, CacheCall, Call, batched, from_backward_arguments
+
+NAMESPACE = "zinit"
+STAGES = {
+    "cpu": ("forward", "backward", "decode"),
+    "triton": ("forward", "backward", "decode"),
+    "cuda": ("forward", "decode", "prompt"),
+}
+SCHEMAS = {
+    "forward": f"({CALL.parameters}) -> (Tensor out, Tensor lse)",
+    "backward": f"({SAVED.parameters}, {CALL.parameters}, int needs) -> "
+    f"({', '.join(f'Tensor grad_{name}' for name in CALL.differentiable)})",
+    "decode": f"({CACHE_CALL.parameters}) -> (Tensor out, Tensor lse)",
+    "prompt": f"({PROMPT_CALL.parameters}) -> ()",
+}
+NAMES = {
+    "forward": CALL.names,
+    "backward": (*SAVED.names, *CALL.names, "needs"),
+    "decode": CACHE_CALL.names,
+    "prompt": PROMPT_CALL.names,
+}
+
+
+def token_major_like(tensor: Tensor) -> Tensor:
+    """[B, H, T, D] stored as [B, T, H, D]: a following projection reads it without a copy."""
+    batch, heads, seqlen, head_dim = tensor.shape
+    return tensor.new_empty((batch, seqlen, heads, head_dim)).transpose(1, 2)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query = Call(*arguments).query
+    return token_major_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, call, needs = from_backward_arguments(arguments)
+    grads = []
+    for i, name in enumerate(CALL.differentiable):
+        tensor = getattr(call, name)
+        if tensor is None or not needs >> i & 1:
+            grads.append(call.query.new_empty((0,), dtype=torch.float32))
+        else:
+            grads.append(token_major_like(tensor) if batched(name) else tensor.new_empty(tensor.shape))
+    return tuple(grads)
+
+
+def _decode_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query = CacheCall(*arguments).query
+    batch, seqlen, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, seqlen), dtype=torch.float32)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "forward": _forward_fake,
+    "backward": _backward_fake,
+    "decode": _decode_fake,
+    "prompt": lambda *arguments: None,
+}
+
+
+def _fake(stage: str) -> Callable[..., Any]:
+    """The fake kernel of a stage, for tensors of one device.
+
+    The dispatcher calls a fake as soon as one argument is a meta tensor. Beside tensors with memory that is
+    refused: the output would be allocated on their device, and no kernel would write it.
+    """
+
+    def fake(*arguments: Any) -> Any:
+        tensors = zip(NAMES[stage], arguments, strict=True)
+        first, *rest = ((name, given) for name, given in tensors if isinstance(given, Tensor))
+        for name, given in rest:
+            if given.device != first[1].device:
+                raise RuntimeError(
+                    f"{name} must be on the device of {first[0]}, {first[1].device}, got {given.device}"
+                )
+        return _FAKES[stage](*arguments)
+
+    return fake
+
+
+_KEPT = "_zinit_kernels"
+
+
+def _define() -> tuple[torch.library.Library, set[str]]:
+    """The operators' library, and the names of those that have a Python kernel.
+
+    The process keeps both on `torch.ops.zinit`. Torch lets nobody define an operator twice, so a package that is
+    imported again, after `sys.modules` was cleared, takes the operators that are there.
+    """
+    namespace = getattr(torch.ops, NAMESPACE)
+    library: torch.library.Library
+    implemented: set[str]
+    if kept := vars(namespace).get(_KEPT):
+        library, implemented, schemas = kept
+        if schemas != SCHEMAS:
+            raise ImportError(
+                "another version of zinit_kernels has defined its operators in this process: start a new one"
+            )
+        return library, implemented
+    implemented = set()
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for backend, stages in STAGES.items():
+        for stage in stages:
+            library.define(f"{stage}_{backend}{SCHEMAS[stage]}")
+            torch.library.register_fake(f"{NAMESPACE}::{stage}_{backend}", _fake(stage), lib=library)
+    setattr(namespace, _KEPT, (library, implemented, SCHEMAS))
+    return library, implemented
+
+
+_library, _implemented = _define()
+
+
+def implement(stage: str, backend: str, kernel: Callable[..., Any], keys: Iterable[str]) -> None:
+    """Registers a Python kernel for the dispatch keys, once in a process."""
+    name = f"{stage}_{backend}"
+    if name not in _implemented:
+        _implemented.add(name)
+        for key in keys:
+            _library.impl(name, kernel, key)
+
+
+def operator(stage: str, backend: str) -> torch._ops.OpOverload:
+    """zinit::<stage>_<backend>."""
+    return getattr(getattr(torch.ops, NAMESPACE), f"{stage}_{backend}").default

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zinit_kernels.checkpoints.tensor_files import read_torch, regular_file
+
 from .errors import UserError, warn
 from .llama import Llama
 from .run_folder import write_file
@@ -79,7 +81,7 @@ def load_checkpoint(path: str | Path, run: dict[str, Any], num_steps: int) -> Ch
     differ, with a warning: it changes the last digits of the numbers and nothing else.
     """
     try:
-        fields = dict(torch.load(path, map_location="cpu", weights_only=True))
+        fields = dict(read_torch(regular_file(path)))
         digest = fields.pop("digest", None)  # files of the first version have none
         state = Checkpoint(**fields)
         if digest is not None and digest != _digest(fields):

@@ -247,3 +247,11 @@ def test_what_a_file_says_is_kept_with_its_folder(tmp_path):
     save_adapter(tmp_path / "adapter.safetensors", checkpoint(metadata={"base": "tiny"}))
     assert load_adapter(tmp_path).metadata == {"base": "tiny"}
     assert replace(load_adapter(tmp_path), metadata={}).num_layers == 6
+
+
+def test_the_state_of_a_run_is_called_what_it_is(tmp_path):
+    torch.save({"step": 3, "adapter": {}, "optimizer": {}, "run": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        CheckpointError, match="is the state of a training run: the adapter is the file beside"
+    ):
+        load_adapter(tmp_path / "checkpoint.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 
@@ -253,3 +254,9 @@ def test_a_broken_line_of_the_metrics_costs_that_line_alone(folder, whole_run, t
     assert kept == lines[:3] + lines[4:]
     assert "metrics.jsonl: what is in line 4 cannot be read and is left out." in capsys.readouterr().err
     assert contents(output).keys() == contents(whole_run).keys()
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="is not a training checkpoint .* is neither a file nor a folder"):
+        load_checkpoint(tmp_path / "checkpoint.pt", {}, 6)

@@ -70,6 +70,8 @@ def _read_one(path: Path) -> File:
         return File(path, tensors, metadata, _config_beside(path))
     content = read_torch(path)
     arguments: Mapping[str, Any] = _config_beside(path)
+    if isinstance(content, dict) and {"step", "adapter", "optimizer"} <= content.keys():
+        raise CheckpointError(f"{path} is the state of a training run: the adapter is the file beside it")
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         told = content.get("args", content.get("config"))
         told = vars(told) if isinstance(told, argparse.Namespace) else told

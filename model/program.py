@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 
+from zinit_kernels.console import is_out_of_memory
+
 from .errors import UserError
 
 # How launchers tell a process how many there are, and which one it is
@@ -22,9 +24,6 @@ _LAUNCHERS = {
     "PMI_SIZE": "PMI_RANK",
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",  # srun
 }
-_NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|could not|failed to) allocate|not enough memory|bad[_ ]alloc", re.IGNORECASE
-)
 _AMOUNT = re.compile(r"(?:tried to allocate|needs) ([\d.]+ ?[kmgt]?i?b(?:ytes)?)", re.IGNORECASE)
 _WAIT = 5.0  # seconds that the other processes give the first one to say why all end
 
@@ -42,7 +41,7 @@ def program(advice: str) -> Callable[[Callable[..., None]], Callable[..., None]]
                 if not is_out_of_memory(error):
                     raise
                 amount = _AMOUNT.search(str(error))
-                wanted = f" ({amount[1]} more were asked for)" if amount else ""
+                wanted = f" ({_size(amount[1])} more were asked for)" if amount else ""
                 raise UserError(f"there is not enough memory{wanted}: {advice}.") from error
 
         return run
@@ -50,9 +49,12 @@ def program(advice: str) -> Callable[[Callable[..., None]], Callable[..., None]]
     return decorate
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is what Python or torch raises for want of memory: torch on a CPU has no class for it."""
-    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+def _size(amount: str) -> str:
+    """An amount of memory as an error has it; a number of bytes is made readable."""
+    number, _, unit = amount.partition(" ")
+    if unit != "bytes" or int(number) < 1 << 20:
+        return amount
+    return f"{int(number) / (1 << 20):,.0f} MiB"
 
 
 def refuse_several_processes() -> None:

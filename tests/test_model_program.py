@@ -18,6 +18,7 @@ from tiny_runs import RECORDS, arguments, contents, losses_of, run
 from model import demo, generate, pictures, train, train_loop
 from model import program as shared
 from model.progress import EVERY, messages, progress
+from zinit_kernels.checkpoints import tensor_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,11 +77,19 @@ def no_memory_of_cuda() -> None:
     )
 
 
+def no_memory_of_the_kernels() -> None:
+    raise RuntimeError(
+        "aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), 0, &handle) API call failed at csrc/"
+    )
+
+
 def no_memory_of_python() -> None:
     raise MemoryError
 
 
-@pytest.mark.parametrize("fail", [no_memory_of_torch, no_memory_of_cuda, no_memory_of_python])
+@pytest.mark.parametrize(
+    "fail", [no_memory_of_torch, no_memory_of_cuda, no_memory_of_the_kernels, no_memory_of_python]
+)
 def test_no_memory_left_is_one_sentence(folder, whole_run, tmp_path, capsys, monkeypatch, fail):
     real, calls = train_loop.batch_loss, []
 
@@ -103,6 +112,16 @@ def test_no_memory_left_is_one_sentence(folder, whole_run, tmp_path, capsys, mon
         patched.setattr(generate, "generate", lambda *_, **__: fail())
         assert run(*commands(folder, tmp_path)["generate"][1], main=generate.main) == 2
     assert "not enough memory" in (error := capsys.readouterr().err) and "lower --batch-size" in error
+
+
+def test_a_file_that_cannot_be_mapped_is_not_called_damaged(folder, tmp_path, capsys, monkeypatch):
+    def fail(path, **_):
+        raise RuntimeError(f"unable to mmap 269060552 bytes from file <{path}>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(tensor_files, "safe_open", fail)
+    for main, words in list(commands(folder, tmp_path).values())[:2]:
+        assert run(*words, main=main) == 2
+        assert re.fullmatch(r"error: there is not enough memory: .*\.\n", capsys.readouterr().err)
 
 
 def test_other_errors_are_not_taken_for_memory(folder, tmp_path, monkeypatch):

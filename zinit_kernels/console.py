@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -116,6 +117,18 @@ def refuse(error: Exception) -> int:
     return 2
 
 
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|could not|failed to) allocate|not enough memory|bad[_ ]alloc"
+    r"|aoti_torch_empty_strided\(.*API call failed",  # all that torch says of its stable ABI's allocations
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python or torch raises for want of memory: torch on a CPU has no class for it."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's `main` and exits: 0 or what it returns, 2 after a sentence for what the user can mend.
 
@@ -131,6 +144,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = 128 + signal.SIGPIPE
     except (InputError, OSError) as error:  # of the latter: no space left, no permission, no such file
         status = refuse(error)
+        _discard_output()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status = refuse(InputError("there is not enough memory"))
         _discard_output()
     except UnicodeEncodeError as error:
         what = (

@@ -192,4 +192,6 @@ def _damage_is(sentence: str) -> Iterator[None]:
     except SafetensorError as error:
         raise CheckpointError(f"{sentence} ({shortened(str(error))})") from error
     except Exception as error:
+        if "Cannot allocate memory" in str(error):  # the file is whole, and there is no room to map it
+            raise MemoryError(str(error)) from error
         raise CheckpointError(sentence) from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,9 +22,29 @@ class Show(Protocol):
         """`done` of the total; a title before it and a detail behind it. always: also if the last line is new."""
 
 
+class _Heedless:
+    """A file that cannot be written to is no reason to end hours of training: a full disk, a reader that has gone."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self.file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 def messages() -> Console:
     """The console for what is said on stderr, as it is: paths may hold rich's markup, and long lines stay whole."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    file = None if sys.stderr is None else cast(TextIO, _Heedless(sys.stderr))
+    return Console(file=file, stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager

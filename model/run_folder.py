@@ -50,6 +50,16 @@ def refuse_occupied(directory: str | Path, advice: str) -> None:
         raise UserError(f"the output folder {directory} is not empty: {advice}.")
 
 
+def refuse_unwritable(directory: str | Path) -> None:
+    """Raises UserError if files cannot be written into the directory, or if it cannot be made where it is named."""
+    directory = Path(directory)
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"the output folder {directory} cannot be: {place} is a file.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"the output folder {directory} cannot be written: no permission for {place}.")
+
+
 @contextmanager
 def held(directory: str | Path) -> Iterator[None]:
     """Keeps the directory to itself: another process that asks for it meanwhile gets a UserError.
@@ -129,6 +139,8 @@ def read_metrics(path: str | Path) -> list[Entry]:
             entries.append(entry)
         else:
             broken.append(number)
+    if not entries and len(broken) > 1:
+        raise UserError(f"{path} is no metrics file: none of its lines can be read. Move it away to go on.")
     if broken and broken != [len(lines)]:
         warn(f"{path}: what is in line {', '.join(map(str, broken))} cannot be read and is left out.")
     return entries

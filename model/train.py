@@ -34,7 +34,15 @@ from .progress import messages, progress
 from .recipe import Recipe, recipe_warnings
 from .records import Record, read_records
 from .resume import load_checkpoint, machine, refuse_missing, restore, save_checkpoint
-from .run_folder import MetricsLog, held, make_directory, refuse_occupied, remove_leftovers, writing
+from .run_folder import (
+    MetricsLog,
+    held,
+    make_directory,
+    refuse_occupied,
+    refuse_unwritable,
+    remove_leftovers,
+    writing,
+)
 from .tokenizer import load_tokenizer
 from .train_loop import batch_loss, evaluate, make_optimizer, train
 
@@ -146,6 +154,7 @@ def _check_folder(options: argparse.Namespace) -> None:
     """Whether the output folder is one that this run may write into."""
     if options.save_every is not None and options.save_every < 1:
         raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
+    refuse_unwritable(options.out)
     if options.resume:
         refuse_missing(options.out / "checkpoint.pt")
     elif not options.overwrite:
@@ -178,7 +187,10 @@ def _samples(
         raise UserError(f"--strict: of {len(records)} records {report}.")
     training, validation = split(samples, options.validation, options.seed)
     if not training and validation:
-        raise UserError(f"--validation took the only sample of {data}: pass --validation 0.")
+        took = "the only sample" if len(samples) == 1 else f"all {len(samples)} samples"
+        raise UserError(
+            f"--validation {options.validation} took {took} of {data}: pass a smaller share, or 0."
+        )
     if not training:
         raise UserError(f"{data} leaves no sample to train on ({report}).")
     if 2 * incomplete > len(records):

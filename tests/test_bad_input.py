@@ -110,7 +110,7 @@ BAD_DATA = {
     "no output": (GOOD + '\n{"instruction": "a"}', "line 2: the field 'output' is missing"),
     "empty outputs": ('\n\n{"instruction": "a", "output": ""}', "holds no records with an answer"),
     "nothing": ("", "holds no records"),
-    "one record": (GOOD, "--validation took the only sample"),
+    "one record": (GOOD, "--validation 0.2 took the only sample"),
     "only instructions beyond the context": (
         json.dumps({"instruction": "a" * 600, "output": "b"}),
         "leaves no sample to train on (0 answers are cut at 512 tokens and 1 samples are left out",
@@ -368,9 +368,10 @@ def test_metrics_that_are_none_are_refused_or_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "loss": 1.0}\n\xff\xfe\n')
     assert read_metrics(path) == [{"step": 0, "loss": 1.0}]
-    path.write_bytes(b"[1]\n")
-    with pytest.raises(UserError, match="is no metrics file"):
-        read_metrics(path)
+    for content in (b"[1]\n", b'{"loss": 1}\n', b"\xff\n\xfe\n"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is no metrics file"):
+            read_metrics(path)
 
 
 @pytest.mark.parametrize(

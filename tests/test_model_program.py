@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -231,3 +233,25 @@ def test_answers_that_are_mostly_cut_are_warned_of(folder, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert run(*arguments(folder, tmp_path / "out", "--data", str(tmp_path / "data.jsonl"))) == 0
     assert "warning: only 2 of 5 answers are whole" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(folder, whole_run, tmp_path, monkeypatch):
+    """As a full disk behind 2>log, or a reader that has gone."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert run(*arguments(folder, tmp_path / "out")) == 0
+    assert losses_of(tmp_path / "out") == losses_of(whole_run)
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    (tmp_path / "file").write_text("")
+    assert run(*arguments(folder, tmp_path / "file" / "out")) == 2
+    assert f"cannot be: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run(*arguments(folder, tmp_path / "new" / "out")) == 2
+    assert f"cannot be written: no permission for {tmp_path}." in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""mkdocs hook: README.md, DESIGN.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site.
+"""mkdocs hook: README.md, DESIGN.md, CONTRIBUTING.md and others outside docs/ become pages of the site.
 
 On GitHub they link to docs/page.md and to files of the checkout. On the site the first are page.md, and the second, for
 which the site has no page, are shown as names.
@@ -15,6 +15,7 @@ PAGES = {
     "DESIGN.md": "design.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "csrc/cuda/README.md": "cuda.md",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 

@@ -166,6 +166,22 @@ def test_a_compressed_archive_is_refused(tmp_path):
     assert "is a compressed archive" in refusal(tmp_path / "b")
 
 
+def test_checksums_are_compared(tmp_path):
+    """torch compares none: a flipped bit, or bytes moved by one, became prompts."""
+    torch.save(official_v1(), tmp_path / "a")
+    content = bytearray((tmp_path / "a").read_bytes())
+    place = content.index(official_v1()["adapter_query.weight"].numpy().tobytes()[:64])
+    content[place] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    assert "is truncated, or neither" in refusal(tmp_path / "a")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(official_v1(), tmp_path / "b")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_adapter(tmp_path / "b").layers == (2, 3, 4, 5)
+
+
 STRANGERS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "a Git LFS pointer in place of the file",
     b"<!doctype html><html>": "a web page in place of the file",

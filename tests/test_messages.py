@@ -307,6 +307,17 @@ def test_explain_explains_the_named_backend_that_cannot():
 
 
 @pytest.mark.native
+def test_each_backend_says_where_it_runs():
+    given = {name: tensor.to("meta") for name, tensor in sdpa().items()}
+    found = explain(**given)
+    for backend in ("cpu", "triton"):
+        assert found[backend] == "the tensors are on meta" or "not installed" in found[backend]
+        with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call"):
+            zero_init_attention(**given, backend=backend)
+    assert found["cuda"] != "usable" and found.selected == "composed" and found["reference"] == "usable"
+
+
+@pytest.mark.native
 def test_explain_names_the_choice_and_every_reason():
     found = explain(**sdpa())
     assert found.selected == "cpu" and set(found) == {"cpu", "triton", "cuda", "composed", "reference"}

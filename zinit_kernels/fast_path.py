@@ -14,8 +14,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from . import arguments, dispatch
 from .backends import fused
@@ -61,8 +64,8 @@ def _is_open() -> bool:
     return (
         dispatch.CPU_IS_FIRST
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.compiler.is_compiling()
+        and peek_interpreter_stack() is None
+        and not is_compiling()
     )
 
 
@@ -92,19 +95,17 @@ def attention(
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of the arguments of `zero_init_attention`, or None."""
     try:
-        if attn_mask is not None or not _is_open() or torch.is_autocast_enabled("cpu"):
+        if attn_mask is not None or not _is_open() or is_autocast_enabled("cpu"):
             return None
-        rows = gate[None] if type(gate) in PLAIN_TYPES and gate.dim() == 1 else gate
-        if not _are_canonical(
-            query, key, value, prompt_key, prompt_value, rows, prompt_index, None, None, None
-        ):
+        keys, values, gates = _with_rows(prompt_key, prompt_value, gate)
+        if not _are_canonical(query, key, value, keys, values, gates, prompt_index, None, None, None):
             return None
         if query.dim() != 4 or key.dim() != 4:
             return None
         _, heads_q, seqlen_q, head_dim = query.shape
         seqlen_k = key.shape[2]
         if (is_causal and seqlen_q != seqlen_k) or not _is_plain(
-            query, prompt_key, prompt_value, rows, heads_q, head_dim, scale, gate_activation
+            query, keys, values, gates, heads_q, head_dim, scale, gate_activation
         ):
             return None
         left, right = -1, 0 if is_causal else -1
@@ -114,10 +115,10 @@ def attention(
                 return None
             left, right = window
         operands = (
-            query, key, value, prompt_key, prompt_value, rows, prompt_index, None, None, None, seqlen_q, seqlen_k,
+            query, key, value, keys, values, gates, prompt_index, None, None, None, seqlen_q, seqlen_k,
             head_dim**-0.5 if scale is None else scale, left, right, gate_activation == "tanh",
         )  # fmt: skip
-        return fused.attention_of("cpu", *operands) if torch.is_grad_enabled() else _FORWARD(*operands)
+        return fused.attention_of("cpu", *operands) if is_grad_enabled() else _FORWARD(*operands)
     except RuntimeError as error:
         _refuse(
             error, arguments.from_sdpa, query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal,
@@ -150,9 +151,9 @@ def attention_with_cache(
     try:
         if causal is None or not _is_open() or type(num_splits) is not int:
             return None
-        rows = gate[None] if type(gate) in PLAIN_TYPES and gate.dim() == 1 else gate
+        keys, values, gates = _with_rows(prompt_k, prompt_v, gate)
         tensors = (
-            q, k_cache, v_cache, k, v, prompt_k, prompt_v, rows, prompt_index, cache_seqlens, block_table, rotary_cos,
+            q, k_cache, v_cache, k, v, keys, values, gates, prompt_index, cache_seqlens, block_table, rotary_cos,
             rotary_sin,
         )  # fmt: skip
         if not _are_canonical_with_cache(*tensors):
@@ -160,7 +161,7 @@ def attention_with_cache(
         if q.dim() != 4:
             return None
         _, _, heads_q, head_dim = q.shape
-        if not _is_plain(q, prompt_k, prompt_v, rows, heads_q, head_dim, softmax_scale, gate_activation):
+        if not _is_plain(q, keys, values, gates, heads_q, head_dim, softmax_scale, gate_activation):
             return None
         if k_cache is v_cache and k is not None:
             return None
@@ -178,13 +179,13 @@ def attention_with_cache(
             *tensors, rotary_interleaved or False, head_dim**-0.5 if softmax_scale is None else softmax_scale, left,
             right, gate_activation == "tanh", num_splits,
         )  # fmt: skip
-        if torch.is_grad_enabled() and _require_grad(*tensors):
+        if is_grad_enabled() and _require_grad(*tensors):
             with torch.no_grad():
                 done = _DECODE(*operands)
         else:
             done = _DECODE(*operands)
         if k is not None:
-            torch.autograd.graph.increment_version((k_cache, v_cache))
+            increment_version((k_cache, v_cache))
         return done
     except RuntimeError as error:
         _refuse(
@@ -192,6 +193,15 @@ def attention_with_cache(
             block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, num_splits,
             gate_activation, prompt_index,
         )  # fmt: skip
+
+
+def _with_rows(prompt_key: Any, prompt_value: Any, gate: Any) -> tuple[Any, Any, Any]:
+    """[1, ...] of tables that leave their only row out."""
+    if type(gate) in PLAIN_TYPES and gate.dim() == 1:
+        gate = gate[None]
+    if type(prompt_key) in PLAIN_TYPES and type(prompt_value) in PLAIN_TYPES and prompt_key.dim() == 3:
+        prompt_key, prompt_value = prompt_key[None], prompt_value[None]
+    return prompt_key, prompt_value, gate
 
 
 def _is_plain(

@@ -157,6 +157,21 @@ def test_double_backward_takes_the_written_out_formula(case, backend):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.native), "composed"])
+def test_double_backward_of_the_inputs_that_want_it(backend):
+    inputs = make_inputs(Case("some", seqlens_q=(7,), head_dim=8), torch.float32)
+    for name in ("query", "value", "prompt_key"):
+        inputs.tensors[name] = inputs.tensors[name].detach()
+    leaves = [inputs.tensors[name] for name in ("key", "prompt_value", "gate")]
+    seconds = []
+    for by in (backend, "reference"):
+        out, _ = inputs.call(by, return_lse=False)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for ours, expected in zip(*seconds, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("how", ["same", "dependent"])
 def test_create_graph_does_not_change_the_first_gradient(how):

@@ -137,6 +137,7 @@ reference = zinit_kernels.zero_init_attention(*arguments, is_causal=True, backen
 torch.testing.assert_close(out, reference)
 reasons = zinit_kernels.explain(*arguments, is_causal=True)
 assert "_C_cpu.so was not built" in reasons["cpu"], reasons
+assert reasons["triton"].startswith("triton is not installed"), reasons
 print("ran", reasons.selected)
 """
 

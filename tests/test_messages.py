@@ -315,6 +315,8 @@ def test_each_backend_says_where_it_runs():
         with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this call"):
             zero_init_attention(**given, backend=backend)
     assert found["cuda"] != "usable" and found.selected == "composed" and found["reference"] == "usable"
+    here = explain(**sdpa())["triton"]
+    assert "Triton's interpreter needs TRITON_INTERPRET=1" in here or "not installed" in here
 
 
 @pytest.mark.native

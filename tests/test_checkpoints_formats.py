@@ -132,6 +132,14 @@ def test_round_trip_through_ours_is_exact(tmp_path, name):
         assert back[key].dtype == tensors[key].dtype and torch.equal(back[key], tensors[key]), key
 
 
+def test_adapter_v2_of_lit_llama(tmp_path):
+    """Other names of norms than litgpt's."""
+    state = litgpt(gate_shape=(1,))["model"] | {"transformer.h.0.attn.c_attn.adapter_bias": normal(96)}
+    state |= {f"transformer.{name}.scale": normal(HIDDEN) for name in ("h.0.rms_1", "h.0.rms_2", "ln_f")}
+    torch.save(state, tmp_path / "a")
+    assert len(load_adapter(tmp_path / "a", **TOLD).extras) == 4
+
+
 def test_a_whole_training_file_and_an_old_gate_shape(tmp_path):
     torch.save({"model": official_v1(), "optimizer": {}, "epoch": 3, "scaler": None}, tmp_path / "whole.pth")
     torch.save(official_v1(), tmp_path / "extracted.pth")

@@ -27,7 +27,9 @@ from .writing import torch_bytes
 
 LAYOUTS = ("blocked", "interleaved")
 _KEY = re.compile(r"transformer\.h\.(\d{1,4})\.attn\.(adapter_wte\.weight|gating_factor)")
-_V2_BESIDE = re.compile(r".+\.adapter_(bias|scale)|transformer\.(h\.\d+\..*norm.*|ln_f)\.(weight|bias)")
+_V2_BESIDE = re.compile(  # norms: litgpt's norm_1.weight and lit-llama's rms_1.scale
+    r".+\.adapter_(bias|scale)|transformer\.(h\.\d+\.(.*norm.*|rms_[12])|ln_f)\.(weight|bias|scale)"
+)
 
 
 def _names(layer: int) -> tuple[str, str]:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from ..console import shortened
 from . import pickles
 from .adapter import CheckpointError
+from .json_files import parse_object
 
+_HEADER = 1 << 20  # bytes: larger ones are of base models with 10,000 tensors, and are left to the library
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -95,6 +97,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """(tensors, metadata). The tensors are mapped from the file."""
+    _check_header(path)
     damaged = f"{path} is truncated or damaged: it is no whole safetensors file"
     with _damage_is(damaged):
         file = safe_open(path, framework="pt")
@@ -108,6 +111,15 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             return tensor
 
     return Tensors(path, names, read), metadata
+
+
+def _check_header(path: Path) -> None:
+    """CheckpointError for a header that says something twice; the library silently takes the last."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= _HEADER else b""
+    if len(header) == size:  # else the library says that it is truncated
+        parse_object(header, f"{path} is truncated or damaged: its header")
 
 
 def read_torch(path: Path) -> Any:

@@ -12,7 +12,7 @@ from .errors import UserError
 from .fields import flag, number, refuse_unknown, token_ids
 from .rope_scaling import rope_of_hf
 
-# What transformers assumes where a file does not say, by architecture. Key/value heads of None: as many as query heads
+# What transformers assumes if a file does not say, by architecture. None: as many key/value heads as query heads
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
@@ -35,9 +35,9 @@ _HARMLESS = (
     # what is returned and how it is computed
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "torchscript",
     "attn_implementation", "keys_to_ignore_at_inference", "is_decoder", "max_sequence_length", "model_max_length",
-    # what a Mistral's windows look like elsewhere; transformers reads them for neither architecture
+    # how other architectures describe windows; transformers reads these for neither of the two
     "use_sliding_window", "max_window_layers",
-    # tokens that no layer knows of, and the heads of other tasks
+    # tokens that only a tokenizer knows, and heads for other tasks
     "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "id2label", "label2id", "num_labels",
     "problem_type", "finetuning_task", "task_specific_params", "prefix",
     # how text is generated, as old versions kept it here
@@ -51,8 +51,9 @@ _HARMLESS = (
 
 
 def read_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`LlamaConfig`'s fields from a parsed config.json; the end-of-sequence ids from generation_config.json if it has
-    them. Raises UserError.
+    """`LlamaConfig`'s fields from a parsed config.json, and generation_config.json if there is one.
+
+    The end-of-sequence ids are those of generation_config.json if it has them. Raises UserError.
     """
     file, architecture = "config.json", config.get("model_type")
     if architecture not in ARCHITECTURES:

@@ -1,7 +1,7 @@
 """params.json of Meta's LLaMA releases.
 
-The file leaves out what Meta's programs knew by themselves. What is missing comes from the release that the file is of,
-as far as its sizes tell which one that is; a fact that they do not tell is asked for.
+The file leaves out facts that Meta's programs have built in. They come from the release that the file's sizes tell. A
+fact that the sizes do not tell is asked for.
 """
 
 from __future__ import annotations
@@ -27,21 +27,18 @@ _SCALED_RELEASES = {
     (3072, 28): 32.0,  # Llama 3.2 3B
 }
 _READ = (
-    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier", 
+    "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier",
     "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "high_freq_factor", "rope_high_freq_factor",
     "max_seq_len",
 )  # fmt: skip
-_HARMLESS = (
-    "max_batch_size",
-    "vision_max_num_chunks",
-    "floor_scale",
-    "attn_scale",
-)  # the last: of switched off parts
+# How much is computed at once, and numbers of parts that are switched off
+_HARMLESS = ("max_batch_size", "vision_max_num_chunks", "floor_scale", "attn_scale")
 
 
 def read_meta_config(params: Mapping[str, Any], vocab_size: int, tie_embeddings: bool) -> dict[str, Any]:
-    """`LlamaConfig`'s fields from a parsed params.json, whose embedding has `vocab_size` rows: LLaMA 1 and 2 write -1
-    there. Raises UserError.
+    """`LlamaConfig`'s fields from a parsed params.json.
+
+    vocab_size: the rows of the embedding, because LLaMA 1 and 2 write -1 in the file. Raises UserError.
     """
     file = "params.json"
     if (
@@ -106,7 +103,10 @@ def _rope_scaling(params: Mapping[str, Any], release: tuple[int, int]) -> RopeSc
 
 
 def _context(scaling: RopeScaling | None, is_llama3: bool, rope_theta: float) -> int:
-    """Tokens that the model was trained for. LLaMA 2's file looks like LLaMA 1's, whose context is half as long."""
+    """The number of tokens that the model was trained for.
+
+    LLaMA 2's file looks like LLaMA 1's, whose context is half as long: the shorter one is assumed.
+    """
     if scaling is not None:
         return 131072
     if is_llama3:

@@ -47,8 +47,9 @@ class RopeScaling:
 
 
 def rope_of_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, RopeScaling | None]:
-    """(rope_theta, scaling) of a config.json: transformers 5 writes rope_parameters, before it rope_theta and
-    rope_scaling.
+    """(rope_theta, scaling) of a config.json.
+
+    transformers 5 writes both into rope_parameters; earlier versions write rope_theta and rope_scaling.
     """
     said = [config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name)]
     for rope in said:
@@ -61,7 +62,8 @@ def rope_of_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, Rope
         raise UserError(
             "config.json describes the rotary embedding twice, and rope_scaling is not rope_parameters."
         )
-    # What stands outside: of these two transformers prefers the first inside and the second outside
+    # These two may stand beside the object. As in transformers, the first counts only if the object lacks it, and the
+    # second counts in any case
     if config.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     if config.get("original_max_position_embeddings") is not None:

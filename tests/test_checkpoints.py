@@ -121,6 +121,16 @@ def test_first_release_had_one_raw_gate_per_layer(tmp_path):
     assert (loaded.gates.shape, loaded.gate_activation, loaded.num_heads) == ((4, 1), "identity", None)
 
 
+def test_a_base_with_one_head_is_not_the_first_release(tmp_path):
+    """Both have one number per layer: only its shape tells that tanh belongs to it."""
+    torch.save(official(gate_shape=(1, 1, 1, 1)), tmp_path / "adapter.pth")
+    loaded = load_adapter(tmp_path / "adapter.pth")
+    assert (loaded.gate_activation, loaded.num_heads) == ("tanh", 1)
+    save_adapter(tmp_path / "again.pth", loaded, "official-v1")
+    again = load_adapter(tmp_path / "again.pth")
+    assert (again.gate_activation, again.num_heads) == ("tanh", 1) and torch.equal(again.gates, loaded.gates)
+
+
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 def test_written_official_v1_means_the_same(tmp_path, activation, heads):

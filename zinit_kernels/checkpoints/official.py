@@ -24,6 +24,7 @@ from .adapter import (
     AdapterCheckpoint,
     CheckpointError,
     Told,
+    as_identity,
     as_tanh,
     check_keys,
     check_numbers,
@@ -62,9 +63,9 @@ def read_v1(file: File, told: Told) -> AdapterCheckpoint:
     base = {name for name in file.tensors if _V1_BASE.fullmatch(name)}
     check_keys(file.path, file.tensors, {_QUERY, *_gate_names("layers.", len(gates))}, base)
     prompts, stacked, layers = _topmost(file, gates, told.prompt_length)
-    heads = stacked.shape[1]
-    stored = "tanh" if heads > 1 else "identity"  # the first release's one gate per layer was raw
-    return AdapterCheckpoint(prompts, stacked, stored, layers, len(gates), heads if heads > 1 else None)
+    if gates[layers[0]].dim() == 1:  # the first release: one gate for all heads, raw
+        return AdapterCheckpoint(prompts, stacked, "identity", layers, len(gates))
+    return AdapterCheckpoint(prompts, stacked, "tanh", layers, len(gates), stacked.shape[1])
 
 
 def read_v2(file: File, told: Told) -> AdapterCheckpoint:
@@ -86,14 +87,12 @@ def write_v1(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
     check_topmost(checkpoint, "official-v1")
     lose(checkpoint.beside_the_formula(), "official-v1", allow_loss)
     gates = checkpoint.gates.detach().cpu().float()
-    heads = gates.shape[1]
-    if heads == 1 and checkpoint.num_heads is not None:
-        heads = checkpoint.num_heads
-    if heads > 1:
+    heads = checkpoint.num_heads if checkpoint.num_heads is not None else gates.shape[1]
+    if heads > 1 or checkpoint.num_heads == 1:
         gates = as_tanh(gates, checkpoint.gate_activation, "official-v1").expand(-1, heads)
-    elif checkpoint.gate_activation == "tanh":
-        gates = gates.tanh()  # one gate for all heads means a raw one
-    return torch_bytes(_state(checkpoint, gates, "layers."))
+        return torch_bytes(_state(checkpoint, gates, "layers.", (1, heads, 1, 1)))
+    # the first release's form, for a base whose number of heads is not known
+    return torch_bytes(_state(checkpoint, as_identity(gates, checkpoint.gate_activation), "layers.", (1,)))
 
 
 def write_v2(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
@@ -107,13 +106,14 @@ def write_v2(checkpoint: AdapterCheckpoint, allow_loss: bool) -> bytes:
     extras = dict(checkpoint.extras) if own and checkpoint.layout == "blocked" else {}
     heads = checkpoint.num_heads or checkpoint.gates.shape[1]
     gates = checkpoint.gates.detach().cpu().float().expand(-1, heads)
+    shape = (1, heads, 1, 1)
     originals = {name: extras.pop(name) for name in list(extras) if name in gate_names}
     if originals:
         _check_product(checkpoint, gates, originals, extras)
-        state = _state(checkpoint, gates, "llama.layers.") | originals
+        state = _state(checkpoint, gates, "llama.layers.", shape) | originals
     else:
         gates = as_tanh(gates, checkpoint.gate_activation, "official-v2")
-        state = _state(checkpoint, gates, "llama.layers.")
+        state = _state(checkpoint, gates, "llama.layers.", shape)
     config = parse_object(checkpoint.metadata.get("config", "{}"), "official-v2: the adapter's config")
     return torch_bytes({"model": state | extras, "config": config})
 
@@ -158,7 +158,7 @@ def _configuration(file: File) -> str:
 
 def _gates(file: File, prefix: str) -> dict[int, Tensor]:
     pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.attention\.gate")
-    return {int(m[1]): tensor for name, tensor in file.tensors.items() if (m := pattern.fullmatch(name))}
+    return {int(m[1]): file.tensors[name] for name in file.tensors if (m := pattern.fullmatch(name))}
 
 
 def _gate_names(prefix: str, num_layers: int) -> list[str]:
@@ -211,11 +211,12 @@ def _lora_factors(file: File, extras: Mapping[str, Tensor], layers: tuple[int, .
     return factors.float().reshape(-1, 1)
 
 
-def _state(checkpoint: AdapterCheckpoint, gates: Tensor, prefix: str) -> dict[str, Tensor]:
-    heads = gates.shape[1]
+def _state(
+    checkpoint: AdapterCheckpoint, gates: Tensor, prefix: str, shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """The tensors of a file; gates [L, 1 or Hq], each written in `shape`."""
     rows = dict(zip(checkpoint.layers, gates, strict=True))
     state = {_QUERY: checkpoint.prompts.detach().cpu().float().flatten(0, 1)}
     for layer, name in enumerate(_gate_names(prefix, checkpoint.num_layers)):
-        gate = rows.get(layer, torch.zeros(heads))
-        state[name] = gate.clone().reshape((1, heads, 1, 1) if heads > 1 else (1,))
+        state[name] = rows.get(layer, torch.zeros(gates.shape[1])).clone().reshape(shape)
     return state

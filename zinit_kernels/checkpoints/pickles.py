@@ -169,14 +169,8 @@ class _Extent(NamedTuple):
 
 
 _LEAF = _Extent()
-_MUTATORS = (
-    "APPEND",
-    "APPENDS",
-    "SETITEM",
-    "SETITEMS",
-    "ADDITEMS",
-    "BUILD",
-)  # the lowest operand stays the result
+# The container that these change, their lowest operand, stays on the stack
+_MUTATORS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 class _Extents:

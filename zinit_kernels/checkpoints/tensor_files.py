@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..console import shortened
+from ..console import shortened, shown
 from . import pickles
 from .adapter import CheckpointError
 from .json_files import parse_object
@@ -48,7 +48,7 @@ class Tensors(Mapping[str, Tensor]):
         self._read = read
         for name in self._names:
             if not isinstance(name, str) or not _is_unicode(name):
-                raise CheckpointError(f"{path} names a tensor {name!r}, which is no text")
+                raise CheckpointError(f"{path} names a tensor {shown(name)}, which is no text")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

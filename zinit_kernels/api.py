@@ -114,43 +114,43 @@ def zero_init_attention(
         out[b,h,i] =               sum_j softmax_j(scale * q[b,h,i] . k[b,g,j] + mask[b,h,i,j]) v[b,g,j]
                    + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
 
-    with g = h // (Hq // Hkv), n the prompt table row of sequence b, act = tanh or identity: LLaMA-Adapter
-    (arXiv 2303.16199), equations 5 to 8. Two softmaxes that share nothing; prompts are seen by every query,
-    whatever the masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At gate 0 the
-    result is bit for bit what this function gives without prompts; SDPA's differs from it by rounding.
+    Here g = h // (Hq // Hkv), n is the prompt table row of sequence b, and act is tanh or the identity:
+    LLaMA-Adapter (arXiv 2303.16199), equations 5 to 8. The two softmaxes share nothing. Every query sees the
+    prompts, whatever the masks say. `query` and `key` carry the rotary embedding, `prompt_key` does not. At
+    gate 0 the result is bit for bit what this function gives without prompts; SDPA's differs from it by rounding.
 
     Args:
-        query: [B, Hq, T, D]; float32, bfloat16, float16 (float64: unfused). Any strides with a contiguous
-            last dimension.
-        key, value: [B, Hkv, S, D], the query's dtype. Hq must be a multiple of Hkv (grouped queries, no flag
-            needed).
-        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, any of those dtypes. N = 1 is
-            shared by the batch, N = B is one per sample, any N goes with `prompt_index`. None together with
-            `gate`: plain attention.
-        gate: raw, before its activation: a number, 1 or Hq values ([Hq], [1, Hq, 1, 1], [1, 1, Hq, 1]), or
-            [N, Hq] with a table of adapters. float32 preferred. Applied before the output projection.
-        attn_mask: bool (True = attend) or additive. A key-padding mask [B, S] (or [B, 1, 1, S]) is fused;
-            what depends on the query runs the composed path. A [B, S] that could also mean [T, S] is refused:
-            spell it with four dimensions. A `torch.nn.attention.bias.CausalBias` is what it is to SDPA, and fused
-            where it is aligned at the end (`causal_lower_right`).
-        is_causal: query i sees keys j <= i; needs T == S. May be combined with attn_mask.
-        window_size: (left, right), -1 = no limit: query i sees keys i - left <= j <= i + right. Needs T == S.
+        query: [B, Hq, T, D] in float32, bfloat16 or float16 (float64 is not fused), with any strides whose last
+            is 1.
+        key, value: [B, Hkv, S, D] in the query's dtype. Hq is a multiple of Hkv; grouped queries need no flag.
+        prompt_key, prompt_value: [N, Hkv, P, D] or [Hkv, P, D], P from 0 to 128, in any of those dtypes. With
+            N = 1 the batch shares the prompts, with N = B each sample has its own, and with `prompt_index` N is
+            free. Without them and `gate` this is plain attention.
+        gate: raw, before its activation. A number, 1 or Hq values ([Hq], [1, Hq, 1, 1] or [1, 1, Hq, 1]), or
+            [N, Hq] for a table of adapters; float32 is best. It is applied before the output projection.
+        attn_mask: bool (True = attend) or additive. A key-padding mask [B, S] (or [B, 1, 1, S]) is fused. A mask
+            that depends on the query takes the composed path. A [B, S] that could also mean [T, S] is refused:
+            pass four dimensions. A `torch.nn.attention.bias.CausalBias` means what it means to SDPA;
+            `causal_lower_right` is fused.
+        is_causal: query i sees the keys j <= i. Needs T == S. May be combined with attn_mask.
+        window_size: (left, right): query i sees the keys i - left <= j <= i + right, -1 means no limit. Needs
+            T == S.
         scale: of the scores of both branches; default D ** -0.5.
         gate_activation: "tanh" (the paper's training code) or "identity" (PEFT, litgpt).
-        prompt_index: int32 [B], the row of the prompt table each sequence takes; -1 = no prompts.
-        return_lse: also return the token branch's log-sum-exp: float32 [B, Hq, T], natural logarithm, -inf
-            without a key; differentiable.
-        backend: "auto" (see `explain`), or a name, which raises instead of falling back.
+        prompt_index: int32 [B], the row of the prompt table for each sequence; -1 means no prompts.
+        return_lse: also return the token branch's log-sum-exp, float32 [B, Hq, T], in natural logarithms, -inf
+            for a query without keys. It is differentiable.
+        backend: "auto" (see `explain`), or a name. A named backend raises where it cannot run the call.
 
     Returns:
-        out [B, Hq, T, D] in the query's dtype, stored token-major; or (out, lse). A query whose every key is
-        masked gets its prompt branch alone, never NaN. Every gradient comes back in its own tensor's dtype,
-        deterministic; what does not require grad costs nothing.
+        out [B, Hq, T, D] in the query's dtype, stored token-major, or (out, lse). A query whose keys are all
+        masked gets its prompt branch alone, never NaN. Each gradient has its tensor's dtype and is the same at
+        every run; an input that does not require grad costs nothing.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: from the native kernels, which read the values in prompt_index themselves, for a row that is
-            not in the table (ValueError from the other backends on a CPU; no device is stalled to look).
+        TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.
+        RuntimeError: prompt_index names a row that is not in the table, on the native CPU kernels. (The other
+            backends raise ValueError on a CPU. On a device nothing is checked that would stall it.)
     """
     given = (
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
@@ -232,29 +232,29 @@ def zero_init_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention on packed sequences, shaped like `flash_attn_varlen_func`.
 
-    The formula of `zero_init_attention` for each sequence; every sequence sees the prompts.
+    The formula is that of `zero_init_attention`, for each sequence. Every sequence sees the prompts.
 
     Args:
-        q: [total_q, Hq, D]; sequence b owns rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1]. Dtypes as
-            `zero_init_attention`.
-        k, v: [total_k, Hkv, D], rows by cu_seqlens_k.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`, by
-            sequence.
+        q: [total_q, Hq, D], in the dtypes of `zero_init_attention`. Sequence b owns the rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1].
+        k, v: [total_k, Hkv, D], divided by cu_seqlens_k.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D].
+        gate, prompt_index: as for `zero_init_attention`, by sequence.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to the totals, never decreasing.
-        max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence. A GPU is not waited for to check
-            them: where one is too small, rows of out may stay uninitialised.
+        max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence. A GPU is not stalled to check
+            them; if one is too small there, rows of out may stay uninitialised.
         softmax_scale: default D ** -0.5.
-        causal, window_size: aligned to the bottom right, as flash-attn does: query i of T sees keys j of S
-            with i + S - T - left <= j <= i + S - T + right; causal sets right to 0. -1 = no limit.
-        gate_activation, return_lse, backend: as `zero_init_attention`.
+        causal, window_size: aligned to the bottom right, as in flash-attn. Query i of T sees the keys j of S with
+            i + S - T - left <= j <= i + S - T + right. causal sets right to 0; -1 means no limit.
+        gate_activation, return_lse, backend: as for `zero_init_attention`.
 
     Returns:
         out [total_q, Hq, D]; with return_lse also lse, float32 [Hq, total_q].
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: from the native kernels, which read the values in cu_seqlens and prompt_index themselves
-            (ValueError from the other backends on a CPU; no device is stalled to look).
+        TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.
+        RuntimeError: wrong values in cu_seqlens or prompt_index, on the native CPU kernels. (The other backends
+            raise ValueError on a CPU. On a device nothing is checked that would stall it.)
     """
     call = arguments.from_varlen(
         q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -328,39 +328,39 @@ def zero_init_attention_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention of new queries against a KV cache, shaped like `flash_attn_with_kvcache`.
 
-    Writes k and v (rotated) into the caches behind each sequence's cache_seqlens keys, rotates q, attends to
-    everything now in the cache, adds the gated prompt branch. In place on the caches; no backward. The caller
-    advances cache_seqlens.
+    Writes k and v (rotated) into the caches behind each sequence's cache_seqlens keys, rotates q, attends to all
+    that the cache then holds, and adds the gated prompt branch. The caches are changed in place. There is no
+    backward. The caller advances cache_seqlens.
 
     Args:
-        q: [B, T, Hq, D], T new queries per sequence (1 to decode, more for chunked prefill or speculative
-            checks).
-        k_cache, v_cache: [B, S, Hkv, D], or with block_table pages [num_pages, page_size, Hkv, D]. Read
-            through their strides: a cache that is head-major in memory ([B, Hkv, S, D], passed transposed) is
-            the faster one on a CPU.
-        k, v: [B, T_new, Hkv, D] to append, or None. Dtype of q, as the caches.
-        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D]; gate, prompt_index: as `zero_init_attention`. None
-            for no prompts.
-        cache_seqlens: int32 [B] (or one int): keys in the cache before this call. Slots behind may hold
-            anything, NaN too.
-        block_table: int32 [B, max_pages]: page i of a sequence; entries behind its last page are not read.
-        rotary_cos, rotary_sin: [positions, rotary_dim / 2]; rotates k, and q, at positions cache_seqlens + t
-            (q without causal and window: all at cache_seqlens, as flash-attn does). No more positions than these
-            are needed.
-        rotary_interleaved: pairs (2i, 2i + 1) (True) or (i, i + rotary_dim / 2) (False). Must be given with the
-            tables: flash-attn's default is True, this function's was False.
-        causal, window_size: bottom-right aligned, as `zero_init_attention_varlen`. causal must be given:
-            flash-attn's default is False, this function's was True.
-        num_splits: pieces the keys of a sequence are split into; 0 chooses. Changes nothing beyond rounding.
-        softmax_scale, gate_activation, backend: as `zero_init_attention_varlen`.
+        q: [B, T, Hq, D], the T new queries of each sequence: 1 to decode, more for chunked prefill or for
+            speculative decoding.
+        k_cache, v_cache: [B, S, Hkv, D], or with block_table pages [num_pages, page_size, Hkv, D]. They are read
+            through their strides. On a CPU a cache that is head-major in memory ([B, Hkv, S, D], passed
+            transposed) is faster.
+        k, v: [B, T_new, Hkv, D] to append, or None. All of them have the dtype of q.
+        prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], or None for no prompts.
+        gate, prompt_index: as for `zero_init_attention`. None for no prompts. A gate [1, Hq] costs 1 us less than
+            [Hq].
+        cache_seqlens: int32 [B], or one int: the keys in the cache before this call. The slots behind them may
+            hold anything, NaN too.
+        block_table: int32 [B, max_pages], the pages of each sequence. Entries behind its last page are not read.
+        rotary_cos, rotary_sin: [positions, rotary_dim / 2]. They rotate k, and q, at positions cache_seqlens + t;
+            q without causal and window at cache_seqlens, as in flash-attn. More positions are not needed.
+        rotary_interleaved: True pairs the dimensions (2i, 2i + 1), False (i, i + rotary_dim / 2). It must be
+            given with the tables: flash-attn's default is True, this function's was False.
+        causal, window_size: aligned to the bottom right, as for `zero_init_attention_varlen`. causal must be
+            given: flash-attn's default is False, this function's was True.
+        num_splits: how many pieces the keys of a sequence are split into; 0 chooses. It changes rounding only.
+        softmax_scale, gate_activation, backend: as for `zero_init_attention_varlen`.
 
     Returns:
         out [B, T, Hq, D]; with return_lse also lse, float32 [B, Hq, T].
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: from the native kernels, for a length, page or prompt row out of range (ValueError from the
-            other backends on a CPU; no device is stalled to look). Nothing is written then.
+        TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.
+        RuntimeError: a length, page or prompt row is out of range, on the native CPU kernels. (The other backends
+            raise ValueError on a CPU. On a device nothing is checked that would stall it.) Nothing is written then.
     """
     given = (
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
@@ -386,27 +386,27 @@ def prompt_attention_(
     prompt_index: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Adds the gated prompt branch in place onto the output of somebody else's attention.
+    """Adds the gated prompt branch in place to the output of another attention.
 
         out[b,t,h] += act(gate[h]) sum_p softmax_p(scale * q[b,t,h] . pk[n,p,g]) pv[n,p,g]
 
-    The second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced. Differentiable; but
-    attention kernels, torch's and these, keep their output for their own backward, where autograd then refuses one that
-    was changed in place: pass them `out.clone()` where gradients reach their inputs.
+    This is the second half of LLaMA-Adapter's equation 8, for where the token half cannot be replaced. It is
+    differentiable. Attention kernels, torch's and these, keep their output for their backward, and autograd
+    refuses one that was changed in place: pass `out.clone()` where gradients reach the inputs of that attention.
 
     Args:
-        out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; without it one
-            sequence). q is rotated.
-        max_seqlen: of packed sequences the length of the longest, or more; None: of all together, for which a GPU
-            starts blocks that find nothing to do.
+        out, q: [B, T, Hq, D], or packed [total, Hq, D] with `cu_seqlens` (int32 [B + 1]; one sequence without
+            it). q is rotated.
+        max_seqlen: the length of the longest packed sequence, or more. None means all tokens together, for which
+            a GPU starts blocks that find nothing to do.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated.
-        gate, prompt_index, gate_activation, softmax_scale, backend: as `zero_init_attention`.
+        gate, prompt_index, gate_activation, softmax_scale, backend: as for `zero_init_attention`.
 
     Returns:
         out, the same tensor.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.
     """
     call = arguments.from_prompt_branch(
         out, q, prompt_k, prompt_v, gate, cu_seqlens, max_seqlen, softmax_scale, gate_activation, prompt_index
@@ -416,19 +416,18 @@ def prompt_attention_(
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
-    """For each backend "usable" or the reason why not, and which one `backend="auto"` takes; computes
-    nothing.
+    """For each backend "usable" or the reason why not, and which one `backend="auto"` takes. Computes nothing.
 
-    Takes the arguments of any of the three attention functions: those with `cache_seqlens` are read as
+    Takes the arguments of any of the three attention functions. Those with `cache_seqlens` are read as
     `zero_init_attention_with_kvcache`'s, those with `cu_seqlens_q` (or more than six positional ones) as
-    `zero_init_attention_varlen`'s, all others as `zero_init_attention`'s.
+    `zero_init_attention_varlen`'s, and all others as `zero_init_attention`'s.
 
     Returns:
-        A dict from backend to "usable" or a reason, with the choice in `.selected` ("" where `backend` names one that
-        cannot run the call); prints as a table.
+        A dict from backend to "usable" or a reason, which prints as a table. `.selected` is the choice, or "" where
+        `backend` names one that cannot run the call.
 
     Raises:
-        TypeError, ValueError: as the function itself, but for a backend that cannot run the call.
+        TypeError, ValueError: as the function itself, except for a backend that cannot run the call.
     """
     function: Callable[..., Any]
     canonical: Callable[..., Any]

@@ -20,9 +20,9 @@ _ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
 
 
 def check_values(call: AnyCall) -> None:
-    """The checks that must read tensors, for eager calls on host memory; the native kernels do the same ones.
+    """The checks that must read tensors. The native CPU kernels make the same ones.
 
-    On a device they would wait for it, so there they run with ZINIT_CHECK=1 alone; without, kernels clamp.
+    On a device they would stall it, so there they run only with ZINIT_CHECK=1; without it, kernels clamp.
     """
     if not has_values(call.query) or (call.query.device.type != "cpu" and not _ON_DEVICES_TOO):
         return
@@ -88,10 +88,10 @@ def _check_cumulative(
 
 
 def check_storage(**given: Any) -> None:
-    """That each tensor is what its storage says, and on the first one's device; the names are the public function's.
+    """Checks that each tensor is what its storage says, and that all are on the first one's device.
 
-    A subclass that overrides what operators do may hold anything in its storage: `torch.nn.attention.bias.CausalBias`
-    holds nothing.
+    A subclass that overrides what operators do may hold anything in its storage:
+    `torch.nn.attention.bias.CausalBias` holds nothing. The names are those of the public function.
     """
     device = None
     for name, tensor in given.items():

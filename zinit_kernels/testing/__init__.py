@@ -1,4 +1,4 @@
-"""What judging a kernel takes: named cases, inputs, and the one tolerance rule. For tests and benchmarks only."""
+"""Named cases, their inputs, and the one rule that judges a kernel's results. For tests and benchmarks only."""
 
 from .cases import (
     CACHE_CASES,

@@ -1,8 +1,8 @@
 """The one tolerance rule, and whole cases judged by it.
 
-Against the float64 reference a kernel may err at most twice as much as the same formula in eager PyTorch does at
-the kernel's dtype, plus one rounding unit: of the dtype at the size of the result, and of float32 at the size of
-the terms it sums (`magnitudes`).
+The error of a kernel against the float64 reference may be at most twice that of the same formula in eager PyTorch
+at the kernel's dtype, plus one rounding unit: of the dtype at the size of the result, and of float32 at the size
+of the terms that are summed (`magnitudes`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .magnitude import magnitudes
 
 
 def projections(outputs: tuple[Tensor, Tensor | None], seed: int = 1) -> list[Tensor | None]:
-    """The random gradients that the outputs are given; a row without keys has a constant lse and gets none.
+    """Random gradients for the outputs. A row without keys has a constant lse and gets none.
 
-    Numbers that every dtype holds: rounded on their way into a kernel alone, they would be its error (a bfloat16
-    gate's gradient is then off by 5 times what is allowed).
+    Every dtype holds these numbers exactly. Numbers that only the kernel had to round would count as its error: the
+    gradient of a bfloat16 gate was then off by 5 times what is allowed.
     """
     random = torch.Generator().manual_seed(seed)
     return [
@@ -41,7 +41,7 @@ def projections(outputs: tuple[Tensor, Tensor | None], seed: int = 1) -> list[Te
 
 
 def gradients(outputs: tuple[Tensor, Tensor | None], inputs: Inputs) -> dict[str, Tensor]:
-    """Gradients of a fixed random projection of (out, lse), for every input that is there; zero where none flows."""
+    """Gradients of a fixed random projection of (out, lse) for every input that wants one; zeros where none flows."""
     loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for output, weight in zip(outputs, projections(outputs), strict=True):
         if output is not None:
@@ -63,7 +63,7 @@ def assert_within_eager_error(
     terms: float = 0.0,
     factor: float = 2.0,
 ) -> None:
-    """The rule at the top of this file, in the largest absolute error; `terms` as `magnitudes` gives it."""
+    """Asserts the rule at the top of this file for the largest absolute error; `terms` comes from `magnitudes`."""
     assert actual.shape == oracle.shape, (
         f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     )
@@ -103,9 +103,9 @@ def check_function(
     device: str = "cpu",
     factor: float = 2.0,
 ) -> None:
-    """What `function` makes of a case's inputs, (out [B, H, T, D], lse or None), judged as a backend is.
+    """Judges (out [B, H, T, D], lse or None) of any function of a case's inputs as a backend is judged.
 
-    `factor`: how many times eager's error is allowed.
+    `factor`: how many times the error of eager PyTorch is allowed.
     """
     inputs = make_inputs(case, dtype, seed, device)
     eager_inputs, oracle_inputs = inputs.to(None), inputs.to(torch.float64)

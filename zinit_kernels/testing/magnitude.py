@@ -1,9 +1,9 @@
-"""How large the terms are that an output or a gradient sums: the unit its float32 rounding is measured in.
+"""How large the terms are that an output or a gradient sums: the unit of its float32 rounding.
 
-A gradient can cancel to nothing (one key: dS = A (dP - delta) = 0), and then neither its own size nor eager's
-luck says what rounding is fair. So every sum of the formulas is evaluated in float64 with the absolute values
-of its terms. To the gradients of query and key belongs the rounding of `out` itself: backward reads it as it was
-stored, in delta = rowsum(dO * out).
+A gradient can cancel to nothing (with one key, dS = A (dP - delta) = 0). Then neither its own size nor the error
+of eager PyTorch says how much rounding is fair. So every sum of the formulas is evaluated in float64 with the
+absolute values of its terms. The gradients of query and key also inherit the rounding of `out`: backward reads it
+as it was stored, in delta = rowsum(dO * out).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Sequence(NamedTuple):
 def magnitudes(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Largest sum of absolute terms in out, lse and each gradient of a float64 call; `dtype`: what out is stored in."""
+    """The largest sum of absolute terms in out, lse and each gradient of a float64 call; out is stored in `dtype`."""
     stored = 0.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     found = dict.fromkeys(("out", "lse", "query", "key", "value", "prompt_key", "prompt_value", "gate"), 0.0)
     rows: dict[str, dict[int, Tensor]] = {"prompt_key": {}, "prompt_value": {}, "gate": {}}

@@ -1,5 +1,6 @@
 """The operators' arguments, described once in `call.py`: who reads them agrees with the description."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def binding_of(stage, backend):
 def test_the_bindings_take_the_fields_in_their_order(stage, backend):
     """The stable ABI passes arguments by position and checks neither names nor types."""
     assert binding_of(stage, backend) == schema_of(stage, backend)
+
+
+@pytest.mark.parametrize("stage", operators.STAGES["triton"])
+def test_the_launchers_take_the_fields_in_their_order(stage):
+    source = (ROOT / "zinit_kernels" / "backends" / "triton" / "launch.py").read_text()
+    (function,) = [f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef) and f.name == stage]
+    names = tuple(parameter.arg for parameter in function.args.args)
+    assert names == operators.NAMES[stage] or (not names and function.args.vararg)  # then they build the call
 
 
 @pytest.mark.parametrize(("stage", "backend"), OPERATORS)

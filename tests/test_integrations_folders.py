@@ -15,6 +15,7 @@ from tiny_transformers import (  # noqa: E402
     LAYERS,
     PROMPTS,
     STACKS,
+    VISION,
     adapted,
     base_model,
     inputs_of,
@@ -101,6 +102,16 @@ def test_prompts_saved_with_the_base_are_read_back(name, activation, shards, tmp
     assert torch.equal(outputs(zinit.load_adapter(loaded, tmp_path), inputs), expected)
 
 
+def test_stacks_that_transformers_writes_by_other_names(tmp_path):
+    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**DECODER)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)
+    kind = transformers.LlavaForConditionalGeneration
+    model = zinit.add_zero_init_attention(kind(config), PROMPTS, ADAPTED)
+    model.save_pretrained(tmp_path)
+    loaded = zinit.load_adapter(kind.from_pretrained(tmp_path), tmp_path)
+    assert zinit.summary(loaded) == zinit.summary(model) and len(zinit.summary(loaded)) == 2 * ADAPTED
+
+
 def test_a_state_dict_of_another_gate_activation_is_refused():
     tanh, identity = adapted("Llama"), adapted("Llama", gate_activation="identity")
     with pytest.raises(RuntimeError, match="Missing key.*zinit.identity_gate"):
@@ -130,6 +141,7 @@ def test_a_folder_fits_the_same_model_wrapped_otherwise(wrapper, saved_wrapped, 
     if saved_wrapped:
         model = zinit.add_zero_init_attention(wrap(base_model("Llama")), PROMPTS, ADAPTED)
         zinit.save_adapter(model, tmp_path)
+        assert "base_model" not in (tmp_path / "adapter.json").read_text()  # nor any other wrapper's name
         loaded = zinit.load_adapter(models[1], tmp_path)
     else:
         model = models[0]

@@ -63,3 +63,30 @@ def test_continuous_batching_does_not_switch_to_flash_attention(monkeypatch):
         found = model.generate_batch([[5, 6, 7]], config, room)
     expected = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)[0, 3:]
     assert [out.generated_tokens for out in found.values()] == [expected.tolist()]
+
+
+@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
+@pytest.mark.parametrize("how", ["generate_batch", "continuous_batching"])
+def test_peft_models_are_served(how):
+    """By the answers of stock PEFT, and fused: a query projection runs once."""
+    pytest.importorskip("peft")
+    from tiny_peft import CONFIGS, adapted, batch
+
+    from zinit_kernels.integrations.peft import accelerate
+
+    model, prompts = adapted(CONFIGS["llama-gqa"], gates=2.0), batch("whole")["input_ids"][:, :5]
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    expected = model.generate(input_ids=prompts, max_new_tokens=4, do_sample=False)[:, 5:].tolist()
+    projections = []
+    attention = accelerate(model).base_model.model.model.layers[-1].self_attn.model
+    attention.register_forward_hook(lambda *_: projections.append("pass"))
+    attention.q_proj.register_forward_hook(lambda *_: projections.append("query"))
+    if how == "generate_batch":
+        found = model.generate_batch(prompts.tolist(), config, room)
+    else:
+        with zinit.continuous_batching(model):
+            found = model.generate_batch(prompts.tolist(), config, room)
+    assert sorted(out.generated_tokens for out in found.values()) == sorted(expected)
+    assert projections.count("query") == projections.count("pass") > 0
+    assert model.config._attn_implementation == "zinit"

@@ -93,6 +93,33 @@ def test_an_address_that_is_given_again_is_another_tensor(made):
             assert torch.equal(projections.of(layer), layer.k_proj(layer.prompt)), trial
 
 
+def test_memory_that_is_given_again_is_another_storage(made):
+    layer, projections = made
+    memory = bytearray(4 * layer.prompt.numel())
+
+    def there(scale):
+        return torch.frombuffer(memory, dtype=torch.float32).view(6, 4).fill_(scale)
+
+    with torch.no_grad():
+        layer.prompt.data = there(1.0)
+        projections.of(layer)
+        layer.prompt.data = there(
+            2.0
+        )  # at one address, and with one version: the parameter's, which .data leaves
+        assert torch.equal(projections.of(layer), layer.k_proj(layer.prompt))
+
+
+def test_another_parameter_over_the_same_data_with_as_many_changes(made):
+    layer, projections = made
+    with torch.no_grad():
+        layer.prompt.mul_(1)
+        projections.of(layer)
+        version, layer.prompt = layer.prompt._version, nn.Parameter(layer.prompt.data)
+        layer.prompt.mul_(2)
+        assert layer.prompt._version == version
+        assert torch.equal(projections.of(layer), layer.k_proj(layer.prompt))
+
+
 def test_a_change_while_it_was_projected_is_not_kept(made):
     """As an optimizer's in another thread: what was read before is not taken for what is there since."""
     layer, projections = made

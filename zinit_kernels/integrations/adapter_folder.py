@@ -134,11 +134,16 @@ def _adapter_files(source: Path, model: Any, by_stack: dict[str, list[Layer]]) -
 def _match(saved: tuple[str, ...], own: list[str]) -> dict[str, str | None]:
     """The model's stack for each saved one; None where there is not exactly one.
 
-    The names are equal, or one ends with the other: a body's "layers" are the "model.layers" of the model around it.
+    The names are equal, or, without the parts "model" in them, one ends with the other: a body's "layers" are the
+    "model.layers" of the model around it, and LLaVA's "model.language_model.layers" is written by transformers as
+    "language_model.model.layers".
     """
 
     def is_same(one: str, other: str) -> bool:
-        one, other = f".{plain_name(one)}", f".{plain_name(other)}"
+        one, other = (
+            "".join(f".{part}" for part in plain_name(name).split(".") if part != "model")
+            for name in (one, other)
+        )
         return one.endswith(other) or other.endswith(one)
 
     matched: dict[str, str | None] = {}

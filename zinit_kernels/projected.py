@@ -7,6 +7,7 @@ was computed and tells whether it is still what a new projection would give.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -17,7 +18,7 @@ from torch.nn.modules import module as module_state
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _Value = TypeVar("_Value")
-_Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # address, shape, strides, dtype
+_Layout = tuple[int, torch.Size, tuple[int, ...]]  # address, shape, strides
 _steps = 0  # of every optimizer in this process
 
 
@@ -46,19 +47,8 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Source:
-        return cls(ref(tensor), ref(tensor.untyped_storage()), tensor._version, _layout(tensor))
-
-    def is_still(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor() is tensor
-            and self.version == tensor._version
-            and self.storage() is not None
-            and self.layout == _layout(tensor)
-        )
-
-
-def _layout(tensor: Tensor) -> _Layout:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        layout = tensor.data_ptr(), tensor.shape, tensor.stride()
+        return cls(ref(tensor), ref(tensor.untyped_storage()), tensor._version, layout)
 
 
 class Stamp(NamedTuple):
@@ -70,13 +60,22 @@ class Stamp(NamedTuple):
     sources: tuple[Source, ...]
 
     def is_current(self, settings: Hashable, sources: Sequence[Tensor]) -> bool:
-        return (
-            self.settings == settings
-            and self.steps == _steps
-            and len(self.sources) == len(sources)
-            and all(was.is_still(tensor) for was, tensor in zip(self.sources, sources, strict=True))
-            and self.autocast == _autocast(sources)
-        )
+        """Asked for every layer and token, hence one plain loop: half of what it takes by methods and generators."""
+        if self.settings != settings or self.steps != _steps or len(self.sources) != len(sources):
+            return False
+        for (was, storage, version, (address, shape, stride)), tensor in zip(
+            self.sources, sources, strict=True
+        ):
+            if (
+                was() is not tensor
+                or tensor._version != version
+                or storage() is None
+                or tensor.data_ptr() != address
+                or tensor.shape != shape
+                or tensor.stride() != stride
+            ):
+                return False
+        return self.autocast == _autocast(sources)
 
 
 class KeptProjections(Generic[_Value]):
@@ -137,16 +136,25 @@ def sources_of(
         return None
     if not hooks_observe and (module_state._global_forward_hooks or module_state._global_forward_pre_hooks):
         return None
-    sources = list(tensors)
+    sources: list[Tensor] = []
+    for tensor in tensors:
+        if type(tensor) is nn.Parameter:
+            sources.append(tensor)
+        elif not _collect_plain(tensor, sources):
+            return None
     for module in modules:
-        if not _is_plain(type(module)) or "forward" in vars(module) or module._modules:
+        state = module.__dict__
+        if not _is_plain(type(module)) or "forward" in state or state["_modules"]:
             return None
-        if not hooks_observe and (module._forward_hooks or module._forward_pre_hooks):
+        if not hooks_observe and (state["_forward_hooks"] or state["_forward_pre_hooks"]):
             return None
-        sources += [tensor for tensor in module._parameters.values() if tensor is not None]
-        sources += [tensor for tensor in module._buffers.values() if tensor is not None]
-    plain: list[Tensor] = []
-    return plain if all(_collect_plain(source, plain) for source in sources) else None
+        for held in (state["_parameters"], state["_buffers"]):
+            for part in held.values():
+                if type(part) is nn.Parameter:
+                    sources.append(part)
+                elif part is not None and not _collect_plain(part, sources):
+                    return None
+    return sources
 
 
 def _collect_plain(tensor: Tensor, into: list[Tensor]) -> bool:
@@ -165,9 +173,14 @@ def in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # asking one that has none for its state raises
+
+
 def _autocast(sources: Sequence[Tensor]) -> torch.dtype | None:
     device = sources[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

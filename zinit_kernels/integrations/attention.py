@@ -39,6 +39,7 @@ except ImportError:
     _active_collector = None
 
 NAME = "zinit"
+NEEDS_KWARGS = _active_collector is None  # of the attention modules, to know about output_attentions
 
 # Arguments of transformers' attention functions that change the scores and that `sdpa` does not know: with them the
 # token branch is the eager formula of the model's own file. A row in FUSED, transformers' name -> the argument of the
@@ -91,21 +92,22 @@ def attention_forward(
             f"output_attentions is not supported with zero-init prompts in {type(module).__name__}: no weights are "
             "kept there; set it to False"
         )
-    table = recall(module, prompts, query, key.shape[2])
-    at_rest = table is None and prompts.at_rest()
+    kept = recall(module, prompts, query, key.shape[2])
+    at_rest = kept is None and prompts.at_rest()
     if at_rest and not torch.is_grad_enabled():
         return _token_branch(*tokens)
 
-    table = table or tabulate(module, prompts, query)
+    table = kept or tabulate(module, prompts, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
-    unfused = at_rest or dropout or weighed or not fusable or _UNFUSED & kwargs.keys() or in_transform()
-    if unfused or any(name not in FUSED for name in score_options):
+    unfused = at_rest or dropout or weighed or not fusable or _UNFUSED & kwargs.keys()
+    # what was kept was not kept within a transform
+    if unfused or (score_options and not FUSED.keys() >= set(score_options)) or (not kept and in_transform()):
         out, weights = _token_branch(*tokens)
         return out + prompt_branch(query, table, prompts, scale, kwargs.get("softcap")).transpose(
             1, 2
         ), weights
-    options = {ours: kwargs[theirs] for theirs, ours in FUSED.items() if kwargs.get(theirs) is not None}
+    options = {FUSED[name]: kwargs[name] for name in score_options}
     if query.shape[2] == 1 and mask is None and not torch.is_grad_enabled():
         return _decode(query, key, value, table, prompts, scale, options), None
     if causal:  # in an empty static cache the keys behind the queries are not written yet
@@ -160,12 +162,19 @@ def _prompts(module: nn.Module, given: Prompts | None) -> Prompts | None:
         return given
     if given is not None:
         raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
-    found = own()  # a call, not attributes: offloaded and wrapped parameters are there only during one
+    # a call, not attributes: offloaded and wrapped parameters are there only during one
+    adapter: Any = own
+    found = adapter() if _is_hooked(own) else adapter.forward()
     if found is None:
         return None
     prompt, gate = found
-    attributes: Any = own
-    return Prompts((prompt,), (gate,), attributes.gate_activation, attributes.projection)
+    return Prompts((prompt,), (gate,), adapter.gate_activation, adapter.projection)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    state = module.__dict__
+    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 def _decode(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Projection, architecture_of, is_adaptable, missing_row
-from .attention import NAME, attend_by_zinit
+from .attention import NAME, NEEDS_KWARGS, attend_by_zinit
 from .scope import Scope
 from .usage import mark_used, unwatch, watch
 
@@ -50,7 +50,14 @@ class ZeroInitPrompts(nn.Module):
         return super().__getattr__(name)
 
     def forward(self) -> tuple[Tensor, Tensor] | None:
-        return (self.prompt, self.gate) if self.is_on else None
+        if not self.is_on:
+            return None
+        mark_used(self)
+        own = self._parameters  # past __getattr__: 2 us a layer and token
+        prompt, gate = own.get("prompt"), own.get("gate")
+        if prompt is None or gate is None:  # a replica's, or parametrised
+            return self.prompt, self.gate
+        return prompt, gate
 
     @property
     def is_on(self) -> bool:
@@ -135,7 +142,7 @@ def attach(
     for attention, adapter in new:
         adapter.attention_before = before.get(id(attention), adapter.attention_before)
         attention.zinit = adapter
-        watch(attention)
+        watch(attention, with_kwargs=NEEDS_KWARGS)
 
 
 def detach(model: Any) -> None:

@@ -71,7 +71,7 @@ def recall(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> Tab
     Numbers that were overwritten behind PyTorch's back between two tokens, by `tensor.data.mul_` or numpy, are seen
     from the next call of more than one token on.
     """
-    if query.shape[2] != 1 or keys == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if query.shape[2] != 1 or keys == 1:
         return None
     return _kept_tables.recall(module, (query.dtype, prompts.projection), _sources(module, prompts))
 
@@ -93,9 +93,14 @@ def tabulate(module: nn.Module, prompts: Prompts, query: Tensor) -> Table:
 
 
 def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
-    children = [module._modules.get(name) for name in prompts.projection.modules]
-    children.append(_key_norm(module, prompts.projection))
-    return sources_of([*prompts.prompts, *prompts.gates], [child for child in children if child is not None])
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # said again by sources_of, for less
+        return None
+    used = []
+    for name in (*prompts.projection.modules, prompts.projection.key_norm):
+        child = module._modules.get(name) if name else None
+        if child is not None:
+            used.append(child)
+    return sources_of((*prompts.prompts, *prompts.gates), used)
 
 
 def _key_norm(module: nn.Module, projection: Projection) -> nn.Module | None:

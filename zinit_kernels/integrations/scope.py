@@ -59,6 +59,8 @@ class Scope(Generic[_Value]):
         PyTorch moves some calls to threads of its own: what backward recomputes to autograd's thread of the device, and
         the replicas of nn.DataParallel (`moved`). Those have no blocks; the ones of all threads hold for them.
         """
+        if not self._all:  # nobody is in a block, in any thread
+            return ()
         if torch.compiler.is_compiling():
             values: tuple[_Value, ...] = getattr(self._thread, "values", ())
             return values

@@ -60,10 +60,12 @@ def ignored(attention: Any) -> RuntimeError:
     )
 
 
-def watch(attention: nn.Module) -> None:
-    """Checks every pass of the module from now on."""
+def watch(attention: nn.Module, with_kwargs: bool) -> None:
+    """Checks every pass of the module from now on; with_kwargs, which costs 4 us a pass, is for `asks_for_weights`."""
     handles = (
-        attention.register_forward_pre_hook(_begin, with_kwargs=True),
+        attention.register_forward_pre_hook(_begin_with, with_kwargs=True)
+        if with_kwargs
+        else attention.register_forward_pre_hook(_begin),
         attention.register_forward_hook(_end),
     )
     # kept in the module: a handle that is unpickled keeps hooks of that process from getting its number
@@ -75,7 +77,11 @@ def unwatch(attention: nn.Module) -> None:
         handle.remove()
 
 
-def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(module: nn.Module, args: Any) -> None:
+    _pass.used, _pass.weighed = None, False
+
+
+def _begin_with(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     begin(bool(kwargs.get("output_attentions")))
 
 

@@ -133,6 +133,27 @@ def test_top_p_keeps_the_smallest_sufficient_set():
         assert choose(probabilities.log(), temperature, 1.0, generators).eq(1).all()
 
 
+def test_rounding_changes_few_draws():
+    """Probabilities that differ by 0.3 % change about as many draws: by one number looked up in the cumulative
+    probabilities, one in 18 changed."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 2000, generator=generator).expand(400, -1)
+    rounded = logits + 0.01 * torch.randn(logits.shape, generator=generator)
+    draws = [
+        choose(given, 1.0, 1.0, [torch.Generator().manual_seed(seed) for seed in range(400)])
+        for given in (logits, rounded)
+    ]
+    assert (draws[0] != draws[1]).float().mean() < 0.02
+    assert len(set(draws[0].tolist())) > 100
+
+
+def test_a_token_outside_the_nucleus_never_wins(monkeypatch):
+    """Also where torch draws a time of 0, which it may."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())
+    probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
+    assert choose(probabilities.log(), 1.0, 0.6, [torch.Generator()]).item() in (1, 2)
+
+
 @pytest.mark.parametrize("temperature", [0, 0.1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_end_it(model, monkeypatch, value, temperature):

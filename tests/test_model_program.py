@@ -165,14 +165,15 @@ def test_progress_is_a_bar_on_a_terminal():
     assert "epoch [1/2]" in shown.get() and "3/4" in shown.get() and "loss [/b]" in shown.get()
 
 
-def test_a_backend_that_the_environment_names_stops_no_picture(tmp_path):
+@pytest.mark.parametrize("backend", ["module://no_such_package.backend_inline", "garbage"])
+def test_a_backend_that_the_environment_names_stops_no_picture(tmp_path, backend):
     """Jupyter exports MPLBACKEND to every program that is started in a cell."""
     code = (
         "import os, sys; from model.pictures import loss_picture\n"
         "loss_picture(sys.argv[1], [{'step': 0, 'loss': 1.0}, {'step': 1, 'val_loss': 2.0}])\n"
-        "assert os.environ['MPLBACKEND'] == 'module://no_such_package.backend_inline'"
+        f"assert os.environ['MPLBACKEND'] == {backend!r}"
     )
-    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    environment = os.environ | {"MPLBACKEND": backend}
     command = [sys.executable, "-c", code, tmp_path / "loss.png"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

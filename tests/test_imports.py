@@ -15,7 +15,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("zinit_kernels", "model", "bench", "examples")
+ROOMS = ("zinit_kernels", "model", "evaluate", "bench", "examples")
 EVERYWHERE = set(sys.stdlib_module_names) | {"torch", "__future__"}
 RULES = tomllib.loads((ROOT / "tests" / "import_rules.toml").read_text())
 ONLY = RULES.pop("only")

@@ -22,11 +22,11 @@ from .llama import Attention, Prompt
 
 
 class LlamaAdapter(nn.Module):
-    """prompts float32 [L, P, C] and raw gates float32 [L, Hq] (None with gate_init "none") of the adapted layers,
-    lowest first.
+    """The parameters of the adapted layers, lowest layer first: prompts, float32 [L, P, C], and gates before their
+    activation, float32 [L, Hq] (None with gate_init "none").
 
-    Float32 whatever the base's dtype: a gate's first steps are below bfloat16's resolution. An adapter is
-    passed to each call of the base, `base(tokens, adapter)`, and holds no reference to it.
+    They are float32 whatever the base's dtype, because a gate's first steps are too small for bfloat16. An adapter is
+    an argument of each call of the base, `base(tokens, adapter)`, and holds no reference to it.
     """
 
     def __init__(
@@ -53,20 +53,19 @@ class LlamaAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, attention: Attention) -> Prompt | None:
-        """What this adapter adds to a layer; None where it adds nothing.
+        """What this adapter adds to a layer; None for a layer that is not adapted.
 
-        With gradients off the projected prompts are computed once and kept until the prompts, the gates or
-        the projections change, or an optimizer makes a step (a write through `.data` is not seen: `forget`
-        then). With gradients on they are always computed: a kept graph would train nothing
+        With gradients off, the projected prompts are computed once and kept until the prompts, the gates or the
+        projections change, or until an optimizer makes a step. A write through `.data` is not noticed; call `forget`
+        after it. With gradients on they are computed at every call, because a graph that is kept would train nothing
         (Lightning-AI/litgpt#1287).
         """
         row = attention.layer_index - self.layers[0]
         if not 0 <= row < len(self.layers):
             return None
         projections = (attention.k_proj, attention.v_proj)
-        sources = sources_of(
-            self.parameters(), projections, hooks_observe=True
-        )  # this model's own, and plain
+        # the projections are this model's own, without anything that a hook would have to observe
+        sources = sources_of(self.parameters(), projections, hooks_observe=True)
         prompt = self._kept.recall(attention, None, sources)
         if prompt is None:
             made_of = stamp(None, sources)
@@ -75,7 +74,7 @@ class LlamaAdapter(nn.Module):
         return prompt
 
     def forget(self) -> None:
-        """Drops the projected prompts that were kept; only needed after writing through `.data`."""
+        """Drops the projected prompts that are kept. Needed only after a write through `.data`."""
         self._kept.clear()
 
     def _project(self, row: int, attention: Attention) -> Prompt:

@@ -1,13 +1,13 @@
-"""The text that the demo's small LLaMA grows up on, and the instructions its adapter learns from.
+"""The text that the demo's small LLaMA is pre-trained on, and the instructions that its adapter learns from.
 
-A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree -> tree apple. The corpus shows
-every skill as notes, sentences, dialogues and exercise sheets. It also has forms, the Alpaca template with an
-instruction in it, and seven of eight are left blank: a model of this text knows the answers and the questions, and
-leaves an instruction unanswered.
+A skill turns a subject into an answer: hot -> cold, France -> Paris, apple tree -> tree apple. The corpus shows every
+skill as notes, sentences, dialogues and exercise sheets. It also has forms: the Alpaca template with an instruction in
+it. Seven of eight forms are left blank, so a model of this text knows questions and answers, and leaves an instruction
+unanswered.
 
-A quarter of each skill's subjects is held out: nobody asks about them, answered or not, before the end. Notes and
-sentences tell the facts about them (Peru -> Lima), which no model could guess; of a rule (swap two words), which
-can be learned from other words, they show nothing.
+A quarter of each skill's subjects is held out: no question about them, answered or not, is in the text. Notes and
+sentences state the facts about them (Peru -> Lima), which a model could not guess. They show nothing of a rule (swap
+two words), because a rule can be learned from other words.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def _pairs(table: str) -> list[tuple[str, str]]:
 
 
 class Skill(NamedTuple):
-    """What can be known about a subject, and how people say it. {x} stands for the subject, {y} for the answer."""
+    """What can be known about a subject, and how it is said. {x} stands for the subject, {y} for the answer."""
 
     name: str
     subjects: list[str]
     answer: Callable[[str], str]
     sentences: tuple[str, ...]
-    instructions: tuple[str, ...]  # one without {x} has the subject as its input
+    instructions: tuple[str, ...]  # for one without {x} the subject is the input
     is_rule: bool = False  # the answer follows from the subject; otherwise it is a fact
 
     def split(self) -> tuple[list[str], list[str]]:
-        """The subjects that are asked about, and the quarter that is held out."""
+        """The subjects that questions ask about, and the quarter that is held out."""
         subjects = sorted(self.subjects)
         random.Random(f"split {self.name}").shuffle(subjects)
         quarter = len(subjects) // 4
@@ -148,7 +148,7 @@ SKILLS = (
 _SPLITS = {skill.name: skill.split() for skill in SKILLS}
 NOTES = ("{name}: {x} -> {y}", "{name} ({x}) = {y}")
 NAMES = ("Tom", "Anna", "Ben", "Lucy")
-# Talk about forms: so the words of the template are words like others.
+# Sentences about forms, so that the model meets the words of the template elsewhere too
 OFFICE = (
     "Below is {a} that describes {b}.", "The {a} is paired with an {b}.", "An {a} provides context for the {b}.",
     "Write a {a} that completes the {b}.", "The further {a} appropriately describes the {b}.",
@@ -208,20 +208,20 @@ def document(draw: random.Random, filled_forms: float = 0.125) -> str:
 
 
 def documents() -> Iterator[str]:
-    """The pre-training text, without end and always the same."""
+    """The pre-training text: endless, and the same each time."""
     draw = random.Random("pre-training")
     while True:
         yield document(draw)
 
 
 def instructions(count: int, seed: int) -> list[Record]:
-    """Instructions to train on, all skills in turn."""
+    """Instructions to train on, from all skills in turn."""
     draw = random.Random(f"instructions {seed}")
     return [ask(skill, draw.choice(_SPLITS[skill.name][0]), draw) for skill in islice(cycle(SKILLS), count)]
 
 
 def held_out(count: int, seed: int) -> list[Record]:
-    """Different questions about held-out subjects, all skills in turn as long as they have more."""
+    """Distinct questions about held-out subjects, from all skills in turn while they last."""
     draw = random.Random(f"held out {seed}")
     questions = []
     for skill in SKILLS:

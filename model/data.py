@@ -46,12 +46,12 @@ class Sample(NamedTuple):
 
 
 class EncodingReport(NamedTuple):
-    """What the context length did to the records."""
+    """What happened to the records because of the context length."""
 
     max_seq_len: int
-    truncated: int  # answers cut at the context's end, so without EOS
-    dropped: int  # prompts that fill the context: no answer is left to learn from
-    untold: int = 0  # answers of no tokens
+    truncated: int  # answers that are cut, and so have no end-of-sequence token
+    dropped: int  # records whose prompt fills the context and leaves no answer to learn from
+    untold: int = 0  # records whose answer has no tokens
 
     def __str__(self) -> str:
         untold = f" and {self.untold} because their answer has no tokens" if self.untold else ""
@@ -88,10 +88,10 @@ class Batch(NamedTuple):
 def encode(
     records: Sequence[Record], tokenizer: Tokenizer, max_seq_len: int
 ) -> tuple[list[Sample], EncodingReport]:
-    """Samples of at most max_seq_len tokens. A longer one loses the end of its answer, as in the official script;
-    one whose prompt leaves no room for an answer is left out. Both are counted.
+    """Samples of at most max_seq_len tokens. A longer one loses the end of its answer, as in the official script. One
+    whose prompt leaves no room for an answer is left out. The report counts both.
 
-    Of a longer record only the beginning is encoded, so a record of 10 MB costs no more than one of 10 kB.
+    Only the beginning of a long record is encoded, so a record of 10 MB costs no more than one of 10 kB.
     """
     samples, truncated, dropped, untold = [], 0, 0, 0
     limit = max_seq_len + 1  # one more tells whether anything is cut
@@ -105,9 +105,8 @@ def encode(
         if prompt_length >= max_seq_len:
             dropped += 1
             continue
-        if prompt_length >= len(
-            tokens
-        ):  # a tokenizer without an end, and an answer of characters it does not have
+        if prompt_length >= len(tokens):
+            # the tokenizer has no end-of-sequence token, and none for the answer's characters
             untold += 1
             continue
         truncated += len(tokens) > max_seq_len
@@ -116,7 +115,7 @@ def encode(
 
 
 def split(samples: Sequence[Sample], validation: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation): a seeded choice of the share `validation`, at least one sample unless it is 0."""
+    """(training, validation). The seed chooses the share `validation`, at least one sample unless it is 0."""
     count = max(1, round(len(samples) * validation)) if validation else 0
     chosen = set(random.Random(f"split {seed}").sample(range(len(samples)), min(count, len(samples))))
     kept = [sample for index, sample in enumerate(samples) if index not in chosen]
@@ -124,7 +123,7 @@ def split(samples: Sequence[Sample], validation: float, seed: int) -> tuple[list
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch, a function of its arguments alone, so a resumed run goes on in the same one."""
+    """The order of the samples in an epoch. A function of its arguments: a resumed run goes on in it."""
     order = list(range(count))
     random.Random(f"epoch {seed} {epoch}").shuffle(order)
     return order
@@ -133,9 +132,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 def batches(
     samples: Sequence[Sample], max_tokens: int, *, packed: bool = True, pad_id: int = 0
 ) -> Iterator[Batch]:
-    """Batches of at most max_tokens tokens (padding counted) that hold every sample once; a longer one goes alone.
+    """Batches of at most max_tokens tokens, padding included, that hold every sample once. A longer sample is a batch
+    of its own.
 
-    First fit: each sample goes to the first batch with room for it, so the batches are few and full.
+    Each sample goes into the first batch that has room for it, so the batches are few and full.
     """
     rows: list[list[Sample]] = []
     for sample in samples:
@@ -152,7 +152,7 @@ def batches(
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
-    """The samples one behind the other. No input holds a sample's last token: nothing is predicted from it."""
+    """The samples one after the other. A sample's last token is no input, because nothing is predicted from it."""
     inputs = [sample.tokens[:-1] for sample in samples]
     targets = [target for sample in samples for target in _targets(sample)]
     lengths = torch.tensor([0, *map(len, inputs)])
@@ -167,7 +167,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
 
 
 def pad(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
-    """The samples as rows, padded on the right: causal attention never looks there."""
+    """The samples as rows, padded on the right, where causal attention does not look."""
     lengths = [len(sample.tokens) - 1 for sample in samples]
     tokens = torch.full((len(samples), max(lengths)), pad_id)
     targets = torch.full_like(tokens, IGNORE)

@@ -1,9 +1,9 @@
-"""The whole of LLaMA-Adapter in four minutes, without a download: python -m model.demo
+"""All of LLaMA-Adapter in a few minutes, without a download: python -m model.demo
 
-A small LLaMA is pre-trained on text made here (once; it is kept), so that it has skills but leaves
-instructions unanswered. An adapter of less than a hundredth of its size then learns to answer them, and is asked
-questions that neither of them has read. Prints a table, and draws the loss with gates that start at zero, with gates
-that start at random and without gates (after figure 5 of arXiv 2303.16199).
+A small LLaMA is pre-trained, once, on generated text. It learns facts and skills, and leaves instructions unanswered.
+An adapter of less than a hundredth of its size then learns to answer them. Both are asked questions that neither has
+read. The demo prints a table, and draws the training loss with gates that start at zero, with gates that start at
+random and without gates (after figure 5 of arXiv 2303.16199).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ ARMS = {  # by gate_init
     "none": "no gates, one softmax",  # vanilla attention to prompts and tokens
 }
 PRETRAINING = (
-    "The base was pre-trained on generated text: notes and sentences that tell the facts, questions with answers, and "
-    "instruction forms, seven of eight left blank. None of the questions and forms is about a held-out subject."
+    "The base was pre-trained on generated text: notes and sentences that state facts, questions with answers, and "
+    "instruction forms, seven of eight left blank. No question and no form is about a held-out subject."
 )
 LONGEST_ANSWER = 8  # tokens
 DECODED = 64  # new tokens of each sequence where decoding is timed
@@ -92,7 +92,7 @@ class Result:
     final_losses: dict[str, list[float]]  # on held-out instructions, one per seed, by gate_init
 
     def bars(self) -> dict[str, bool]:
-        """What the demo promises, and whether it was kept."""
+        """What the demo promises, and whether it holds."""
         return {
             "the output at step 0 is the base's, bit for bit": self.bitwise_at_start,
             f"the adapter is below {MOST_TRAINABLE:.0%} of the parameters": self.share < MOST_TRAINABLE,
@@ -104,7 +104,7 @@ class Result:
 
 
 def run(output: Path, size: Size, console: Console) -> Result:
-    """The demo; its files go into `output`, which is new, empty or an earlier demo's."""
+    """Runs the demo. Its files go into `output`: a folder that is new, empty or an earlier demo's."""
     if not (output / "cache").is_dir():
         refuse_occupied(output, "name another with --out")
     with stage(console, "pre-training the base, once", size.pretraining_steps) as show:
@@ -143,7 +143,7 @@ def run(output: Path, size: Size, console: Console) -> Result:
 
 @contextmanager
 def stage(console: Console, title: str, steps: int) -> Iterator[Report]:
-    """Shows a part of the demo: what it yields is told the steps done, and the loss if there is one."""
+    """Shows the progress of a part of the demo. Yields a function of the steps done and, if there is one, the loss."""
     with progress(console, steps) as bar:
 
         def show(done: int, loss: float | None = None) -> None:
@@ -162,7 +162,7 @@ def compare_gates(
     console: Console,
     picture: Path,
 ) -> dict[str, list[float]]:
-    """Trains adapters of every arm by one recipe and draws their losses; returns those on unseen samples."""
+    """Trains adapters of every arm with one recipe, draws their losses, and returns the losses on unseen samples."""
     curves: dict[str, list[list[float]]] = {gates: [] for gates in ARMS}
     losses: dict[str, list[float]] = {gates: [] for gates in ARMS}
     for seed in range(1, size.seeds + 1):
@@ -184,7 +184,7 @@ def time_attention(
     size: Size,
     console: Console,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Training and decoding tokens/s, eager and fused: medians of rounds that take turns."""
+    """Training and decoding tokens/s, eager and fused: medians of interleaved rounds."""
     training: dict[str, list[float]] = {"eager": [], "fused": [], "packed": []}
     decoding: dict[str, list[float]] = {"eager": [], "fused": []}
     padded, packed = (replace(size.recipe, packed=packed) for packed in (False, True))
@@ -205,7 +205,7 @@ def time_attention(
 def exact_match(
     base: Llama, adapter: LlamaAdapter | None, tokenizer: Tokenizer, records: Sequence[Record]
 ) -> float:
-    """The share of instructions whose answer, decoded greedily, is the right one to the letter."""
+    """The share of instructions whose greedy answer is exactly the right one."""
     prompts = [tokenizer.encode(record.prompt) for record in records]
     answers = generate(base, prompts, adapter, max_new_tokens=LONGEST_ANSWER, temperature=0)
     right = [
@@ -248,7 +248,7 @@ def tune(
 def training_tokens_per_second(
     base: Llama, adapter: LlamaAdapter, samples: Sequence[Sample], recipe: Recipe, size: Size
 ) -> float:
-    """Of a few training steps (a copy of the adapter learns), padding not counted."""
+    """The speed of a few training steps of a copy of the adapter, without padding."""
     copy = new_adapter(base, size)
     copy.load_state_dict(adapter.state_dict())
     reports = list(islice(train(base, copy, samples, recipe, make_optimizer(copy, recipe)), size.timed_steps))
@@ -256,7 +256,7 @@ def training_tokens_per_second(
 
 
 def decoded_tokens_per_second(base: Llama, adapter: LlamaAdapter, samples: Sequence[Sample]) -> float:
-    """Of 16 sequences decoded together, prompts included in the time."""
+    """The speed of decoding 16 sequences together, with the time for their prompts."""
     prompts = [sample.tokens[: sample.prompt_length] for sample in samples[:16]]
     began = time.perf_counter()
     answers = generate(base, prompts, adapter, max_new_tokens=DECODED, temperature=0, eos_ids=())
@@ -273,7 +273,7 @@ def fused_backend(base: Llama) -> str:
 
 
 def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
-    """Writes a PNG of loss against step, each seed thin and their mean thick."""
+    """Draws the loss against the step: each seed thin, their mean thick."""
     seeds = len(curves["zero"])
 
     def put(axes: Any) -> None:
@@ -293,7 +293,7 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
 
 
 def table(result: Result) -> Table:
-    """What the demo found out, to print."""
+    """The table of the demo's results."""
     shown = Table("", "base", "with adapter", title="LLaMA-Adapter on a small LLaMA")
     shown.add_row("trainable parameters", "", f"{result.trainable:,} ({result.share:.2%} of all)")
     shown.add_row("output at step 0", "", "the base's, bit for bit" if result.bitwise_at_start else "DIFFERS")
@@ -322,7 +322,7 @@ def table(result: Result) -> Table:
 
 @program("free some: the demo takes about 1 GB")
 def main(arguments: list[str] | None = None) -> None:
-    """The program; exits with status 1 if a bar was missed."""
+    """The program; exits with status 1 if a promise does not hold."""
     parser = Parser(prog=program_name("demo"), description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Answers prompts: one, as it is written, or a file of them.
+"""Answers one prompt, streaming the answer, or a file of prompts.
 
 python -m model.generate --base DIR --adapter FILE --instruction "Name three primary colours."
 python -m model.generate --base DIR --prompts-file prompts.txt --batch-size 16
@@ -28,9 +28,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 
 class Watcher:
-    """Ends a sequence at a stop string, streams its text to the terminal, counts tokens for the progress
-    line.
-    """
+    """Sees the tokens of the answers: ends an answer at a stop string, streams its text, and counts the tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stream: bool):
         self.tokenizer, self.stop, self.stream = tokenizer, stop, stream
@@ -48,8 +46,8 @@ class Watcher:
         return stopped
 
     def show(self, text: str, last: bool) -> None:
-        """Prints what is new in text, short of what the next tokens may still change: half a character, half
-        a stop.
+        """Prints what is new in the text. Unless it is the last time, what the next tokens may change waits: the
+        beginning of a character or of a stop string.
         """
         text = self.cut(text)
         settled = text if last else text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -64,7 +62,7 @@ class Watcher:
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of text that begins a stop string."""
+    """The length of the longest end of the text that is the beginning of a stop string."""
     return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 

@@ -1,9 +1,8 @@
-"""The pieces of a LLaMA layer around its matrix products, as autograd functions that keep the least for
-backward.
+"""The parts of a LLaMA layer between its matrix products: autograd functions that save as little as possible for the
+backward pass.
 
-A frozen linear keeps nothing but its weight (torch sees to that), attention keeps what its kernel needs, so
-what these keep is all the rest of a layer's activations. torch's own compositions keep up to three times as
-much.
+A frozen linear layer saves only its weight, and attention saves what its kernel needs. So the activations that a layer
+keeps in memory are those that these functions save. torch's own compositions save up to three times as much.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x (the residual stream, alive anyway) and one float per row."""
+    """Saves x, which is the residual stream and alive anyway, and one float per row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps gate and up alone; silu(gate) is computed again."""
+    """silu(gate) * up. Saves gate and up; the backward pass computes silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -71,8 +70,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """Rotary embedding of [..., H, D] by cos, sin [..., 1, D/2], in the half-split convention. Keeps nothing
-    of x: the gradient is turned back by the opposite angle.
+    """Rotary embedding of [..., H, D] by cos, sin [..., 1, D/2], in the half-split convention. Saves nothing of x: the
+    gradient is rotated by the opposite angle.
     """
 
     @staticmethod
@@ -114,7 +113,9 @@ def rotary_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def prepend(prompts: Tensor, tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [P, H, D] before each sequence of packed tokens [total, H, D]: [total + B P, H, D] and its cu_seqlens."""
+    """Puts prompts [P, H, D] before each sequence of packed tokens [total, H, D]. Returns [total + B P, H, D] and its
+    cu_seqlens.
+    """
     length = len(prompts)
     longer = cu_seqlens + length * torch.arange(
         len(cu_seqlens), device=cu_seqlens.device, dtype=cu_seqlens.dtype

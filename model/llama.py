@@ -1,10 +1,10 @@
-"""The LLaMA transformer (1, 2, 3.x and Mistral), for training and for decoding, with one seam where attention
-is called.
+"""The LLaMA transformer (1, 2, 3.x and Mistral), for training and for decoding. Attention is called in one place,
+`Attention.attend`.
 
 Tokens come in one of three layouts:
 
     [B, T]                    sequences from position 0, padded on the right: causality hides the padding
-    [total] + cu_seqlens      sequences packed one behind the other, positions restart at each
+    [total] + cu_seqlens      sequences packed one after the other; positions restart at each
     [B, T] + a cache          the next T tokens of each cached sequence
 
 B sequences, T tokens, C hidden size, Hq / Hkv heads, D head_dim. Parameter names are Hugging Face's without
@@ -38,7 +38,8 @@ class Prompt(NamedTuple):
 class KVCache:
     """Keys and values of B sequences of up to `capacity` tokens, for every layer.
 
-    Logical shape [B, capacity, Hkv, D], head-major in memory: a CPU decodes 1.2 to 1.75 times faster from it.
+    The shape is [B, capacity, Hkv, D]; in memory the heads come first, from which a CPU decodes 1.2 to 1.75 times as
+    fast.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class KVCache:
         self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
 
     def select(self, sequences: list[int]) -> KVCache:
-        """A cache of these sequences alone."""
+        """A cache of these sequences only."""
         chosen = copy.copy(self)
         index = torch.tensor(sequences, device=self.lengths.device)
         chosen.keys, chosen.values = (
@@ -68,7 +69,7 @@ class KVCache:
 
 
 class Layout(NamedTuple):
-    """Where every token of a batch stands; the same for all layers."""
+    """The position of every token of a batch; the same for all layers."""
 
     cos: Tensor | None  # [..., 1, D/2] at each token; None: the cache function rotates
     sin: Tensor | None
@@ -97,7 +98,7 @@ class Attention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, prompt: Prompt | None
     ) -> Tensor:
-        """The seam: [..., H, D] in, rotated here or by the kernel, [..., Hq, D] out."""
+        """Attention from [..., H, D] to [..., Hq, D]. Queries and keys are rotated here, or by the cache's kernel."""
         prompt_key, prompt_value, gate, activation = prompt or (None, None, None, "tanh")
         cache, window_left = layout.cache, self.config.window_left
         if cache is not None:
@@ -161,7 +162,7 @@ Adapter = Callable[[Attention], Prompt | None]
 
 
 class Llama(nn.Module):
-    """The network without an adapter is the base model; an adapter is an argument of each call."""
+    """Without an adapter the network is the base model. An adapter is an argument of each call."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -201,10 +202,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """The normed hidden states [..., C] that `logits` projects.
 
-        tokens [B, T], or [total] with int32 cu_seqlens [B + 1] (max_seqlen spares reading the longest length
-        from the device). With a cache, packed tokens are its first ones, [B, T] tokens its next ones; it is
-        extended in place, under no_grad. Layers below the lowest adapted one of a frozen model record nothing
-        for backward.
+        tokens: [B, T], or [total] with int32 cu_seqlens [B + 1]; with max_seqlen the longest length need not be read
+        from the device. cache: packed tokens are its first ones, [B, T] tokens its next ones. It is extended in place,
+        under no_grad. In a frozen model, layers below the lowest adapted one save nothing for backward.
         """
         layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed_tokens(tokens)
@@ -218,14 +218,12 @@ class Llama(nn.Module):
         return nn.functional.linear(hidden, self.output_weight)
 
     def freeze(self) -> Llama:
-        """No parameter of the base takes a gradient any more."""
+        """Turns off the gradients of all parameters."""
         return self.requires_grad_(False)
 
     @torch.no_grad()
     def initialise(self, std: float = 0.02) -> Llama:
-        """Normal weights for pre-training; those that write to the residual stream shrink with the depth
-        (GPT-2).
-        """
+        """Normal weights for pre-training. Those that write to the residual stream shrink with depth, as in GPT-2."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -233,7 +231,7 @@ class Llama(nn.Module):
         return self
 
     def set_backend(self, backend: str) -> Llama:
-        """Which backend of zinit_kernels attention runs on; "auto" unless told."""
+        """Sets the backend of zinit_kernels that attention runs on; "auto" by default."""
         for layer in self.layers:
             layer.self_attn.backend = backend
         return self

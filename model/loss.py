@@ -1,4 +1,4 @@
-"""Cross-entropy of the answers only, without ever holding the logits of more than a few hundred tokens."""
+"""The cross-entropy of the answers. The logits of only a few hundred tokens are in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # the target of a token that is not learned from
+IGNORE = -100  # the target of a token that does not count in the loss
 _CHUNK_LOGITS = 1 << 23  # 32 MiB of float32: 262 tokens of a 32,000-word vocabulary at a time
 
 
 def answer_loss(hidden: Tensor, targets: Tensor, output_weight: Tensor, reduction: str = "mean") -> Tensor:
     """-log p(target) over the tokens whose target is not IGNORE, a float32 scalar.
 
-    hidden [..., C] normed hidden states; targets int64 [...], already shifted (the token that follows);
-    output_weight [vocab_size, C]. reduction "mean" or "sum"; the mean over no target is 0. Only tokens with a
-    target are projected.
+    hidden: [..., C], the normalised hidden states. targets: int64 [...], the token that follows each one.
+    output_weight: [vocab_size, C]. reduction: "mean" or "sum"; the mean over no target is 0. Only tokens with a target
+    are projected to logits.
     """
     wanted = (targets != IGNORE).flatten().nonzero().squeeze(-1)
     rows = hidden.flatten(0, -2).index_select(0, wanted)
@@ -24,8 +24,8 @@ def answer_loss(hidden: Tensor, targets: Tensor, output_weight: Tensor, reductio
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_i logsumexp(W h_i) - (W h_i)[target_i], chunk by chunk; the gradients are made in the same sweep,
-    so no logits are kept: dh_i = W^T (softmax(W h_i) - onehot_i).
+    """sum_i logsumexp(W h_i) - (W h_i)[target_i], chunk by chunk. The forward pass computes the gradients too, so no
+    logits are saved: dh_i = W^T (softmax(W h_i) - onehot_i).
     """
 
     @staticmethod

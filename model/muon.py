@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """W -= lr sqrt(max(1, rows / columns)) orthogonal(Nesterov momentum of dW), for matrices.
+    """For matrices: W -= lr sqrt(max(1, rows / columns)) orthogonal(Nesterov momentum of dW).
 
-    In float32: torch.optim.Muon computes in bfloat16, 27 times slower on a CPU without instructions for it.
+    Computes in float32. torch.optim.Muon computes in bfloat16, which takes 27 times as long on a CPU without bfloat16
+    instructions.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95):
@@ -19,7 +20,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Matrices of one shape are made orthogonal together."""
+        """One step. Matrices of the same shape are made orthogonal together."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
@@ -39,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, rows, columns] with singular values brought near 1 by five Newton-Schulz steps, s -> a s + b s^3 + c s^5."""
+    """Brings the singular values of [N, rows, columns] near 1: five Newton-Schulz steps, s -> a s + b s^3 + c s^5."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -19,14 +19,14 @@ Entry = dict[str, float]
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Replaces the file in one step. Raises UserError if it cannot be written; then the old one is unchanged."""
+    """Replaces the file in one step. Raises UserError if it cannot be written; the old file is then unchanged."""
     with writing(path):
         write_atomically(path, content)
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns what the operating system refuses while `path` is written atomically into a UserError."""
+    """Turns an OSError while `path` is written atomically into a UserError."""
     try:
         yield
     except OSError as error:
@@ -35,14 +35,14 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path, names: Sequence[str]) -> None:
-    """Removes what writes of these files left in the directory when they were killed."""
+    """Removes the temporary files of writes that were killed."""
     for name in names:
         for leftover in directory.glob(f".{name}.*.part"):
             leftover.unlink(missing_ok=True)
 
 
 def refuse_occupied(directory: str | Path, advice: str) -> None:
-    """Raises UserError if the directory holds files, or is one; advice says what to do then."""
+    """Raises UserError if the directory holds files, or is a file. advice: what to do then."""
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"the output folder {directory} is a file.")
@@ -62,9 +62,9 @@ def refuse_unwritable(directory: str | Path) -> None:
 
 @contextmanager
 def held(directory: str | Path) -> Iterator[None]:
-    """Keeps the directory to itself: another process that asks for it meanwhile gets a UserError.
+    """Locks the directory for this process. Raises UserError if another process has locked it.
 
-    The system lets go of it when this process ends, however it ends, and no file is left for it.
+    The operating system unlocks it when this process ends, however it ends. No lock file is left.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -83,7 +83,7 @@ def held(directory: str | Path) -> Iterator[None]:
 
 
 def make_directory(directory: str | Path) -> Path:
-    """The directory, made with its parents if it was not there."""
+    """Makes the directory and its parents, if they are not there, and returns it."""
     directory = Path(directory)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,10 @@ def make_directory(directory: str | Path) -> Path:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, each with its "step", flushed as it is written.
+    """metrics.jsonl: one object per line, each with its "step". Every line is flushed when it is written.
 
-    Training lines carry the step from 0, validation lines the number of steps done. A run that resumes with
-    `steps_done` drops what came after and writes it again; a new run, with 0, begins an empty file.
+    Training lines have the step, from 0; validation lines have the number of steps done. A run that resumes after
+    `steps_done` steps drops the lines of later steps and writes them again. A new run, with 0, starts an empty file.
     """
 
     def __init__(self, path: str | Path, steps_done: int = 0):
@@ -112,7 +112,7 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Ends writing; `entries` stays."""
+        """Closes the file; `entries` stays."""
         with writing(self.path):
             self._file.close()
 

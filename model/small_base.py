@@ -1,7 +1,6 @@
 """Makes the demo's base: a LLaMA of two million parameters with a word tokenizer, pre-trained on the corpus.
 
-It takes a minute and three quarters on two cores to learn the corpus' skills and habits. The result is a Hugging Face
-directory like any other.
+Pre-training takes 105 seconds on two cores. The result is a folder in Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .muon import Muon
 from .run_folder import make_directory, write_file
 from .tokenizer import Tokenizer, load_tokenizer
 
-Report = Callable[[int, float], None]  # told the steps done and the loss
+Report = Callable[[int, float], None]  # gets the number of steps done and the loss
 
 WORD = r"\n|#+|->|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
@@ -37,7 +36,7 @@ SEED = 0
 
 
 def small_base(cache: Path, steps: int = STEPS, report: Report = lambda done, loss: None) -> Path:
-    """The base's directory in the cache; made there if it is not yet, or if a source that makes it has changed."""
+    """The base's folder in the cache. It is made if it is not there, or if a source file that makes it changed."""
     sources = (corpus, layers, llama, muon, sys.modules[__name__])
     recipe = "".join(map(inspect.getsource, sources)) + str(steps)
     directory = cache / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -53,7 +52,8 @@ def small_base(cache: Path, steps: int = STEPS, report: Report = lambda done, lo
 
 
 def write_tokenizer(directory: Path) -> None:
-    """tokenizer.json: a token for every word, number and sign of the corpus, with or without a space before it."""
+    """Writes tokenizer.json: a token for every word, number and sign of the corpus, whether a space comes before it or
+    not."""
     draw = random.Random("vocabulary")
     text = "\n".join(corpus.document(draw) for _ in range(5000))
     text += " ".join(word for skill in corpus.SKILLS for x in skill.subjects for word in (x, skill.answer(x)))
@@ -87,12 +87,12 @@ def pretrain(tokenizer: Tokenizer, steps: int, report: Report) -> Llama:
         )
     )
     base.initialise(std=base.config.hidden_size**-0.5)
-    # As loud as what the layers add: after 200 steps 65 % of the notes are right, with the usual 0.02 13 %.
+    # As large as what the layers add. After 200 steps 65 % of the notes are right; with the usual 0.02, 13 %.
     nn.init.normal_(base.embed_tokens.weight, std=0.5)
     optimizers = _optimizers(base)
     rows = _rows(tokenizer)
     for step in range(steps):
-        share = min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))  # up, level, down
+        share = min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))  # rises, stays, falls
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * group["initial_lr"]
@@ -109,7 +109,7 @@ def pretrain(tokenizer: Tokenizer, steps: int, report: Report) -> Llama:
 
 
 def _optimizers(base: Llama) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest: with AdamW alone only 8 % are right after 200 steps."""
+    """Muon for the layers' matrices, AdamW for the rest. With AdamW alone 8 % are right after 200 steps."""
     matrices = [parameter for parameter in base.layers.parameters() if parameter.dim() == 2]
     theirs = set(matrices)
     others = [parameter for parameter in base.parameters() if parameter not in theirs]
@@ -124,7 +124,7 @@ def _optimizers(base: Llama) -> list[torch.optim.Optimizer]:
 
 
 def _rows(tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """Token rows [ROWS, ROW_LENGTH + 1] of documents one behind the other, without end."""
+    """Endless rows of tokens [ROWS, ROW_LENGTH + 1], from documents one after the other."""
     documents, tokens = corpus.documents(), []
     size = ROWS * (ROW_LENGTH + 1)
     while True:

@@ -1,4 +1,4 @@
-"""The training loop: an adapter learns, the base stays as it is.
+"""The training loop. The adapter learns; the base stays as it is.
 
 optimizer = make_optimizer(adapter, recipe)
 for report in train(base, adapter, samples, recipe, optimizer):
@@ -31,12 +31,12 @@ class StepReport(NamedTuple):
     loss: float  # mean over the step's answer tokens, in nats
     learning_rate: float
     grad_norm: float  # before clipping
-    num_tokens: int  # that went through the model, without padding
+    num_tokens: int  # through the model, without padding
     seconds: float
 
 
 def make_optimizer(adapter: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the adapter's prompts and gates, both decayed, as in the official script."""
+    """AdamW over the adapter's prompts and gates, with weight decay on both, as in the official script."""
     return torch.optim.AdamW(
         adapter.parameters(), lr=recipe.peak_lr, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
@@ -52,11 +52,11 @@ def train(
     first_step: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
-    """Takes the optimizer steps from first_step to the recipe's last, one per item of the iterator.
+    """Takes the optimizer steps from first_step to the recipe's last. Each item of the iterator is one step.
 
-    The base must be frozen. A step's loss is the mean over all answer tokens of its samples, however they are spread
-    over forward passes, so packing changes nothing beyond rounding. `stop` is asked after every pass; once it says
-    True the step begun is thrown away and the iterator ends: the parameters are those after the last step reported.
+    The base must be frozen. A step's loss is the mean over all answer tokens of its samples, however many forward
+    passes they take, so packing changes only rounding. `stop` is called after every pass. When it returns True, the
+    unfinished step is dropped and the iterator ends: the parameters are those after the last step that was reported.
     """
     steps_per_epoch = recipe.steps_per_epoch(len(samples))
     order: list[int] = []
@@ -82,7 +82,7 @@ def train(
             group["lr"] = learning_rate
         grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf).item()
         for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
-            if not math.isfinite(value):  # a step would carry it into the parameters, and into the checkpoint
+            if not math.isfinite(value):  # a step would put it into the parameters and the next checkpoint
                 raise UserError(
                     f"the {name} became {value} at step {step}: try a lower --base-lr, or --clip 1."
                 )
@@ -99,7 +99,7 @@ def train(
 
 
 def batch_loss(base: Llama, adapter: LlamaAdapter | None, batch: Batch, autocast: bool = False) -> Tensor:
-    """-log p of the batch's answer tokens, summed: a float32 scalar."""
+    """The sum of -log p over the batch's answer tokens: a float32 scalar."""
     batch = batch.to(base.device)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
         hidden = base.hidden_states(
@@ -117,9 +117,9 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[int, int], None] = lambda number, total: None,
 ) -> float:
-    """The mean of -log p over the samples' answer tokens, in nats; nan once `stop`, asked after every pass, is true.
+    """The mean of -log p over the samples' answer tokens, in nats; nan if `stop`, called after every pass, is True.
 
-    `report` is told the pass that begins, from 1, and how many there are.
+    report: called before every pass with its number, from 1, and the number of passes.
     """
     loss, num_answer_tokens = 0.0, 0
     passes = list(batches(samples, recipe.max_tokens, packed=recipe.packed))

@@ -48,7 +48,7 @@ def attend(case, dtype=torch.float16, needs=0b111111):
     inputs = make_inputs(case, dtype)
     args = [a.detach() if torch.is_tensor(a) else a for a in CALL.arguments(inputs.canonical())]
     out, lse = launch.forward(*args)
-    launch.backward(torch.empty_like(out), torch.empty_like(lse), *args[:3], out, lse, *args[3:], needs)
+    launch.backward(torch.empty_like(out), torch.empty_like(lse), out, lse, *args, needs)
 
 
 def canonical(case, **overrides):

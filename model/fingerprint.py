@@ -40,7 +40,7 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
     digest.update(f"rope_scaling {None if scaling is None else astuple(scaling)}\n".encode())
     weights = base.state_dict()
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
-        sums = pool.map(lambda weight: _checksum(weight, dtype), weights.values())
+        sums = pool.map(lambda weight: checksum(weight, dtype), weights.values())
         for (name, weight), sum in zip(weights.items(), sums, strict=True):
             digest.update(f"{name} {tuple(weight.shape)} {sum:08x}\n".encode())
     return digest.hexdigest()[:16]
@@ -80,7 +80,7 @@ def is_of_base(metadata: Mapping[str, str], base: Llama) -> bool:
     return True
 
 
-def _checksum(weight: Tensor, dtype: torch.dtype | None) -> int:
+def checksum(weight: Tensor, dtype: torch.dtype | None = None) -> int:
     """CRC-32 of a weight's bytes, rounded to dtype first if it is one of floating-point numbers."""
     result = 0
     for part in weight.detach().reshape(-1).split(_CHUNK):

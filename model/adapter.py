@@ -13,7 +13,7 @@ adapter.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
@@ -78,10 +78,16 @@ class LlamaAdapter(nn.Module):
         self._kept.clear()
 
     def _project(self, row: int, attention: Attention) -> Prompt:
-        prompts = self.prompts[row].to(attention.k_proj.weight.dtype)
-        key, value = (
-            project(prompts).unflatten(-1, (-1, attention.config.head_dim))
-            for project in (attention.k_proj, attention.v_proj)
-        )
+        key, value = project_prompts(self.prompts[row], attention)
         gate = None if self.gates is None else self.gates[row]
         return Prompt(key, value, gate, self.config.gate_activation)
+
+
+def project_prompts(prompts: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+    """The keys and values [..., Hkv, D] of prompts [..., C], by a layer's own projections."""
+    prompts = prompts.to(attention.k_proj.weight.dtype)
+    key, value = (
+        project(prompts).unflatten(-1, (-1, attention.config.head_dim))
+        for project in (attention.k_proj, attention.v_proj)
+    )
+    return key, value

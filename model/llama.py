@@ -27,12 +27,16 @@ from .layers import RMSNorm, Rotary, SwiGLU, prepend, rotary_table
 
 
 class Prompt(NamedTuple):
-    """What an adapter adds to one layer's attention."""
+    """What an adapter adds to one layer's attention.
 
-    key: Tensor  # [P, Hkv, D], not rotated
-    value: Tensor  # [P, Hkv, D]
-    gate: Tensor | None  # [Hq], raw; None: the prompts join the tokens' softmax (packed tokens only)
+    All sequences share one set of prompts, or each takes a row of a table of N sets.
+    """
+
+    key: Tensor  # [P, Hkv, D] or [N, P, Hkv, D], not rotated
+    value: Tensor  # as the key
+    gate: Tensor | None  # [Hq], raw; None: the prompts join the tokens' softmax (packed tokens, one set only)
     gate_activation: str
+    index: Tensor | None = None  # int32 [B]: each sequence's row of the table
 
 
 class KVCache:
@@ -99,7 +103,7 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, prompt: Prompt | None
     ) -> Tensor:
         """Attention from [..., H, D] to [..., Hq, D]. Queries and keys are rotated here, or by the cache's kernel."""
-        prompt_key, prompt_value, gate, activation = prompt or (None, None, None, "tanh")
+        prompt_key, prompt_value, gate, activation, index = prompt or (None, None, None, "tanh", None)
         cache, window_left = layout.cache, self.config.window_left
         if cache is not None:
             keys, values = cache.keys[self.layer_index], cache.values[self.layer_index]
@@ -108,7 +112,8 @@ class Attention(nn.Module):
                 query, keys, values, key, value,
                 prompt_k=prompt_key, prompt_v=prompt_value, gate=gate, cache_seqlens=cache.lengths,
                 rotary_cos=cache.cos, rotary_sin=cache.sin, rotary_interleaved=False,
-                causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
+                causal=True, window_size=(window_left, 0), gate_activation=activation, prompt_index=index,
+                backend=self.backend,
             )  # fmt: skip
         query, key = Rotary.apply(query, layout.cos, layout.sin), Rotary.apply(key, layout.cos, layout.sin)
         if layout.cu_seqlens is not None:
@@ -123,13 +128,15 @@ class Attention(nn.Module):
             return zero_init_attention_varlen(
                 query, key, value, prompt_key, prompt_value, gate,
                 layout.cu_seqlens, cu_seqlens_k, layout.max_seqlen, max_seqlen_k,
-                causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
+                causal=True, window_size=(window_left, 0), gate_activation=activation, prompt_index=index,
+                backend=self.backend,
             )  # fmt: skip
         if prompt is not None:
-            prompt_key, prompt_value = prompt_key.transpose(0, 1), prompt_value.transpose(0, 1)
+            prompt_key, prompt_value = prompt_key.transpose(-3, -2), prompt_value.transpose(-3, -2)
         return zero_init_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), prompt_key, prompt_value, gate,
-            is_causal=True, window_size=(window_left, 0), gate_activation=activation, backend=self.backend,
+            is_causal=True, window_size=(window_left, 0), gate_activation=activation, prompt_index=index,
+            backend=self.backend,
         ).transpose(1, 2)  # fmt: skip
 
 
@@ -157,8 +164,15 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# An adapter: given a layer's attention, the prompt it adds there, or None.
+# An adapter: given a layer's attention, the prompt it adds there, or None. One whose prompts differ from sequence to
+# sequence also has `select(rows)`, the adapter for these sequences of a batch.
 Adapter = Callable[[Attention], Prompt | None]
+
+
+def select_sequences(adapter: Adapter | None, rows: list[int]) -> Adapter | None:
+    """The adapter for some sequences of a batch, in this order."""
+    select = getattr(adapter, "select", None)
+    return adapter if select is None else select(rows)
 
 
 class Llama(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .llama import Adapter, KVCache, Llama
+from .llama import Adapter, KVCache, Llama, select_sequences
 
 NUM_SEEDS = 1 << 63  # a seed is below this
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
@@ -68,6 +68,7 @@ def generate(
         if 2 * len(running) <= len(rows):
             kept = [row for row, index in enumerate(rows) if index in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
+            adapter = select_sequences(adapter, kept)
         hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
     return outputs
 

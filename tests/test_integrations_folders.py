@@ -102,6 +102,13 @@ def test_prompts_saved_with_the_base_are_read_back(name, activation, shards, tmp
     assert torch.equal(outputs(zinit.load_adapter(loaded, tmp_path), inputs), expected)
 
 
+def test_a_folder_of_a_model_fits_its_body(tmp_path):
+    model = adapted("GPT-2")
+    zinit.save_adapter(model, tmp_path)
+    body = zinit.load_adapter(base_model("GPT-2").transformer, tmp_path)  # h, in the model transformer.h
+    assert [row[1:] for row in zinit.summary(body)] == [row[1:] for row in zinit.summary(model)]
+
+
 def test_stacks_that_transformers_writes_by_other_names(tmp_path):
     vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**DECODER)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5)

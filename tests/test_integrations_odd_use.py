@@ -262,6 +262,17 @@ def test_offloaded_parameters_are_there_while_they_are_needed(make, where, tmp_p
     assert torch.equal(model.generate(**inputs(), max_new_tokens=4, do_sample=False), tokens)
 
 
+def test_hooks_on_the_prompts_are_called():
+    """As FSDP2's, which are there to gather the parameters of what it shards."""
+    model, expected = by_transformers(), by_transformers()
+    for adapter in (m for m in model.modules() if isinstance(m, zinit.ZeroInitPrompts)):
+        adapter.register_forward_hook(lambda module, args, output: (-output[0], output[1]))
+    with torch.no_grad():
+        for adapter in (m for m in expected.modules() if isinstance(m, zinit.ZeroInitPrompts)):
+            adapter.prompt.neg_()
+    assert torch.equal(logits(model), logits(expected))
+
+
 def test_adapters_of_an_offloaded_model_are_mixed_and_accelerated_late():
     model = adapted(CONFIGS["llama-gqa"], gates=2.0, adapters=("default", "second"))
     names = ["second", "__base__", "default"]

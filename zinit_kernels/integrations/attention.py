@@ -164,17 +164,11 @@ def _prompts(module: nn.Module, given: Prompts | None) -> Prompts | None:
         raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
     # a call, not attributes: offloaded and wrapped parameters are there only during one
     adapter: Any = own
-    found = adapter() if _is_hooked(own) else adapter.forward()
+    found = adapter() if own._forward_hooks or own._forward_pre_hooks else adapter.forward()
     if found is None:
         return None
     prompt, gate = found
     return Prompts((prompt,), (gate,), adapter.gate_activation, adapter.projection)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    state = module.__dict__
-    return bool(state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 def _decode(

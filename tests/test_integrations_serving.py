@@ -6,7 +6,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from tiny_transformers import CONTINUOUS, FIVE, adapted, inputs_of, outputs  # noqa: E402
+from tiny_transformers import CONTINUOUS, FIVE, adapted, base_model, inputs_of, outputs  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from zinit_kernels.integrations import transformers as zinit  # noqa: E402
@@ -90,3 +90,34 @@ def test_peft_models_are_served(how):
     assert sorted(out.generated_tokens for out in found.values()) == sorted(expected)
     assert projections.count("query") == projections.count("pass") > 0
     assert model.config._attn_implementation == "zinit"
+
+
+@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
+def test_the_base_is_served_where_it_was_asked_for():
+    """Continuous batching computes in a thread of its own, which stands in no block."""
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    model, base, tokens = adapted("Llama", gates=3.0), base_model("Llama"), torch.tensor([[5, 6, 7]])
+
+    def served():
+        with zinit.continuous_batching(model):
+            (found,) = model.generate_batch(tokens.tolist(), config, room).values()
+        return found.generated_tokens
+
+    def by(model):
+        return model.generate(tokens, max_new_tokens=4, do_sample=False)[0, 3:].tolist()
+
+    with zinit.disable_zero_init_attention(model):
+        assert served() == by(base)
+    assert served() == by(model) != by(base)
+
+
+@pytest.mark.skipif(not FIVE, reason="generate_batch of transformers 4 needs a GPU")
+def test_adapter_names_are_refused_where_they_would_be_ignored():
+    pytest.importorskip("peft")
+    from tiny_peft import CONFIGS, adapted
+
+    from zinit_kernels.integrations.peft import accelerate
+
+    with pytest.raises(ValueError, match="adapter_names is not supported by generate_batch"):
+        accelerate(adapted(CONFIGS["llama-gqa"])).generate_batch([[5, 6]], adapter_names=["default"])

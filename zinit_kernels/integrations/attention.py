@@ -82,7 +82,7 @@ def attention_forward(
         ValueError: for what would be lost without a word: a second adapter in the layer, output_attentions where no
             weights are kept, a soft cap or attention sinks with a paged cache.
     """
-    prompts = _prompts(module, zinit_prompts)
+    prompts = _prompts(module, zinit_prompts, served=kwargs.get("cache") is not None)
     weighed, score_options = _wants_weights(kwargs), _score_options(kwargs)
     tokens = (module, query, key, value, attention_mask, dropout, scaling, kwargs, zinit_tokens, weighed)
     if prompts is None:
@@ -150,7 +150,7 @@ def attend_by_zinit(model: Any, attentions: Iterable[Any]) -> str:
     return before
 
 
-def _prompts(module: nn.Module, given: Prompts | None) -> Prompts | None:
+def _prompts(module: nn.Module, given: Prompts | None, served: bool) -> Prompts | None:
     """The prompts of this layer in this call: PEFT's, the layer's own, or those of a call with several adapters."""
     own = module._modules.get("zinit")
     for layers in mixed.values():
@@ -164,7 +164,7 @@ def _prompts(module: nn.Module, given: Prompts | None) -> Prompts | None:
         raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
     # a call, not attributes: offloaded and wrapped parameters are there only during one
     adapter: Any = own
-    found = adapter() if own._forward_hooks or own._forward_pre_hooks else adapter.forward()
+    found = adapter(served) if own._forward_hooks or own._forward_pre_hooks else adapter.forward(served)
     if found is None:
         return None
     prompt, gate = found

@@ -22,6 +22,9 @@ _WRAPPERS = re.compile(
 # The adapters (by token) that calls in a block of `disable_zero_init_attention` do without.
 disabled: Scope[frozenset[int]] = Scope("zinit_disabled_adapters")
 
+# Those that continuous batching, which computes in a thread of its own, does without: it was entered in such a block.
+served_without: list[frozenset[int]] = []
+
 
 class ZeroInitPrompts(nn.Module):
     """The prompts [P, C] and gates [Hq] of one attention layer. Calling it returns both, or None while disabled."""
@@ -49,8 +52,9 @@ class ZeroInitPrompts(nn.Module):
             mark_used(self)
         return super().__getattr__(name)
 
-    def forward(self) -> tuple[Tensor, Tensor] | None:
-        if not self.is_on:
+    def forward(self, served: bool = False) -> tuple[Tensor, Tensor] | None:
+        """served: for continuous batching."""
+        if not self.is_on or (served and any(self.token in tokens for tokens in served_without)):
             return None
         mark_used(self)
         own = self._parameters  # past __getattr__: 2 us a layer and token
@@ -110,6 +114,11 @@ def required_adapters(model: nn.Module) -> list[tuple[Layer, ZeroInitPrompts]]:
 def tokens_of(model: nn.Module) -> frozenset[int]:
     """Of every adapter, those not in use included: a call might switch to one."""
     return frozenset(module.token for module in model.modules() if isinstance(module, ZeroInitPrompts))
+
+
+def disabled_here(model: nn.Module) -> frozenset[int]:
+    """Of the adapters of the model that the calling code does without."""
+    return tokens_of(model) & frozenset().union(*disabled.values())
 
 
 def sizes(attention: Any) -> tuple[int, int]:

@@ -63,8 +63,13 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
         for parent in parents:
             _become(getattr(parent, config.target_modules), FusedAdaptedAttention)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """transformers' own, which knows attention implementations by a list of names."""
+        if adapter_names is not None:  # transformers would take any argument, and leave this one out
+            raise ValueError(
+                "adapter_names is not supported by generate_batch, whose requests share their batches: call generate, "
+                "or set_adapter and generate_batch for the requests of each adapter"
+            )
         with serving(self.model):
             return self.model.generate_batch(*args, **kwargs)
 

@@ -27,7 +27,9 @@ from .layers import (
     attention_layers,
     detach,
     disabled,
+    disabled_here,
     required_adapters,
+    served_without,
     sizes,
     tokens_of,
 )
@@ -136,15 +138,21 @@ def continuous_batching(model: Any) -> Iterator[None]:
 
     Within it the model attends by "sdpa", and "sdpa" is this package's attention function, which hands modules without
     prompts to transformers' own. Contexts of one model or of several may overlap. Models of
-    `integrations.peft.accelerate` are served too.
+    `integrations.peft.accelerate` are served too. A context that is entered in a block of
+    `disable_zero_init_attention` serves the base.
 
     Raises:
         ValueError: no prompts in the model.
     """
     if not any(getattr(module, "attends_by_zinit", False) for module in model.modules()):
         required_adapters(model)
-    with serving(model):
-        yield
+    without = disabled_here(model)
+    served_without.append(without)
+    try:
+        with serving(model):
+            yield
+    finally:
+        served_without.remove(without)
 
 
 def parameter_groups(

@@ -94,7 +94,7 @@ BUGS = {
                                     "wanted && @;", PADDED),
     "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", CHUNK),
     "keys_of_another_page": prefill("stage.cuh", "max(page_of(w, block.sequence, page), 0)", "0", "@", CHUNK),
-    "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(by_token ? @ : 0)", CHUNK),
+    "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(w.rotate_by_token ? @ : 0)", CHUNK),
     "appended_elsewhere": prefill("append.cuh", "sequence.length + token", "token", "position = @", CHUNK),
     "values_not_transposed": tiles(
         "tile.cuh", "load_matrices_transposed(b, value + n * 8 * Shape::kStride + d);",

@@ -110,7 +110,8 @@ PETS = {"A": "cat", "B": "cat and dog", "C": "a bird", "D": "category"}
         ("A or B", None), ("B, not C", None), ("A cat is here", "A"), ("It is a cat", "A"), ("cat and dog", "B"),
         ("I see a cat and dog.", "B"), ("category", "D"), ("a cat, and a cat and dog", None), ("", None), ("Z", None),
         ("E", None), ("a bird or category", None), ("A bird flies over there", "C"), ("A nice answer would be D", "D"),
-        ("**B**", "B"), ("nothing of these", None),
+        ("**B**", "B"), ("nothing of these", None), ("The answer is A.", "A"), ("I think it is (A).", "A"),
+        ("A is what I would choose", None), ("The answer is A, not B.", None),
     ],
 )  # fmt: skip
 def test_a_choice_is_read_or_not_guessed(answer, read):

@@ -6,14 +6,15 @@ import re
 from collections.abc import Mapping
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}\"'`", " "))
+_LETTER_A = re.compile(r"\bA\b(?!['\"(]*\s+['\"(]*\w)")  # not before another word
 
 
 def read_choice(answer: str, options: Mapping[str, str]) -> str | None:
     """The letter that the answer names, or None where no rule reads one.
 
     1. The answer is a letter and nothing else, in either case: "b", "(B)".
-    2. Exactly one option's letter, as a capital, is among its words. "A" in an answer of more than three words is taken
-       for the article, and does not count.
+    2. Exactly one option's letter, as a capital, is among its words. In an answer of more than three words, an "A"
+       before another word is taken for the article, and does not count.
     3. The answer is an option's text, or holds the text of exactly one option as whole words. Where one option's
        text is inside another's ("cat" and "cat and dog"), the longer one that is there hides the shorter one.
 
@@ -23,13 +24,10 @@ def read_choice(answer: str, options: Mapping[str, str]) -> str | None:
     words = answer.translate(_PUNCTUATION).split()
     if len(words) == 1 and len(words[0]) == 1 and words[0].upper() in options:
         return words[0].upper()
-    named = [letter for letter in options if letter in words]
-    if len(named) == 1 and not (named[0] == "A" and len(words) > 3):
-        return named[0]
-    if len(named) > 1 and not (len(named) == 2 and "A" in named and len(words) > 3):
-        return None
-    if len(named) == 2:  # "A dog, so B": the first is an article
-        return next(letter for letter in named if letter != "A")
+    is_article = len(words) > 3 and _LETTER_A.search(answer) is None
+    named = [letter for letter in options if letter in words and not (letter == "A" and is_article)]
+    if named:
+        return named[0] if len(named) == 1 else None
     return _by_text(_plain(answer), {letter: _plain(text) for letter, text in options.items()})
 
 

@@ -323,12 +323,15 @@ def native_parts() -> list[str]:
 
 
 if __name__ == "__main__":
-    # The folder model/ is the package zinit_kernels.model once installed: a top-level `model` would be anybody's.
-    model = [f"zinit_kernels.{name}" for name in find_packages(include=["model", "model.*"])]
+    # The folders model/ and evaluate/ are zinit_kernels.model and zinit_kernels.evaluate once installed: a top-level
+    # `model` would be anybody's, and `evaluate` is Hugging Face's.
+    parts = ["model", "evaluate"]
+    named = find_packages(include=[pattern for part in parts for pattern in (part, f"{part}.*")])
     tag = os.environ.get("ZINIT_VERSION_TAG")  # "cu130": version 0.1.0+cu130, for wheels with CUDA kernels
     setup(
-        packages=find_packages(include=["zinit_kernels", "zinit_kernels.*"]) + model,
-        package_dir={"zinit_kernels.model": "model"},
+        packages=find_packages(include=["zinit_kernels", "zinit_kernels.*"])
+        + [f"zinit_kernels.{name}" for name in named],
+        package_dir={f"zinit_kernels.{part}": part for part in parts},
         ext_modules=[Extension(name, []) for name in native_parts()],
         cmdclass={"build": Build, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
         options={"egg_info": {"tag_build": f"+{tag}"}} if tag else {},

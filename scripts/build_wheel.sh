@@ -24,5 +24,6 @@ mkdir "$there/empty"
 clean() { (cd "$there/empty" && env -i HOME="$there" PATH="$there/venv/bin" "$@"); }
 clean zinit check
 clean zinit train --help > /dev/null
+clean zinit evaluate --help > /dev/null
 clean python -c 'import zinit_kernels.model.llama, zinit_kernels; print("ran from", zinit_kernels.__file__)'
 say "dist/ holds the sdist and a wheel that works on its own"

@@ -157,7 +157,8 @@ def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
-    assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed", "zinit_kernels/model/train.py"} <= set(names)
+    assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed"} <= set(names)
+    assert {"zinit_kernels/model/train.py", "zinit_kernels/evaluate/scorers/mme.py"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
 
 
@@ -192,7 +193,7 @@ def test_the_sdist_is_the_whole_checkout_and_the_wheel_is_built_from_it(build, t
     modules = {
         name if name.startswith("zinit_kernels/") else f"zinit_kernels/{name}"
         for name in tracked()
-        if name.endswith(".py") and name.split("/")[0] in ("zinit_kernels", "model")
+        if name.endswith(".py") and name.split("/")[0] in ("zinit_kernels", "model", "evaluate")
     }
     assert modules <= names, modules - names
     assert "zinit_kernels/_C_cpu.so" in names

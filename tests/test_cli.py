@@ -23,7 +23,9 @@ def zinit(*arguments: str) -> int:
 def test_help_names_every_program(capsys):
     assert zinit("--help") == 0
     shown = capsys.readouterr().out
-    assert all(f"zinit {name} " in shown or f"zinit {name}\n" in shown for name in cli.OWN + cli.MODEL)
+    assert all(
+        f"zinit {name} " in shown or f"zinit {name}\n" in shown for name in cli.OWN + cli.MODEL + cli.EVALUATE
+    )
 
 
 def test_version(capsys):
@@ -48,7 +50,7 @@ def test_programs_get_their_arguments_and_keep_their_exit_codes(capsys):
 @pytest.mark.parametrize("name", cli.MODEL)
 def test_the_models_programs_are_found_and_name_themselves(name, capsys):
     assert zinit(name, "--help") == 0
-    prog = f"zinit {name}" if cli._model_package() == "zinit_kernels.model" else f"python -m model.{name}"
+    prog = f"zinit {name}" if cli._package("model") == "zinit_kernels.model" else f"python -m model.{name}"
     assert capsys.readouterr().out.startswith(f"usage: {prog} ")
     assert model.errors.program_name(name) == f"python -m model.{name}"
 
@@ -58,7 +60,7 @@ def test_bad_input_to_the_models_programs_is_a_sentence(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("missing", cli.MODEL_NEEDS)
+@pytest.mark.parametrize("missing", cli.NEEDS)
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(missing, monkeypatch, capsys):
     def import_module(name):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
@@ -66,17 +68,24 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it(missing, monke
     monkeypatch.setattr(importlib, "import_module", import_module)
     assert zinit("train") == 2
     assert capsys.readouterr().err == (
-        f"error: zinit train needs {missing}: {sys.executable} -m pip install 'zinit-kernels[model]'.\n"
+        f"error: zinit train needs {missing}: {sys.executable} -m pip install 'zinit-kernels[{cli.NEEDS[missing]}]'.\n"
     )
 
 
-def test_the_extra_brings_what_the_programs_need():
+@pytest.mark.parametrize("name", ["model", "vision"])
+def test_an_extra_brings_what_its_programs_need(name):
     """All that model/ imports beside torch, the standard library and what the package itself depends on."""
-    rules = (ROOT / "tests" / "import_rules.toml").read_text().split('["model"]')[1].split("\n[")[0]
-    extra = next(
-        line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("model = ")
+    rules = (ROOT / "tests" / "import_rules.toml").read_text().split('["model"]')[1].split('["bench"]')[0]
+    extras = (ROOT / "pyproject.toml").read_text().splitlines()
+    extra = next(line for line in extras if line.startswith(f"{name} = "))
+    for package in (package for package, brings in cli.NEEDS.items() if brings == name):
+        assert f'"{"pillow" if package == "PIL" else package}>=' in extra and f'"{package}"' in rules
+    everything = next(line for line in extras if line.startswith("evaluate = "))
+    assert "zinit-kernels[model]" in everything and all(
+        f'"{"pillow" if package == "PIL" else package}>=' in everything
+        for package, brings in cli.NEEDS.items()
+        if brings != "model"
     )
-    assert all(f'"{name}>=' in extra and f'"{name}"' in rules for name in cli.MODEL_NEEDS)
 
 
 def test_runs_as_a_module_without_the_script():

@@ -6,6 +6,7 @@ import argparse
 
 import pytest
 
+from evaluate.__main__ import commands
 from model import demo, generate, train
 from zinit_kernels import convert, inspect
 from zinit_kernels.console import Parser
@@ -17,6 +18,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     for name, main in {
         "train": train.main, "generate": generate.main, "demo": demo.main,
         "convert": convert.main, "inspect": inspect.main,
+        **{f"evaluate {name}": command for name, (_, command) in commands().items()},
     }.items():  # fmt: skip
         with pytest.MonkeyPatch.context() as patched, pytest.raises(InterruptedError):
 

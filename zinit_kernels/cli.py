@@ -6,9 +6,10 @@
     zinit train --base DIR --data FILE --out DIR       train an adapter on instruction data
     zinit generate --base DIR --adapter FILE --instruction "..."    answer with a LLaMA and an adapter
     zinit demo                                         train a small base and an adapter, without any download
+    zinit evaluate NAME ...                            the benchmarks of the paper, by their official rules
 
-`zinit PROGRAM --help` lists a program's options. train, generate and demo need pip install 'zinit-kernels[model]'. The
-benchmarks are not installed: in a checkout, python -m bench.
+`zinit PROGRAM --help` lists a program's options. train, generate and demo need pip install 'zinit-kernels[model]', and
+evaluate needs 'zinit-kernels[evaluate]'. The benchmarks of speed are not installed: in a checkout, python -m bench.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from .console import InputError, run, shown
 
 OWN = ("check", "inspect", "convert")
 MODEL = ("train", "generate", "demo")
-MODEL_NEEDS = ("tokenizers", "sentencepiece", "rich", "matplotlib")  # the extra [model]
+EVALUATE = ("evaluate",)
+# what may be missing -> the extra that has it
+NEEDS = {
+    **dict.fromkeys(("tokenizers", "sentencepiece", "rich", "matplotlib"), "model"),
+    **dict.fromkeys(("transformers", "PIL"), "vision"),
+    "peft": "evaluate",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -41,22 +48,29 @@ def _run(arguments: Sequence[str]) -> int | None:
     if name == "--version":
         print(f"zinit_kernels {__version__}")
         return 0
-    if name not in OWN + MODEL:
+    if name not in OWN + MODEL + EVALUATE:
         raise InputError(
-            f"zinit has no program {shown(name)}; it has {', '.join(OWN + MODEL)} (zinit --help)"
+            f"zinit has no program {shown(name)}; it has {', '.join(OWN + MODEL + EVALUATE)} (zinit --help)"
         )
-    package = "zinit_kernels" if name in OWN else _model_package()
     try:
-        return importlib.import_module(f"{package}.{name}").main(rest)
+        return importlib.import_module(_module(name)).main(rest)
     except ModuleNotFoundError as error:
-        if error.name not in MODEL_NEEDS:
+        if error.name not in NEEDS:
             raise
-        pip = f"{sys.executable} -m pip install 'zinit-kernels[model]'"
+        extra = name if name in EVALUATE else NEEDS[error.name]
+        pip = f"{sys.executable} -m pip install 'zinit-kernels[{extra}]'"
         raise InputError(f"zinit {name} needs {error.name}: {pip}") from None
 
 
-def _model_package() -> str:
-    """zinit_kernels.model where this is installed; in a checkout that is not, the folder model/."""
-    is_bare_checkout = (Path(__file__).resolve().parent.parent / "model" / "train.py").is_file()
-    is_installed = importlib.util.find_spec("zinit_kernels.model") is not None
-    return "model" if is_bare_checkout and not is_installed else "zinit_kernels.model"
+def _module(name: str) -> str:
+    """The module of a program."""
+    if name in OWN:
+        return f"zinit_kernels.{name}"
+    return f"{_package('evaluate')}.__main__" if name in EVALUATE else f"{_package('model')}.{name}"
+
+
+def _package(folder: str) -> str:
+    """zinit_kernels.model (or evaluate) where this is installed; in a checkout that is not, the folder of that name."""
+    is_bare_checkout = (Path(__file__).resolve().parent.parent / folder / "__init__.py").is_file()
+    is_installed = importlib.util.find_spec(f"zinit_kernels.{folder}") is not None
+    return folder if is_bare_checkout and not is_installed else f"zinit_kernels.{folder}"

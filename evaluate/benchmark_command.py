@@ -1,0 +1,156 @@
+"""The command of one benchmark: read its questions, ask, score, and print the figures beside the quoted ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zinit_kernels.console import Parser
+
+from . import models
+from .answers import ANSWERS, answers_in
+from .asking import Interrupted, ask
+from .question import Benchmark, Item, Table
+from .shared import (
+    DTYPES,
+    UserError,
+    command_name,
+    default_device,
+    json_values,
+    messages,
+    program,
+    read_text,
+    write_file,
+)
+from .tables import as_json, show, with_quoted
+
+RESULT = "result.json"
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def add_model_options(parser: Parser) -> None:
+    """Options of every command that asks a model."""
+    parser.add_argument("--base", type=Path, help="folder of the base model, Hugging Face's or Meta's")
+    parser.add_argument(
+        "--adapter", type=Path, help="an adapter's file or folder; without it the base answers"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="questions asked at once (default: 8)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the base's")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+
+
+def _parser(benchmark: Benchmark) -> Parser:
+    parser = Parser(
+        prog=command_name(benchmark.name),
+        description=f"{benchmark.about}. --data: {benchmark.layout}.",
+    )
+    parser.add_argument("--data", type=Path, help="folder of the benchmark's files")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the answers and figures; the same command goes on there"
+    )
+    parser.add_argument("--answers", type=Path, help="score these answers instead of asking a model")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=benchmark.max_new_tokens,
+        help="of an answer (default: %(default)s)",
+    )
+    add_model_options(parser)
+    return parser
+
+
+def run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
+    """The command. After Ctrl-C it exits with status 130."""
+    guard = program("lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
+    guard(partial(_run, benchmark))(list(arguments))
+
+
+def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
+    options = _parser(benchmark).parse_args(arguments)
+    if options.answers is not None:
+        items, answers = _given(benchmark, options.data, options.answers)
+        show(_tables(benchmark, items, answers))
+        return
+    for name in ("data", "base", "out"):
+        if getattr(options, name) is None:
+            raise UserError(
+                f"--{name} is missing: name --data, --base and --out, or --answers to score answers."
+            )
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+    items = _questions(benchmark, options.data)
+    asked = {
+        "benchmark": benchmark.name,
+        "model": models.identity(options.base, options.adapter),
+        "max_new_tokens": options.max_new_tokens,
+        "dtype": options.dtype or "the base's",
+    }
+
+    def load() -> Any:
+        _check_pictures(items)
+        return models.load(
+            options.base,
+            options.adapter,
+            options.max_new_tokens,
+            benchmark.brief,
+            options.dtype,
+            options.device,
+        )
+
+    try:
+        answers = ask(items, options.out, asked, load, options.batch_size)
+    except Interrupted as stopped:
+        messages().print(f"interrupted: {stopped}; the same command goes on from there.")
+        sys.exit(INTERRUPTED)
+    tables = _tables(benchmark, items, answers)
+    write_file(options.out / RESULT, as_json(tables, asked))
+    show(tables)
+
+
+def _questions(benchmark: Benchmark, data: Path) -> list[Item]:
+    if not data.exists():
+        raise UserError(f"there is no {data}; the data of this benchmark are {benchmark.layout}.")
+    return benchmark.read(data)
+
+
+def _tables(benchmark: Benchmark, items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
+    summary, *details = benchmark.tables(items, answers)
+    return [*details, with_quoted(summary, benchmark.quoted)]
+
+
+def _check_pictures(items: Sequence[Item]) -> None:
+    """Before the model is loaded: an image that is missing would end the run in its middle."""
+    for item in items:
+        for picture in item.pictures:
+            if picture.path is not None and not picture.path.is_file():
+                raise UserError(f"question {item.id}: there is no image {picture.path}.")
+
+
+def _given(benchmark: Benchmark, data: Path | None, path: Path) -> tuple[list[Item], dict[str, str]]:
+    """The questions and somebody's answers: in this package's form, or in the benchmark's own."""
+    if path.is_dir() and not (path / ANSWERS).is_file():
+        if benchmark.foreign is None:
+            raise UserError(
+                f"{path} is a folder without {ANSWERS}: --answers takes that file, or a folder with it."
+            )
+        return benchmark.foreign(path)
+    if data is None:
+        raise UserError("--data is missing: the questions that these answers belong to.")
+    path = path / ANSWERS if path.is_dir() else path
+    entries = [(line, entry) for line, entry in json_values(read_text(path), path) if not _is_header(entry)]
+    answers, items = answers_in(path, entries), _questions(benchmark, data)
+    if missing := [item.id for item in items if item.id not in answers]:
+        raise UserError(
+            f"{path} has no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}."
+        )
+    if strange := answers.keys() - {item.id for item in items}:
+        raise UserError(f"{path} answers {min(strange)}, which is no question of {data}.")
+    return items, answers
+
+
+def _is_header(entry: object) -> bool:
+    return isinstance(entry, dict) and entry.keys() == {"run"}

@@ -1,0 +1,116 @@
+"""The model that answers: a LLaMA with an adapter, as `zinit generate` runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .question import Item
+from .shared import (
+    DTYPES,
+    Adapter,
+    Llama,
+    Tokenizer,
+    UserError,
+    format_prompt,
+    generate,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    open_device,
+)
+
+BRIEF = "using a single word or phrase"  # what the authors' MME template adds
+_READ = 1 << 20
+
+
+def identity(base: Path, adapter: Path | None) -> dict[str, Any]:
+    """What tells a model's answers from another's: the names and sizes of the base's files, the adapter's content."""
+    return {"base": _folder_digest(base), "adapter": None if adapter is None else _content_digest(adapter)}
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UserError(f"there is no {path}.")
+    return sorted(found for found in path.iterdir() if found.is_file()) if path.is_dir() else [path]
+
+
+def _folder_digest(path: Path) -> str:
+    names = [f"{found.name} {found.stat().st_size}" for found in _files(path)]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _content_digest(path: Path) -> str:
+    found = hashlib.sha256()
+    for file in _files(path):
+        found.update(os.fsencode(file.name) + b"\0")
+        with file.open("rb") as opened:
+            while part := opened.read(_READ):
+                found.update(part)
+    return found.hexdigest()[:16]
+
+
+def prompt_of(question: str, brief: bool) -> str:
+    """The Alpaca template, which asks for a single word or phrase where `brief`."""
+    prompt = format_prompt(question)
+    return prompt.replace("completes the request.", f"completes the request {BRIEF}.", 1) if brief else prompt
+
+
+class TextAnswerer:
+    """A LLaMA with an adapter that has no visual part: it answers questions without an image, greedily.
+
+    Args:
+        max_new_tokens: of an answer. brief: ask for a single word or phrase.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        adapter: Adapter | None,
+        identity: Mapping[str, Any],
+        max_new_tokens: int,
+        brief: bool,
+    ):
+        self.model, self.tokenizer, self.adapter, self.identity = model, tokenizer, adapter, identity
+        self.max_new_tokens, self.brief = max_new_tokens, brief
+        self.eos_ids = [*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+
+    def answer(self, items: Sequence[Item]) -> list[str]:
+        """Raises UserError for a question with an image, and for one that does not fit the model's context."""
+        if seen := next((item for item in items if item.pictures), None):
+            raise UserError(
+                f"question {seen.id} has an image, and this adapter has no visual part: name a multi-modal adapter."
+            )
+        context = self.model.config.max_seq_len - self.max_new_tokens
+        prompts = []
+        for item in items:
+            prompt = prompt_of(item.question, self.brief)
+            prompts.append(self.tokenizer.encode(prompt, eos=False, limit=context + 1))
+            if len(prompts[-1]) > context:
+                raise UserError(
+                    f"question {item.id} is longer than the {context} tokens that the model has for it."
+                )
+        found = generate(
+            self.model,
+            prompts,
+            self.adapter,
+            max_new_tokens=self.max_new_tokens,
+            temperature=0,
+            eos_ids=self.eos_ids,
+        )
+        return [self.tokenizer.decode(tokens).strip() for tokens in found]
+
+
+def load(
+    base: Path, adapter: Path | None, max_new_tokens: int, brief: bool, dtype: str | None, device: str
+) -> TextAnswerer:
+    """The model of the command line. Raises UserError where it cannot be loaded."""
+    place = open_device(device)
+    model = load_base(base, DTYPES.get(dtype or ""), place).freeze()
+    tokenizer = load_tokenizer(base).check_vocabulary(model.config.vocab_size)
+    found = None if adapter is None else load_adapter(adapter, model.config, base=model).to(place)
+    return TextAnswerer(model, tokenizer, found, identity(base, adapter), max_new_tokens, brief)

@@ -1,0 +1,44 @@
+"""What the commands share with `zinit train` and `zinit generate`, by whichever name that package has here.
+
+In a checkout the folder model/ is the package `model`; installed, it is `zinit_kernels.model`, beside
+`zinit_kernels.evaluate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or __package__ == "evaluate":
+    from model.adapter_files import load_adapter
+    from model.errors import UserError, note, run_program, warn
+    from model.llama import Adapter, Llama
+    from model.loading import DTYPES, default_device, load_base, open_device
+    from model.program import interruptible, program
+    from model.progress import Show, messages, progress
+    from model.records import check_text, format_prompt, json_values, read_text
+    from model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
+    from model.sampling import generate
+    from model.tokenizer import Tokenizer, load_tokenizer
+else:
+    from ..model.adapter_files import load_adapter
+    from ..model.errors import UserError, note, run_program, warn
+    from ..model.llama import Adapter, Llama
+    from ..model.loading import DTYPES, default_device, load_base, open_device
+    from ..model.program import interruptible, program
+    from ..model.progress import Show, messages, progress
+    from ..model.records import check_text, format_prompt, json_values, read_text
+    from ..model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
+    from ..model.sampling import generate
+    from ..model.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Adapter", "DTYPES", "Llama", "Show", "Tokenizer", "UserError", "check_text", "command_name",
+    "default_device", "format_prompt", "generate", "held", "interruptible", "json_values", "load_adapter",
+    "load_base", "load_tokenizer", "make_directory", "messages", "note", "open_device", "program", "progress",
+    "read_text", "refuse_unwritable", "run_program", "warn", "write_file", "writing",
+]  # fmt: skip
+
+
+def command_name(name: str = "") -> str:
+    """How the user calls a command: `zinit evaluate mme` where it is installed, else python -m evaluate mme."""
+    return f"{'python -m' if __package__ == 'evaluate' else 'zinit'} evaluate {name}".rstrip()

@@ -1,0 +1,270 @@
+"""The benchmark commands: ask, resume, score, and one sentence for what is wrong."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from benchmark_folders import FOLDERS, right_answer, scienceqa
+from tiny_runs import make_base, make_folder
+
+from evaluate import benchmark_command, models
+from evaluate.__main__ import main
+from evaluate.asking import batches
+from evaluate.benchmarks import all_benchmarks
+from evaluate.question import Item, Picture
+from model.adapter import LlamaAdapter
+from model.adapter_files import save_adapter
+from model.config import AdapterConfig
+from model.errors import run_program
+
+
+def run(*words):
+    try:
+        run_program(lambda: main([str(word) for word in words]))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny base with an adapter, and ScienceQA's questions without an image."""
+    folder = make_folder(tmp_path_factory.mktemp("evaluate"))
+    base = make_base()
+    adapter = LlamaAdapter(base.config, AdapterConfig(prompt_length=3, num_layers=2))
+    adapter.gates.data.fill_(0.5)
+    save_adapter(folder / "adapter.safetensors", adapter, base.config)
+    scienceqa(folder / "scienceqa", images=False)
+    return folder
+
+
+def command(place, out, *more):
+    return [
+        "scienceqa", "--base", place / "base", "--adapter", place / "adapter.safetensors", "--data",
+        place / "scienceqa", "--out", out, "--max-new-tokens", 6, "--batch-size", 2, "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run(*command(place, out)) == 0
+    return out
+
+
+class Knowing:
+    """Answers everything right, and remembers what it was asked."""
+
+    identity: dict = {}
+
+    def __init__(self, name):
+        self.name, self.asked = name, []
+
+    def answer(self, items):
+        self.asked.append([item.id for item in items])
+        return [right_answer(self.name, item) for item in items]
+
+
+def with_model(monkeypatch, model):
+    monkeypatch.setattr(models, "load", lambda *_: model)
+    monkeypatch.setattr(models, "identity", lambda *_: {"name": "stub"})
+
+
+def test_a_model_answers_and_its_row_stands_beside_the_quoted_ones(whole, place, capsys):
+    answers = [json.loads(line) for line in (whole / "answers.jsonl").read_text().splitlines()]
+    assert answers[0]["run"]["benchmark"] == "scienceqa" and [a["id"] for a in answers[1:]] == list("01234")
+    result = json.loads((whole / "result.json").read_text())
+    rows = result["tables"][0]["rows"]
+    assert rows[0][0] == "measured" and rows[2][:2] == ["LLaMA-Adapter (quoted)", 84.37]
+    assert run(*command(place, whole)) == 0  # everything is answered
+    shown = capsys.readouterr().out
+    assert "LLaMA-Adapter (quoted)" in shown and "85.19" in shown and "not measured here" in shown
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
+    (out / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # killed within the third answer
+    asked = []
+    answer = models.TextAnswerer.answer
+    monkeypatch.setattr(
+        models.TextAnswerer,
+        "answer",
+        lambda self, items: (asked.extend(i.id for i in items), answer(self, items))[1],
+    )
+    assert run(*command(place, out)) == 0
+    assert asked == ["2", "3", "4"]
+    for name in ("answers.jsonl", "result.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    monkeypatch.setattr(models, "load", None)  # with nothing to ask, no model is loaded
+    assert run(*command(place, out)) == 0
+
+
+def test_ctrl_c_keeps_what_is_answered(place, whole, tmp_path, monkeypatch, capsys):
+    answer = models.TextAnswerer.answer
+
+    def interrupted(self, items):
+        signal.raise_signal(signal.SIGINT)
+        return answer(self, items)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models.TextAnswerer, "answer", interrupted)
+        assert run(*command(place, tmp_path / "out")) == 130
+    assert "2 of 5 questions are answered; the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert run(*command(place, tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_model_that_knows_everything_gets_every_point(name, tmp_path, monkeypatch, capsys):
+    FOLDERS[name](tmp_path / "data")
+    model = Knowing(name)
+    with_model(monkeypatch, model)
+    assert (
+        run(name, "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out", "--batch-size", 3)
+        == 0
+    )
+    *_, summary = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    best = {"mme": 1400, "lvlm-ehub": 1.0}.get(name, 100)
+    figures = [value for row in summary["rows"] for value in row[1:] if "(quoted)" not in row[0]]
+    assert best in figures or name == "mme", figures
+    if name == "mme":
+        assert summary["rows"][0][1:] == [2000, 800, 2800]
+    read = all_benchmarks()[name].read(tmp_path / "data")
+    assert sorted(key for batch in model.asked for key in batch) == sorted(item.id for item in read)
+    assert len({item.id for item in read}) == len(read), "ids are unique"
+    assert all(picture.read() for item in read for picture in item.pictures)
+    # scoring those answers again needs no model
+    capsys.readouterr()
+    assert run(name, "--data", tmp_path / "data", "--answers", tmp_path / "out") == 0
+    assert summary["title"] in capsys.readouterr().out
+
+
+def test_batches_keep_an_image_together():
+    def item(key, *pictures):
+        return Item(key, "?", tuple(Picture(name) for name in pictures))
+
+    items = [
+        item("1", "a"),
+        item("2", "b"),
+        item("3", "a"),
+        item("4"),
+        item("5"),
+        item("6", "b"),
+        item("7", "b"),
+    ]
+    assert [[i.id for i in batch] for batch in batches(items, 3)] == [["1", "3"], ["2", "6", "7"], ["4", "5"]]
+    assert [[i.id for i in batch] for batch in batches(items, 2)] == [
+        ["1", "3"],
+        ["2", "6"],
+        ["7", "4"],
+        ["5"],
+    ]
+
+
+def edited(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+DAMAGE = {
+    "mme: a task is missing": ("mme", lambda d: (d / "existence.txt").unlink(), "no questions"),
+    "mme: two columns": ("mme", lambda d: edited(d / "position.txt", "\tNo", ""), "3 columns"),
+    "mme: a truth": ("mme", lambda d: edited(d / "position.txt", "\tNo", "\tperhaps"), "Yes or No"),
+    "mme: only one question": ("mme", lambda d: edited(d / "position.txt", "\tNo", "\tYes"), "two questions"),
+    "pope: a file is missing": ("pope", lambda d: (d / "coco_pope_popular.json").unlink(), "coco_pope_popular"),
+    "pope: duplicate": (
+        "pope", lambda d: edited(d / "coco_pope_random.json", '"question_id": 1', '"question_id": 0'), "there twice",
+    ),
+    "pope: field": ("pope", lambda d: edited(d / "coco_pope_random.json", '"text"', '"words"'), "'text' is missing"),
+    "pope: label": ("pope", lambda d: edited(d / "coco_pope_random.json", '"yes"', '"YES"'), "yes or no"),
+    "pope: type": ("pope", lambda d: edited(d / "coco_pope_random.json", '"image": "0', '"image": 0, "x": "'), "str"),
+    "pope: image": ("pope", lambda d: (d / "val2014" / "1.jpg").unlink(), "there is no image"),
+    "mmbench: column": ("mmbench", lambda d: edited(d / "mmbench_dev.tsv", "l2-category", "category"), "no column"),
+    "mmbench: cells": ("mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\tred", "\tred\tpink"), "11 cells for 10"),
+    "mmbench: answer": ("mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\tB\tcoarse", "\tD\tcoarse"), "'D'"),
+    "mmbench: index": ("mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\n2\t", "\n1\t"), "'1' is there twice"),
+    "cvqa: column": ("cvqa", lambda d: edited(d / "C-VQA-Real_questions.csv", "new query", "newer"), "no column"),
+    "cvqa: empty": ("cvqa", lambda d: (d / "C-VQA-Real_questions.csv").write_text(""), "has no column"),
+    "scienceqa: split": ("scienceqa", lambda d: edited(d / "pid_splits.json", '"4"', '"9"'), "no problem 9"),
+    "scienceqa: twice": ("scienceqa", lambda d: edited(d / "pid_splits.json", '"4"', '"3"'), "there twice"),
+    "scienceqa: answer": ("scienceqa", lambda d: edited(d / "problems.json", '"answer": 2', '"answer": 3'), "answer 3"),
+    "scienceqa: not JSON": ("scienceqa", lambda d: (d / "problems.json").write_text("{"), "is not JSON"),
+    "lvlm-ehub: name": ("lvlm-ehub", lambda d: (d / "GQA").rename(d / "GQA2"), "no data set 'GQA2'"),
+    "vqa: no answers": ("vqa", lambda d: edited(d / "v2_annotations.json", 'question_id": 1', 'question_id": 9'), "1"),
+    "vqa: two files": (
+        "vqa", lambda d: shutil.copy(d / "v2_questions.json", d / "x_questions.json"), "holds 2 files",
+    ),
+    "no folder": ("vqa", lambda d: shutil.rmtree(d), "there is no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_data_are_one_sentence_and_write_nothing(case, tmp_path, monkeypatch, capsys):
+    name, damage, said = DAMAGE[case]
+    FOLDERS[name](tmp_path / "data")
+    damage(tmp_path / "data")
+    with_model(monkeypatch, Knowing(name))
+    assert run(name, "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert (
+        not any((tmp_path / "out").glob("?*.json*")) or not (tmp_path / "out" / "answers.jsonl").read_text()
+    )
+
+
+def test_what_cannot_run_is_said_and_nothing_is_overwritten(place, whole, tmp_path, capsys):
+    before = (whole / "answers.jsonl").read_bytes()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes((place / "adapter.safetensors").read_bytes() + b" ")
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "answers.jsonl").write_text("my notes\n")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "answers.jsonl").write_bytes(before.replace(b'{"id": "1"', b'{"id": "0"'))
+    scienceqa(tmp_path / "seen")
+    for words, said in [
+        (command(place, whole, "--dtype", "bfloat16"), "another run: its dtype is"),
+        ([*command(place, whole)[:4], other, *command(place, whole)[5:]], "another run: its model is"),
+        (command(place, strange), "not JSON"),
+        (command(place, tmp_path / "damaged"), "the id '0' is there twice"),
+        (command(place, place / "data.jsonl"), "is a file"),
+        (command(place, tmp_path / "new", "--batch-size", 0), "given twice"),
+        (["scienceqa", "--batch-size", 0, "--base", "x", "--data", "x", "--out", "x"], "must be at least 1"),
+        (["scienceqa", "--base", "x"], "--data is missing"),
+        (["scienceqa", "--answers", whole], "--data is missing"),
+        (["scienceqa", "--answers", place, "--data", place / "scienceqa"], "a folder without answers.jsonl"),
+        (["hellaswag"], "no command 'hellaswag'"),
+        (
+            [*command(place, tmp_path / "new")[:6], tmp_path / "seen", *command(place, tmp_path / "new")[7:]],
+            "no visual part",
+        ),
+    ]:
+        assert run(*words) == 2, words
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert (whole / "answers.jsonl").read_bytes() == before
+    assert (strange / "answers.jsonl").read_text() == "my notes\n"
+
+
+def test_help_lists_the_commands(capsys):
+    assert run("--help") == 0 and run() == 2
+    shown = capsys.readouterr()
+    for name in FOLDERS:
+        assert f"    {name} " in shown.out and f"    {name} " in shown.err
+    assert run("mme", "--help") == 0
+    assert "TASK.txt" in capsys.readouterr().out
+
+
+def test_progress_says_the_time_left(place, tmp_path, monkeypatch, capsys):
+    import model.progress
+
+    monkeypatch.setattr(model.progress, "EVERY", 0.0)
+    assert run(*command(place, tmp_path / "out")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("questions 2/5, 0:00:0") and lines[0].endswith(" left"), lines
+    assert benchmark_command.INTERRUPTED == 130

@@ -10,9 +10,7 @@ PUBLIC := zinit_kernels
 TRITONS ?= 3.6.0 3.9.0
 # beside the pinned one: the last of the 4 series
 TRANSFORMERS ?= 4.57.6
-DROPINS := tests/test_projected.py $(addprefix tests/test_,$(addsuffix .py,integrations_transformers integrations_peft \
-  integrations_architectures integrations_folders integrations_ignored integrations_serving integrations_threads \
-  integrations_quantised integrations_odd_use integrations_distributed official_parity))
+DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkpoints/test_official_parity.py
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
@@ -30,7 +28,7 @@ test: build sanitize-cpu
 test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
 	@for version in $(TRITONS); do \
 	  echo "triton $$version"; \
-	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/test_triton.py || exit 1; \
+	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/backends/test_triton.py || exit 1; \
 	done
 
 test-transformers: build $(TRANSFORMERS:%=$(VENV)/transformers-%/.ready)

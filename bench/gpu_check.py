@@ -54,7 +54,7 @@ class Step(NamedTuple):
 def steps(results: Path) -> list[Step]:
     python = sys.executable
     many = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
+    tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/backends/test_gpu*.py"))
     test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
     other_dtypes = "(torch.float32 or torch.float16)"
     short = [python, "-m", "pytest", "-vv", *tests, "-k", f"test_cuda and {SHORT}"]

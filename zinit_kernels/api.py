@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # For type checkers: a call without return_lse=True returns one tensor, so `out.sum()` needs no cast. The options
-# stand once in a TypedDict, not once in every overload; tests/test_typing.py holds them to the real signatures.
+# stand once in a TypedDict, not once in every overload; test_api_types.py compares them with the real signatures.
 
 
 class _SdpaOptions(TypedDict, total=False):

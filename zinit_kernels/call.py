@@ -4,7 +4,7 @@ Each field of `Call`, `CacheCall` and `PromptCall` is one argument of an operato
 the code has to know about it: Tensor or number, optional or not, shape, dtype, strides and role. From the fields
 follow the operators' schemas and fake kernels (`operators.py`), what backward saves and returns
 (`backends/fused.py`), what the fast path asks (`fast_path.py`), how launchers and FLOP formulas read their
-arguments (`Call(*arguments)`), and the order in which the C++ bindings take them (`tests/test_call.py` compares).
+arguments (`Call(*arguments)`), and the order in which the C++ bindings take them (test_call.py compares).
 To add an argument, add its field, its check in `arguments.py`, and the kernels.
 
 Letters: B sequences, Hq query heads, Hkv key and value heads, T queries, S keys, D head_dim, N rows of the prompt

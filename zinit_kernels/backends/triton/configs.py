@@ -2,8 +2,8 @@
 
 A choice is a pure function of the stage, the head dimension, the element size, the prompt length and the chip. The
 tables hold what compiles without spills at head dimensions up to 128 under every Triton that is tested
-(tests/test_triton.py looks); no GPU has timed them yet. Where a choice would not fit the shared memory, and in the
-interpreter, the safe one runs.
+(tests/backends/test_triton.py checks); no GPU has timed them yet. Where a choice would not fit the shared memory,
+and in the interpreter, the safe one runs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,213 @@
+"""The Triton backend where there is no GPU: interpreted, compiled ahead of time, refused with a reason."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from repository import ROOT
+
+from zinit_kernels import explain
+
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+CHIPS = (80, 90, 100)
+
+
+def start(*command, interpret, **environment):
+    """A process of its own: the interpreter replaces triton's functions for all that runs beside it."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=env,
+    )
+
+
+def run(*command, interpret, **environment):
+    process = start(*command, interpret=interpret, **environment)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@NEEDS_TRITON
+def test_kernels_in_the_interpreter():
+    numpy_version = tuple(int(n) for n in importlib.metadata.version("numpy").split(".")[:2])
+    if numpy_version >= (2, 4) and importlib.metadata.version("triton") < "3.7":
+        pytest.skip(
+            "the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses"
+        )
+    files = ("tests/backends/interpreted_attention.py", "tests/backends/interpreted_cache.py")
+    processes = [start("-m", "pytest", file, "-W", "ignore", interpret=True) for file in files]
+    for process, (stdout, stderr) in [(process, process.communicate()) for process in processes]:
+        assert process.returncode == 0, stdout[-8000:] + stderr
+        print(stdout.splitlines()[-1])
+
+
+@NEEDS_TRITON
+def test_launches_as_recorded():
+    """One kernel for all lengths, no read of a tensor on the host, tuning only when asked for."""
+    result = run("-m", "pytest", "tests/backends/recorded_triton.py", "-W", "ignore", interpret=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_compile_within_the_chip(chip, tmp_path):
+    """No spills at head dimensions up to 128, shared memory that fits, warpgroup products on Hopper."""
+    result = run(
+        "tests/backends/compile_triton.py", str(chip), interpret=False, TRITON_CACHE_DIR=str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == 24
+    for kernel in kernels:
+        print(kernel)
+        assert kernel["shared"] <= kernel["limit"], kernel
+        if kernel["head_dim"] <= 128:
+            assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
+        if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query"):
+            assert kernel["wgmma"] > 0, kernel
+
+
+@NEEDS_TRITON
+def test_float32_compiles_without_spills_and_its_memory_is_foreseen(tmp_path):
+    """With 128 prompts of 256 dimensions too: that call is refused because backward does not fit."""
+    result = run(
+        "tests/backends/compile_triton.py", "90", "--float32", interpret=False, TRITON_CACHE_DIR=str(tmp_path)
+    )
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == 18
+    for kernel in kernels:
+        fits = kernel["shared"] <= kernel["limit"]
+        assert fits == (kernel["estimate"] <= kernel["limit"]) and (fits or kernel["block_p"] == 128), kernel
+        if kernel["block_p"] == 16:
+            assert kernel["spills"] < (1 if kernel["head_dim"] <= 128 else 300), kernel
+    assert {k["kernel"] for k in kernels if k["shared"] > k["limit"]} == {"partial_sums", "grad_query"}
+
+
+@pytest.mark.parametrize(
+    "head_dim, prompts, itemsize, arch, forward, backward",
+    [
+        (256, 128, 2, 90, True, True), (256, 128, 4, 90, True, False), (128, 128, 4, 90, True, True),
+        (128, 128, 4, 86, True, False), (256, 128, 4, 86, False, False), (256, 10, 4, 86, True, True),
+        (256, 128, 4, 0, True, True),
+    ],
+)  # fmt: skip
+def test_prompts_that_no_tile_holds_are_refused(head_dim, prompts, itemsize, arch, forward, backward):
+    from zinit_kernels.backends.triton import configs
+
+    for wants_gradients, fits in ((False, forward), (True, backward)):
+        reason = configs.why_too_large(head_dim, prompts, itemsize, arch, False, wants_gradients)
+        assert ("KB of shared memory" in reason) != fits, reason
+
+
+@NEEDS_TRITON
+def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
+    from zinit_kernels.backends.triton import configs
+
+    stages = ("forward", "prompt_gradients", "grad_key_value", "grad_query", "decode", "combine")
+    for stage in stages:
+        for block_d in (16, 32, 64, 128, 256):
+            for block_p in (16, 128):
+                for chip, limit in configs.SHARED_MEMORY.items():
+                    config = configs.choose(stage, block_d, block_p, 2, chip)
+                    if config != configs.safe(stage):
+                        assert configs.shared_memory(stage, config, block_d, block_p, 2) <= limit
+                    candidates = configs.candidates(stage, block_d, block_p, 2, chip)
+                    assert candidates[0] == config and len(set(candidates)) == len(candidates) <= 8
+                    for other in candidates[1:]:
+                        assert configs.shared_memory(stage, other, block_d, block_p, 2) <= limit
+                assert configs.choose(stage, block_d, block_p, 4, 90) == configs.FLOAT32
+    assert configs.choose("forward", 128, 16, 2, 90) == (128, 128, 8, 2)
+    assert configs.choose("forward", 128, 16, 2, 80) == (128, 32, 8, 3)
+    assert configs.choose("forward", 128, 16, 2, 0) == configs.SAFE
+
+
+def test_named_on_cpu_it_says_what_it_takes():
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "print(z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)['triton'])\n"
+        "z.zero_init_attention(q, q, q, q[:, :, :3], q[:, :, :3], 0.5, backend='triton')\n"
+    )
+    result = run("-c", script, interpret=False)
+    reason = "the tensors are on cpu" if importlib.util.find_spec("triton") else "triton is not installed"
+    assert reason in result.stdout and re.search(
+        f"ValueError: backend 'triton' cannot run.*{reason}", result.stderr
+    )
+
+
+@NEEDS_TRITON
+def test_interpreted_it_refuses_what_no_fused_kernel_takes():
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "for dtype, dim in ((torch.float32, 16), (torch.float64, 16), (torch.float32, 300)):\n"
+        "    q = torch.randn(1, 2, 5, dim, dtype=dtype)\n"
+        "    print(z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)['triton'])\n"
+        "q, mask = q[..., :16], torch.randn(5, 5)\n"
+        "print(z.explain(q, q, q, None, None, None, attn_mask=mask)['triton'])\n"
+    )
+    lines = run("-c", script, interpret=True).stdout.splitlines()
+    assert lines[0] == "usable"
+    for line, word in zip(
+        lines[1:], ("float64", "head_dim must be 1 to 256, got 300", "attn_mask"), strict=True
+    ):
+        assert word in line
+
+
+def test_importing_and_computing_on_cpu_imports_no_triton():
+    script = (
+        "import sys, torch\n"
+        "before = {name for name in sys.modules if name.split('.')[0] == 'triton'}\n"
+        "import zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "z.zero_init_attention(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)\n"
+        "z.explain(q, q, q, q[:, :, :3], q[:, :, :3], 0.5)\n"
+        "assert before == {name for name in sys.modules if name.split('.')[0] == 'triton'}\n"
+    )
+    result = run("-c", script, interpret=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "sm_75"), ((8, 0), "usable"), ((12, 0), "usable")]
+)
+def test_chips_by_capability(monkeypatch, capability, expected):
+    """Of a chip that is not here: the choice looks at device and capability alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from zinit_kernels.backends import triton
+
+    monkeypatch.setattr(triton, "UNAVAILABLE", "")
+    major, minor = capability
+    chip = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: chip)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key, value = (torch.empty(1, 2, 5, 16, device="cuda") for _ in range(3))
+        explanation = explain(query, key, value, None, None, None)
+    assert expected in explanation["triton"]
+    assert explanation.selected == "composed"  # by name only, until a GPU has run it
+
+
+def test_auto_takes_no_interpreter():
+    """TRITON_INTERPRET=1 makes the kernels runnable on the CPU, not preferred."""
+    script = (
+        "import torch, zinit_kernels as z\n"
+        "q = torch.randn(1, 2, 5, 16)\n"
+        "print(z.explain(q, q, q, None, None, None).selected)\n"
+    )
+    assert run("-c", script, interpret=True).stdout.strip() in ("cpu", "composed")

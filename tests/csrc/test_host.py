@@ -1,0 +1,131 @@
+"""_C_host, the part that needs neither torch nor CUDA: what the CUDA launcher decides, and the build's facts."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import kernel_facts
+import pytest
+from repository import ROOT
+
+LOG = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aIfE' for 'sm_80'
+ptxas info    : Function properties for _Z1aIfE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 976 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1aIfE' for 'sm_90a'
+ptxas info    : Function properties for _Z1aIfE
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 512 bytes smem, 976 bytes cmem[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("host")
+    (folder / "ptxas.log").write_text(LOG)
+    kernel_facts.main(str(folder / "kernel_facts.inc"), str(folder / "ptxas.log"))
+    library = folder / f"_C_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    include = [f"-I{path}" for path in (folder, pybind11.get_include(), sysconfig.get_path("include"))]
+    facts = json.dumps(json.dumps({"cuda": "13.0", "archs": ["sm_80"]}))
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", f"-DZINIT_BUILD_FACTS={facts}"]
+    subprocess.run(["g++", *flags, *include, ROOT / "csrc" / "host.cpp", "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("_C_host", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_ptxas_said_is_kept(host):
+    assert json.loads(host.build_facts) == {"cuda": "13.0", "archs": ["sm_80"]}
+    assert json.loads(host.kernel_facts) == [
+        {"kernel": "_Z1aIfE", "arch": "80", "registers": 40, "stack": 0, "spilled": 0, "shared": 0},
+        {"kernel": "_Z1aIfE", "arch": "90a", "registers": 255, "stack": 16, "spilled": 12, "shared": 512},
+    ]
+
+
+def test_it_needs_neither_torch_nor_cuda(host):
+    program = f"import sys; sys.path.insert(0, {str(Path(host.__file__).parent)!r}); import _C_host as h"
+    program += "; print('torch' in sys.modules, h.choose_num_splits(132, 1, 32, 1, 4096, 0))"
+    ran = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "8"]
+
+
+SIZES = ("num_sequences", "num_heads_kv", "row_blocks", "capacity", "page_size")
+
+
+@pytest.mark.parametrize(
+    "sizes, splits",
+    [
+        ((1, 32, 1, 1024, 0), 8),  # one stream, 32 heads: 256 blocks for 264 places
+        ((1, 32, 1, 16384, 0), 8),
+        ((1, 8, 1, 65536, 16), 30),  # 240 of 264 is the first to leave less than a tenth idle
+        ((32, 32, 1, 4096, 0), 1),  # 1024 blocks fill the chip
+        ((64, 8, 1, 8192, 16), 1),
+        ((1, 1, 1, 100, 0), 1),  # nothing to split
+        ((1, 1, 1, 1 << 20, 0), 128),  # as many as there may be
+        ((1, 1, 1, 1024, 512), 2),  # no split shorter than a page
+    ],
+)
+def test_num_splits_on_132_multiprocessors(host, sizes, splits):
+    assert host.choose_num_splits(132, **dict(zip(SIZES, sizes, strict=True))) == splits
+
+
+def test_no_other_number_of_splits_is_clearly_better(host):
+    for blocks in range(1, 300):
+        splits = host.choose_num_splits(132, blocks, 1, 1, 1 << 20, 16)
+        idle = [1 - blocks * s / (-(-blocks * s // 264) * 264) for s in range(1, 129)]
+        assert 1 <= splits <= 128
+        assert idle[splits - 1] <= max(0.1, min(idle))
+        assert all(i > 0.1 for i in idle[: splits - 1])
+
+
+@pytest.mark.parametrize(
+    "given, tensor_cores, rows, row_blocks",
+    [
+        ({"num_heads_q": 32, "num_heads_kv": 32, "seqlen_q": 1}, False, 1, 1),
+        ({"num_heads_q": 32, "num_heads_kv": 16, "seqlen_q": 1}, False, 4, 1),
+        ({"num_heads_q": 32, "num_heads_kv": 8, "seqlen_q": 1}, True, 16, 1),
+        ({"num_heads_q": 32, "num_heads_kv": 8, "seqlen_q": 5}, True, 16, 2),
+        ({"num_heads_q": 32, "num_heads_kv": 8, "seqlen_q": 5, "half_precision": False}, False, 4, 5),
+        ({"num_heads_q": 8, "num_heads_kv": 8, "seqlen_q": 0}, False, 4, 1),
+    ],
+)
+def test_query_rows_are_packed(host, given, tensor_cores, rows, row_blocks):
+    plan = host.plan_decode(multiprocessors=132, num_sequences=1, capacity=4096, **given)
+    assert (plan["tensor_cores"], plan["rows_per_block"], plan["row_blocks"]) == (
+        tensor_cores,
+        rows,
+        row_blocks,
+    )
+
+
+def test_the_shared_memory_of_a_block(host):
+    sizes = {
+        "multiprocessors": 132,
+        "num_sequences": 1,
+        "num_heads_q": 32,
+        "num_heads_kv": 8,
+        "capacity": 4096,
+    }
+    found = [
+        host.plan_decode(**sizes, seqlen_q=1, prompt_length=P, seqlen_new=new)["shared_bytes"]
+        for P, new in ((0, 0), (10, 0), (10, 1), (128, 16))
+    ]
+    # 16 rows of queries in halves, of results in floats, and 5 states; then scores, and new keys and values
+    rows = 16 * (256 + 64) + 16 * (128 + 8) * 4 + 5 * 16 * 8
+    assert found == [rows + 64 * P + 512 * new for P, new in ((0, 0), (10, 0), (10, 1), (128, 16))]
+    assert max(found) <= 99 << 10
+
+
+def test_a_given_number_of_splits_is_kept_within_bounds(host):
+    sizes = {"multiprocessors": 132, "num_sequences": 1, "num_heads_q": 8, "num_heads_kv": 8, "seqlen_q": 1}
+    assert host.plan_decode(**sizes, capacity=4096, num_splits=7)["num_splits"] == 7
+    assert host.plan_decode(**sizes, capacity=4096, num_splits=1000)["num_splits"] == 128
+    with pytest.raises(ValueError, match="must be a multiple"):
+        host.plan_decode(**sizes | {"num_heads_kv": 3}, capacity=4096)

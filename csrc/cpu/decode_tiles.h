@@ -5,7 +5,7 @@
 // (transpose_add), and scores are kept as [key][row of the tile], so that the softmax of a tile is vertical
 // whatever its number of rows.
 #pragma once
-#include "sequence.inl"
+#include "sequence.h"
 
 namespace zinit::cpu {
 namespace {

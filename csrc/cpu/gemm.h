@@ -1,9 +1,9 @@
-// The matrix product all of forward and backward are made of, on packed units (tiles.inl):
+// The matrix product all of forward and backward are made of, on packed units (tiles.h):
 //   c[r][lane] (+)= sum_k a[r, k] * b[k][lane]
 // a is read one unit at a time and broadcast, with any two strides, so that a [keys][queries] tile serves as
 // it is and transposed; b and c have their lanes contiguous. No transposes, no horizontal sums.
 #pragma once
-#include "tiles.inl"
+#include "tiles.h"
 
 namespace zinit::cpu {
 namespace {

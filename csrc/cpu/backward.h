@@ -6,7 +6,7 @@
 //   dpk = scale dSp^T q    dpv = s Ap^T dO    dgate = act'(gate) sum r
 // delta belongs to the token branch alone: out holds the prompt branch too, and s r takes it off again.
 #pragma once
-#include "backward_columns.inl"
+#include "backward_columns.h"
 #include "kernels.h"
 
 namespace zinit::cpu {

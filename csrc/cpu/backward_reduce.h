@@ -2,7 +2,7 @@
 // dtype.
 #pragma once
 #include "kernels.h"
-#include "prompt.inl"
+#include "prompt.h"
 
 namespace zinit::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The element-wise half of backward: one vector of queries (a column of a score tile) at a time.
 #pragma once
 #include "kernels.h"
-#include "prompt.inl"
+#include "prompt.h"
 
 namespace zinit::cpu {
 namespace {

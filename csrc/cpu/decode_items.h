@@ -1,8 +1,8 @@
 // Which rows and keys an item of decoding owns, and where it keeps them.
 #pragma once
-#include "decode_tiles.inl"
+#include "decode_tiles.h"
 #include "decode_work.h"
-#include "prompt.inl"
+#include "prompt.h"
 
 namespace zinit::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // Included by each isa_*.cpp: all kernels, compiled for its instruction set, and their table.
-#include "backward.inl"
-#include "backward_reduce.inl"
-#include "decode.inl"
-#include "forward.inl"
+#include "backward.h"
+#include "backward_reduce.h"
+#include "decode.h"
+#include "forward.h"
 
 namespace zinit::cpu {
 

@@ -1,6 +1,6 @@
 // The online softmax of a score tile, one vector of queries (a column of the tile) at a time.
 #pragma once
-#include "strip.inl"
+#include "strip.h"
 
 namespace zinit::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // One strip of queries (in lanes) against one block of keys: which part of the score tile exists, and its
 // masks.
 #pragma once
-#include "sequence.inl"
+#include "sequence.h"
 
 namespace zinit::cpu {
 namespace {

@@ -5,7 +5,7 @@
 // no further pass over the accumulator.
 #pragma once
 #include "kernels.h"
-#include "prompt.inl"
+#include "prompt.h"
 
 namespace zinit::cpu {
 namespace {

@@ -8,9 +8,9 @@
 // address, one
 //   by one: strides, pages and head order make no difference to the arithmetic.
 #pragma once
-#include "decode_append.inl"
-#include "decode_items.inl"
-#include "decode_tiles.inl"
+#include "decode_append.h"
+#include "decode_items.h"
+#include "decode_tiles.h"
 
 namespace zinit::cpu {
 namespace {

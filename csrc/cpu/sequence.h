@@ -1,6 +1,6 @@
 // Where the rows of a sequence lie, which keys its queries see, and which prompt row it has.
 #pragma once
-#include "gemm.inl"
+#include "gemm.h"
 
 namespace zinit::cpu {
 namespace {

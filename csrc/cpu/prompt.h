@@ -1,6 +1,6 @@
 // The prompt branch: a softmax of its own over P <= 128 keys that every query sees.
 #pragma once
-#include "softmax.inl"
+#include "softmax.h"
 
 namespace zinit::cpu {
 namespace {

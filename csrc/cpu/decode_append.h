@@ -1,6 +1,6 @@
 // What decoding does before it attends: rotary embedding, and the new keys and values into the cache.
 #pragma once
-#include "decode_tiles.inl"
+#include "decode_tiles.h"
 #include "decode_work.h"
 
 namespace zinit::cpu {

@@ -1,43 +1,43 @@
-// The prompt branch: a softmax of its own over P <= 128 keys that every query sees.
+// The prompt branch: a softmax of its own over P <= 128 keys, which every query sees.
 #pragma once
-#include "softmax.h"
+#include "../params.h"
+#include "sequence.h"
+#include "tiles.h"
 
 namespace zinit::cpu {
 namespace {
 
-constexpr int64_t kMaxPromptLength = 128;
-
-// The prompt rows of one sequence and key head, packed. `values` differ: lanes in forward, rows in backward.
+// The prompt rows of one sequence and key head, packed as rows or as lanes.
 template <class Tile>
-inline void pack_prompt_rows(const AttentionParams& p, const View& view, int64_t row, int64_t head,
+inline void pack_prompt_rows(const AttentionParams& w, const View& table, int64_t row, int64_t head,
                              typename Tile::Unit* to) {
-  visit_rows(row_pointer(view, row, head, 0), view.token, view.dtype,
-             [&](auto rows) { Tile::pack_rows(rows, p.prompt_length, p.head_dim, nullptr, to); });
+  visit_rows(row_pointer(table, row, head, 0), table.token, table.dtype,
+             [&](auto rows) { Tile::pack_rows(rows, w.prompt_length, w.head_dim, nullptr, to); });
 }
 
 template <class Tile>
-inline void pack_prompt_lanes(const AttentionParams& p, const View& view, int64_t row, int64_t head,
+inline void pack_prompt_lanes(const AttentionParams& w, const View& table, int64_t row, int64_t head,
                               typename Tile::Unit* to) {
-  visit_rows(row_pointer(view, row, head, 0), view.token, view.dtype,
-             [&](auto rows) { Tile::pack_lanes(rows, p.prompt_length, p.head_dim, nullptr, to); });
+  visit_rows(row_pointer(table, row, head, 0), table.token, table.dtype,
+             [&](auto rows) { Tile::pack_lanes(rows, w.prompt_length, w.head_dim, nullptr, to); });
 }
 
-// In place, softmax over the P rows of one vector of queries.
+// In place: softmax over the P rows of one vector of queries.
 inline void prompt_softmax_column(int64_t P, float scale, float* scores, int64_t score_row) {
-  const Vec factor = broadcast(scale * kLog2E);  // of either sign, hence the products before the maximum
-  Vec top = broadcast(-kInfinity);
+  const Vec factor = broadcast(scale * kLog2E);  // of either sign, so the products come before the maximum
+  Vec m = broadcast(-kInfinity);
   for (int64_t j = 0; j < P; ++j) {
     const Vec x = load(scores + j * score_row) * factor;
     store(scores + j * score_row, x);
-    top = max(top, x);
+    m = max(m, x);
   }
-  Vec sum = broadcast(0.f);
+  Vec l = broadcast(0.f);
   for (int64_t j = 0; j < P; ++j) {
-    const Vec weight = exp2(load(scores + j * score_row) - top);
-    sum = sum + weight;
-    store(scores + j * score_row, weight);
+    const Vec p = exp2(load(scores + j * score_row) - m);
+    l = l + p;
+    store(scores + j * score_row, p);
   }
-  const Vec inverse = broadcast(1.f) / sum;
+  const Vec inverse = broadcast(1.f) / l;
   for (int64_t j = 0; j < P; ++j) store(scores + j * score_row, load(scores + j * score_row) * inverse);
 }
 

@@ -1,34 +1,38 @@
-// Where the rows of a sequence lie, which keys its queries see, and which prompt row it has.
+// Where the rows of a sequence lie, which keys its queries see, which prompt row it has, and a thread's
+// scratch.
 #pragma once
-#include "gemm.h"
+#include "../params.h"
+#include "tiles.h"
+#include "work.h"
 
 namespace zinit::cpu {
 namespace {
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 inline void* row_pointer(const View& view, int64_t batch, int64_t head, int64_t token) {
   const int64_t offset = batch * view.batch + head * view.head + token * view.token;
-  return static_cast<char*>(view.data) + offset * element_size(view.dtype);
+  return static_cast<char*>(view.data) + offset * size_of(view.dtype);
 }
 
-// Sequence b of a batch or of a packed batch.
+// Sequence b of a batch, or of a packed batch.
 struct Sequence {
   int64_t query_batch, first_query, queries;
   int64_t key_batch, first_key, keys;
-  int64_t lse_head;       // distance of two heads in lse
-  const float* key_bias;  // [keys] or nullptr
+  int64_t lse_head;  // distance of two heads in lse
+  bool biased;
+  const float* key_bias;  // [keys]
 
-  Sequence(const AttentionParams& p, int64_t b) {
-    const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
+  Sequence(const AttentionParams& w, int64_t b) {
+    const bool packed_q = w.cu_seqlens_q.given, packed_k = w.cu_seqlens_k.given;
+    const int32_t *cu_q = w.cu_seqlens_q.data, *cu_k = w.cu_seqlens_k.data;
     query_batch = packed_q ? 0 : b;
-    first_query = packed_q ? p.cu_seqlens_q[b] : 0;
-    queries = packed_q ? p.cu_seqlens_q[b + 1] - first_query : p.seqlen_q;
+    first_query = packed_q ? cu_q[b] : 0;
+    queries = packed_q ? cu_q[b + 1] - first_query : w.seqlen_q;
     key_batch = packed_k ? 0 : b;
-    first_key = packed_k ? p.cu_seqlens_k[b] : 0;
-    keys = packed_k ? p.cu_seqlens_k[b + 1] - first_key : p.seqlen_k;
-    lse_head = packed_q ? p.cu_seqlens_q[p.num_sequences] : p.seqlen_q;
-    key_bias = p.key_bias ? p.key_bias + b * p.seqlen_k : nullptr;
+    first_key = packed_k ? cu_k[b] : 0;
+    keys = packed_k ? cu_k[b + 1] - first_key : w.seqlen_k;
+    lse_head = packed_q ? cu_q[w.num_sequences] : w.seqlen_q;
+    biased = w.key_bias.given;
+    key_bias = w.key_bias.data + (biased ? b * w.seqlen_k : 0);
   }
 
   void* query_row(const View& view, int64_t head, int64_t i) const {
@@ -40,14 +44,16 @@ struct Sequence {
   int64_t lse_index(int64_t num_heads, int64_t head, int64_t i) const {
     return (query_batch * num_heads + head) * lse_head + first_query + i;
   }
+  // The bias of the keys from `block` on; nullptr: they have none.
+  const float* bias_from(int64_t block) const { return biased ? key_bias + block : nullptr; }
 };
 
 // Query i sees the keys lower(i) .. upper(i).
 struct Visibility {
   int64_t offset, left, right, keys;
 
-  Visibility(const AttentionParams& p, const Sequence& s)
-      : offset(s.keys - s.queries), left(p.window_left), right(p.window_right), keys(s.keys) {}
+  Visibility(const AttentionParams& w, const Sequence& s)
+      : offset(s.keys - s.queries), left(w.window_left), right(w.window_right), keys(s.keys) {}
 
   int64_t lower(int64_t i) const { return left < 0 ? 0 : max(0, i + offset - left); }
   int64_t upper(int64_t i) const { return right < 0 ? keys : max(0, min(keys, i + offset + right + 1)); }
@@ -56,26 +62,31 @@ struct Visibility {
   int64_t end_query(int64_t j, int64_t queries) const {
     return left < 0 ? queries : min(queries, j - offset + left + 1);
   }
+  // Whether queries `first` .. `last` see the same keys.
+  bool is_uniform(int64_t first, int64_t last) const {
+    return lower(first) == lower(last) && upper(first) == upper(last);
+  }
 };
 
 // The prompt branch of one sequence.
 struct Prompt {
   int64_t row = -1, gate_row = 0;  // of the tables; row -1: no branch
 
-  Prompt(const AttentionParams& p, int64_t b) {
-    if (p.prompt_key.data == nullptr || p.prompt_length == 0) return;
-    row = p.prompt_index ? p.prompt_index[b] : p.prompt_rows == 1 ? 0 : b;
-    gate_row = p.gate_rows == 1 ? 0 : row;
+  Prompt(const AttentionParams& w, int64_t b) {
+    if (!w.prompt_key.given || w.prompt_length == 0) return;
+    row = w.prompt_index.given ? w.prompt_index.data[b] : w.prompt_rows == 1 ? 0 : b;
+    gate_row = w.gate_rows == 1 ? 0 : row;
   }
   bool given() const { return row >= 0; }
-  float gate(const AttentionParams& p, int64_t head) const {
+  // act(gate) of a query head; 0 without prompts.
+  float gate(const AttentionParams& w, int64_t head) const {
     if (!given()) return 0.f;
-    const float raw = p.gate[gate_row * p.num_heads_q + head];
-    return p.tanh_gate ? __builtin_tanhf(raw) : raw;
+    const float raw = w.gate[gate_row * w.num_heads_q + head];
+    return w.tanh_gate ? __builtin_tanhf(raw) : raw;
   }
 };
 
-// Hands out pieces of a thread's scratch; with no memory behind it, it measures how much is needed.
+// Hands out pieces of a thread's scratch. With no memory behind it, it measures how much is needed.
 struct Arena {
   char* base;
   int64_t used = 0;
@@ -87,6 +98,10 @@ struct Arena {
     return piece;
   }
 };
+
+inline void clear(float* to, int64_t count) {
+  if (count > 0) __builtin_memset(to, 0, static_cast<uint64_t>(count) * sizeof(float));
+}
 
 }  // namespace
 }  // namespace zinit::cpu

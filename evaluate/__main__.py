@@ -2,11 +2,13 @@
 
 python -m evaluate mme --base DIR --adapter FILE --data DIR --out DIR    ask a model, and score its answers
 python -m evaluate mme --answers DIR                                     score answers that are there already
+python -m evaluate vtab --base DIR --data DIR --out DIR                  adapt a transformers model in several ways
 
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,12 +20,35 @@ from .benchmarks import all_benchmarks
 from .shared import UserError, command_name, run_program
 
 Command = Callable[[Sequence[str]], None]
+# name -> a line about it, its module in finetune/, and the function there. Imported late: transformers takes seconds.
+FINE_TUNING = {
+    "vtab": ("VTAB-1k and image classification of that kind, by its protocol", "vtab", "main"),
+    "base-to-novel": (
+        "CLIP learns half of the classes, and is tested on both halves",
+        "base_to_novel",
+        "main",
+    ),
+    "ner": ("named entities in CoNLL files, span F1", "ner", "ner"),
+    "srl": ("semantic roles by sentence and predicate, span F1", "ner", "srl"),
+    "squad": ("SQuAD 1.1 and 2.0, exact match and F1", "squad", "main"),
+    "instruct": ("zero-init prompts beside LoRA of several ranks, on instruction data", "instruct", "main"),
+}
 
 
 def commands() -> dict[str, tuple[str, Command]]:
     """Name -> one line about it, and what runs it."""
-    found = all_benchmarks()
-    return {name: (benchmark.about, partial(run_benchmark, benchmark)) for name, benchmark in found.items()}
+    asking = {
+        name: (benchmark.about, partial(run_benchmark, benchmark))
+        for name, benchmark in all_benchmarks().items()
+    }
+    return {
+        **asking,
+        **{name: (about, partial(_fine_tune, *place)) for name, (about, *place) in FINE_TUNING.items()},
+    }
+
+
+def _fine_tune(module: str, function: str, arguments: Sequence[str]) -> None:
+    getattr(importlib.import_module(f"{__package__}.finetune.{module}"), function)(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:

@@ -1,5 +1,4 @@
-// The entry to the kernel of the prompt branch alone. The caller guarantees for query and out what prefill.h
-// says.
+// The door to the kernel of the prompt branch alone; limits as in prefill.h, of query and out.
 #pragma once
 #include "../../params.h"
 #include "../stream.h"

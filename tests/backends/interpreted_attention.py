@@ -57,6 +57,9 @@ SMALL = [
         causal=False,
         head_dim=16,
     ),
+    Case("negative_scale", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), head_dim=16, scale=-0.3),
+    Case("zero_scale", batch=1, heads_q=1, heads_kv=1, seqlens_q=(40,), head_dim=16, scale=0.0),
+    Case("large_scores", batch=1, heads_q=1, heads_kv=1, seqlens_q=(70,), head_dim=16, scale=4.0),
     Case(
         "all_at_once", batch=3, heads_q=4, heads_kv=2, seqlens_q=(50,), window=(20, -1), mask="left_padding",
         table="indexed", gate="per_row", prompt_length=33, head_dim=48, layout="sliced", scale=0.3,
@@ -130,8 +133,8 @@ def test_what_is_not_wanted_is_not_launched(monkeypatch):
         def __getitem__(self, grid):
             raise AssertionError("a token gradient kernel was launched")
 
-    monkeypatch.setattr(launch, "grad_key_value_kernel", Refuses())
-    monkeypatch.setattr(launch, "grad_query_kernel", Refuses())
+    monkeypatch.setattr(launch, "zinit_grad_key_value_kernel", Refuses())
+    monkeypatch.setattr(launch, "zinit_grad_query_kernel", Refuses())
     inputs = make_inputs(SUBSET, torch.float32)
     tensors = inputs.tensors
     for name in ("query", "key", "value"):
@@ -161,6 +164,21 @@ def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way):
     found = [gradients(out, chosen) for out, chosen in zip(outputs, (inputs, plain), strict=True)]
     for name in ("query", "key", "value"):
         assert torch.equal(found[0][name], found[1][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("largest", [2.0**20, 2.0**26, 2.0**29, 2.0**33])
+def test_scores_of_any_size_give_the_right_weights(largest, dtype):
+    """Whole numbers, whose scores every float32 holds: each row's largest key alone has weight, or several share it."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randint(-4, 5, (1, 2, 70, 16), generator=random).to(dtype) for _ in range(2))
+    value = torch.randn(1, 2, 70, 16, generator=random).to(dtype)
+    options = {"is_causal": True, "scale": 0.3 * largest, "return_lse": True}
+    out, lse = zero_init_attention(query, key, value, **options, backend="triton")
+    exact = [t.double() for t in (query, key, value)]
+    expected, expected_lse = zero_init_attention(*exact, **options, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=0, check_dtype=False)
 
 
 def test_huge_finite_mask_is_not_minus_infinity():

@@ -81,6 +81,22 @@ def test_appending_in_the_decode_kernel_is_appending_before_it(monkeypatch, case
         )
 
 
+@pytest.mark.parametrize("num_splits", [1, 2])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale, num_splits):
+    case = CacheCase("scale", seqlen_q=3, heads_q=2, heads_kv=1, seqlens=(40,), head_dim=16)
+    outputs = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        given = make_cache_arguments(case, torch.float32) | {"softmax_scale": scale, "num_splits": num_splits}
+        given = {
+            name: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t
+            for name, t in given.items()
+        }
+        outputs.append(zero_init_attention_with_kvcache(**given, backend=backend, return_lse=True))
+    for ours, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
 def test_no_queries_still_append():
     given = make_cache_arguments(CacheCase("no_queries", rotary_dim=16), torch.float32)
     expected = make_cache_arguments(CacheCase("no_queries", rotary_dim=16), torch.float32)

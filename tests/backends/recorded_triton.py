@@ -64,19 +64,20 @@ def test_one_kernel_for_all_lengths(compiled, packed, head_dim):
         attend(Case("any", batch=batch, packed=packed, seqlens_q=lengths, heads_kv=2, head_dim=head_dim))
     names = {name for name, _ in compiled}
     assert names == {
-        "forward_kernel", "partial_sums_kernel", "add_partials_kernel", "grad_key_value_kernel", "grad_query_kernel",
+        "zinit_forward_kernel", "zinit_partial_sums_kernel", "zinit_add_partials_kernel",
+        "zinit_grad_key_value_kernel", "zinit_grad_query_kernel",
     }  # fmt: skip
     assert len(set(compiled)) == len(names), sorted(name for name, _ in set(compiled))
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_one_decode_kernel_for_all_lengths(compiled, page_size):
+def test_two_decode_kernels_for_all_lengths(compiled, page_size):
     for batch, capacity, seqlen_q in ((3, 128, 1), (2, 1024, 2), (16, 176, 7), (1, 4096, 16), (5, 16, 3)):
         lengths = tuple(range(batch))
         case = CacheCase("any", seqlens=lengths, capacity=capacity, seqlen_q=seqlen_q, page_size=page_size)
         launch.decode(*canonical(case, num_splits=2))
-    assert {name for name, _ in compiled} == {"decode_kernel", "combine_kernel"}
-    assert len(set(compiled)) == 2
+    assert {name for name, _ in compiled} == {"zinit_decode_kernel", "zinit_combine_kernel"}
+    assert len(set(compiled)) == 3  # decode for one token and for several, and combine
 
 
 def test_prompt_lengths_share_kernels_by_powers_of_two(compiled):
@@ -109,8 +110,8 @@ def test_decode_reads_nothing_on_the_host(compiled, page_size, seqlen_q):
     given = make_cache_arguments(case, torch.float16) | {"softmax_scale": None}
     with NothingReadsADevice():
         launch.decode(*from_cache(**given))
-    appended = [] if seqlen_q == 1 else ["append_kernel"]
-    assert [name for name, _ in compiled][: len(appended) + 1] == [*appended, "decode_kernel"]
+    appended = [] if seqlen_q == 1 else ["zinit_append_kernel"]
+    assert [name for name, _ in compiled][: len(appended) + 1] == [*appended, "zinit_decode_kernel"]
 
 
 def test_the_guard_above_sees_a_read():

@@ -151,8 +151,8 @@ def test_lowest_adapted_layer_runs_the_prompt_kernels_alone():
         out.backward(torch.ones_like(out))
         torch.cuda.synchronize()
     names = {event.name for event in profile.events()}
-    assert "partial_sums_kernel" in names and "add_partials_kernel" in names
-    assert not names & {"grad_key_value_kernel", "grad_query_kernel"}
+    assert "zinit_partial_sums_kernel" in names and "zinit_add_partials_kernel" in names
+    assert not names & {"zinit_grad_key_value_kernel", "zinit_grad_query_kernel"}
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda_kernels)])

@@ -1,224 +1,387 @@
-"""The token part of backward: dK/dV and dQ in kernels of their own, each sum in one program, so bits never change.
+"""The token part of backward: one kernel for the gradients of key and value, one for that of the query.
 
-A  = exp(S - lse)      dS = A * (dO v^T - delta)      delta = rowsum(dO * out) - s r - dlse
-dv = A^T dO            dk = scale dS^T q              dq = scale (dS k + dSp pk)
+    A = 2^(S - lse)     dv = A^T dO     dA = dO v^T     dS = A (dA - delta)     dq = scale dS k     dk = scale dS^T q
+
+Scores S and lse are in base 2, delta comes from prompt_gradients.py. Two kernels instead of one with atomic additions:
+every sum has one order, so that backward gives the same bits every time.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .primitives import (
+    LOG2E,
     RUN_TIME,
-    activate,
-    in_window,
-    key_range,
-    load_bias,
-    load_kept,
-    load_lse,
+    Prompts,
+    Rows,
+    Window,
+    block_of,
+    dot,
+    has_nan,
+    is_visible,
+    key_limits,
+    key_stretches,
+    load_gate,
+    load_key_tile,
+    load_prompts,
     load_tile,
     locate_sequence,
     prompt_row,
-    prompt_weights,
     row_ptr,
+    rows_from,
+    skip_rows,
     store_tile,
     unravel,
 )
+from .softmax import prompt_softmax
+
+
+class Heads(NamedTuple):
+    """The rows of several heads: those of the first one, and the elements from one head to the next."""
+
+    ptr: Any
+    head: Any
+    token: Any
 
 
 @triton.jit
-def _accumulate_key_value(
-    grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
-    grad_out_strides,
-    first, last, num_q, total_q, group, positions, window_left, window_right, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    NEEDS_KEY: tl.constexpr, NEEDS_VALUE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One stretch of queries [first, last) of every head of the group; everything is transposed, [BLOCK_N, BLOCK_M].
+def _rows_of(heads, member, row):
+    """The rows of one of the heads from `row` on."""
+    return skip_rows(Rows(heads.ptr + tl.cast(member, tl.int64) * heads.head, heads.token), row)
 
-    Heads and queries run in one loop: nested, the three stretches kept all their addresses alive at once and spilled.
+
+@triton.jit
+def _load_lse(lse_ptr, rows, num_rows, MAY_BE_EMPTY: tl.constexpr):
+    """log-sum-exp of some queries in base 2.
+
+    With MAY_BE_EMPTY it is +inf where a query does not exist or has no key: all its weights 2^(s - lse) are then 0.
     """
-    tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
+    if MAY_BE_EMPTY:
+        lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("-inf"))
+        return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    else:
+        return tl.load(lse_ptr + rows) * LOG2E
+
+
+@triton.jit
+def _weights(s, lse, bias, HAS_BIAS: tl.constexpr):
+    """2^(s - lse), with the bias added to s. lse and bias are broadcastable to s.
+
+    Where every key of a row has the lowest bias, lse is -2e38 and too coarse for the difference: at most 1 then.
+    """
+    if HAS_BIAS:
+        return tl.math.exp2(tl.minimum(s + bias * LOG2E - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        return tl.math.exp2(s - lse)
+
+
+@triton.jit
+def _add_queries(
+    dk,
+    dv,
+    k,
+    v,
+    bias,
+    query_heads,
+    grad_out_heads,
+    lse_ptr,
+    delta_ptr,
+    first,
+    last,
+    num_q,
+    total_q,
+    group,
+    limits,
+    window,
+    scale_log2,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WANTS_KEY: tl.constexpr,
+    WANTS_VALUE: tl.constexpr,
+):
+    """dk and dv after the queries [first, last) of every head of the group; scores are transposed, [BLOCK_N, BLOCK_M].
+
+    limits: (lower, upper) of the queries that each key is seen by. Without MASKED every query sees every key.
+
+    CAREFUL: a query with NaN (in itself or its gradient) adds nothing to the keys that it does not see, where the
+    products would add 0 * NaN. To those that it sees it adds NaN.
+
+    All heads in one loop: nested loops kept the addresses of three stretches alive and spilled. Its counters advance by
+    hand, because a division by the number of tiles costs 40 instructions.
+    """
     rows = tl.arange(0, BLOCK_M)
-    for step in range(0, group * tiles):
-        member = tl.cast(step // tiles, tl.int64)
-        start = first + step % tiles * BLOCK_M
+    num_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
+    tile_end = first + num_tiles * BLOCK_M
+    start = first
+    member = first * 0
+    for _ in tl.range(0, group * num_tiles, num_stages=1 if CAREFUL else None):
         left = num_q - start
-        offset = tl.cast(start, tl.int64)
-        query_tile_ptr = query_ptr + member * query_strides[1] + offset * query_strides[2]
-        grad_out_tile_ptr = grad_out_ptr + member * grad_out_strides[1] + offset * grad_out_strides[2]
-        row_offset = member * total_q + start
-        query = load_tile(
-            query_tile_ptr, query_strides[2], rows, left, HEAD_DIM, BLOCK_D, MASKED
-        )  # [BLOCK_M, BLOCK_D]
-        grad_out = load_tile(grad_out_tile_ptr, grad_out_strides[2], rows, left, HEAD_DIM, BLOCK_D, MASKED)
-        lse = load_lse(lse_ptr + row_offset, rows, left)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
-        if HAS_BIAS:
-            scores += bias[:, None]
-            weights = tl.math.exp2(tl.minimum(scores - lse[None, :], 0.0))
-        else:
-            weights = tl.math.exp2(scores - lse[None, :])
+        row_offset = tl.cast(member, tl.int64) * total_q + start
+        q = load_tile(_rows_of(query_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
+        do = load_tile(_rows_of(grad_out_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
+        lse = _load_lse(lse_ptr + row_offset, rows, left, MASKED or HAS_BIAS)
+        if CAREFUL:
+            # Where q is NaN, so is lse, and with it every weight of the row. Where do is, lse is made NaN.
+            q = tl.where((lse == lse)[:, None], q, 0.0).to(q.dtype)
+            zero = tl.sum(do.to(tl.float32) * 0.0, 1)
+            do = tl.where((zero == zero)[:, None], do, 0.0).to(do.dtype)
+            lse += zero
+        p = _weights(dot(k, tl.trans(q)) * scale_log2, lse[None, :], bias[:, None], HAS_BIAS)
         if MASKED:
-            seen = in_window(
-                positions[:, None], (start + rows)[None, :], window_right, window_left, HAS_RIGHT, HAS_LEFT
-            )
-            weights = tl.where(seen, weights, 0.0)
-        if NEEDS_VALUE:
-            grad_value = tl.dot(weights.to(query.dtype), grad_out, grad_value, input_precision=PRECISION)
-        if NEEDS_KEY:
-            delta = tl.load(delta_ptr + row_offset + rows, mask=rows < left, other=0.0)
-            grad_weights = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
-            grad_scores = weights * (grad_weights - delta[None, :])
-            grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
-    return grad_key, grad_value
+            visible = is_visible(start, BLOCK_M, limits, window)
+            p = tl.where(visible, p, 0.0)
+        if WANTS_VALUE:
+            dv = dot(p.to(q.dtype), do, dv)
+        if WANTS_KEY:
+            if MASKED:
+                delta = tl.load(delta_ptr + row_offset + rows, mask=rows < left, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + row_offset + rows)
+            ds = p * (dot(v, tl.trans(do)) - delta[None, :])
+            if CAREFUL:
+                ds = tl.where(visible, ds, 0.0)
+            dk = dot(ds.to(q.dtype), q, dk)
+        start += BLOCK_M
+        is_last = start >= tile_end
+        start = tl.where(is_last, first, start)
+        member += is_last.to(tl.int32)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def grad_key_value_kernel(
-    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, key_bias_ptr, cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    grad_key_ptr, grad_value_ptr,
-    query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides, grad_value_strides,
-    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def zinit_grad_key_value_kernel(
+    query,  # View [B, Hq, T, D]
+    key,  # View [B, Hkv, S, D]
+    value,  # View [B, Hkv, S, D]
+    grad_out,  # View [B, Hq, T, D]
+    lse_ptr,  # float32 [B, Hq, T], as forward wrote it
+    delta_ptr,  # float32 [B, Hq, T]; not read where dk is not wanted
+    key_bias_ptr,  # float32 [B, S] or None
+    cu_seqlens_q_ptr,  # int32 [B + 1] or None
+    cu_seqlens_k_ptr,  # int32 [B + 1] or None
+    grad_key,  # View [B, Hkv, S, D]; no pointer: not wanted
+    grad_value,  # View [B, Hkv, S, D]; no pointer: not wanted
+    num_heads_q,
+    num_heads_kv,
+    seqlen_q,  # T; the longest one where packed
+    seqlen_k,  # S; the longest one where packed
+    total_q,  # rows of the query tensor
+    total_k,
+    window_left,  # None: no limit
+    window_right,
+    scale,
+    scale_log2,  # scale * log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """dk = scale dS^T q and dv = A^T dO, summed over the queries and the query heads of one key head.
 
-    One program owns BLOCK_N keys. Keys behind the last one are zero rows of their own: nothing reads them.
+    One program owns BLOCK_N keys and walks over tiles of BLOCK_M queries. Keys behind the last one are zero rows of
+    their own, which nothing reads.
     """
-    NEEDS_KEY: tl.constexpr = grad_key_ptr is not None
-    NEEDS_VALUE: tl.constexpr = grad_value_ptr is not None
     HAS_BIAS: tl.constexpr = key_bias_ptr is not None
-    tile, head_kv, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_N), heads_kv)
+    WANTS_KEY: tl.constexpr = grad_key.ptr is not None
+    WANTS_VALUE: tl.constexpr = grad_value.ptr is not None
+    tile, kv_head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_N), num_heads_kv)
     batch, first_q, num_q = locate_sequence(cu_seqlens_q_ptr, sequence, seqlen_q, total_q)
     _, first_k, num_k = locate_sequence(cu_seqlens_k_ptr, sequence, seqlen_k, total_k)
     start = tile * BLOCK_N
     if start >= num_k:
         return
 
-    columns = tl.arange(0, BLOCK_N)
-    left = num_k - start
-    key_ptr = row_ptr(key_ptr, key_strides, batch, head_kv, first_k + start)
-    value_ptr = row_ptr(value_ptr, value_strides, batch, head_kv, first_k + start)
+    key_rows = rows_from(key, batch, kv_head, first_k)
+    value_rows = rows_from(value, batch, kv_head, first_k)
     if HAS_BIAS:
-        bias = load_bias(key_bias_ptr + batch.to(tl.int64) * seqlen_k, start + columns, num_k)
-        keep = bias != float("-inf")
-        key = load_kept(key_ptr, key_strides[2], columns, keep, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        value = load_kept(value_ptr, value_strides[2], columns, keep, HEAD_DIM, BLOCK_D)
-    else:
-        bias = tl.zeros([BLOCK_N], tl.float32)
-        key = load_tile(key_ptr, key_strides[2], columns, left, HEAD_DIM, BLOCK_D, True)
-        value = load_tile(value_ptr, value_strides[2], columns, left, HEAD_DIM, BLOCK_D, True)
+        key_bias_ptr += batch.to(tl.int64) * seqlen_k
+    k, v, bias = load_key_tile(key_rows, value_rows, key_bias_ptr, start, num_k, BLOCK_N, HEAD_DIM, True)
 
-    # seen from the keys the windows change sides
-    position = start - (num_k - num_q)
-    first, full_first, full_last, last = key_range(
-        position, num_q, window_right, window_left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT
-    )
-    positions = position + columns
-    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_value = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    group = heads_q // heads_kv
-    query_ptr = row_ptr(query_ptr, query_strides, batch, head_kv * group, first_q)
-    grad_out_ptr = row_ptr(grad_out_ptr, grad_out_strides, batch, head_kv * group, first_q)
-    row_offset = (batch.to(tl.int64) * heads_q + head_kv * group) * total_q + first_q
+    group = num_heads_q // num_heads_kv
+    query_heads = Heads(row_ptr(query, batch, kv_head * group, first_q), query.head, query.token)
+    grad_out_heads = Heads(row_ptr(grad_out, batch, kv_head * group, first_q), grad_out.head, grad_out.token)
+    row_offset = (batch.to(tl.int64) * num_heads_q + kv_head * group) * total_q + first_q
     lse_ptr += row_offset
-    if NEEDS_KEY:
+    if WANTS_KEY:
         delta_ptr += row_offset
-    if HAS_RIGHT:
-        grad_key, grad_value = _accumulate_key_value(
-            grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr,
-            query_strides, grad_out_strides,
-            first, full_first, num_q, total_q, group, positions, window_left, window_right, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M,
-            True, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
-        )  # fmt: skip
-    grad_key, grad_value = _accumulate_key_value(
-        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
-        grad_out_strides,
-        full_first, full_last, num_q, total_q, group, positions, window_left, window_right, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_M,
-        False, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
-    )  # fmt: skip
-    grad_key, grad_value = _accumulate_key_value(
-        grad_key, grad_value, key, value, bias, query_ptr, grad_out_ptr, lse_ptr, delta_ptr, query_strides,
-        grad_out_strides,
-        full_last, last, num_q, total_q, group, positions, window_left, window_right, scale_log2, HEAD_DIM,
-        BLOCK_D, BLOCK_M,
-        True, HAS_LEFT, HAS_RIGHT, HAS_BIAS, NEEDS_KEY, NEEDS_VALUE, PRECISION,
-    )  # fmt: skip
 
-    if NEEDS_KEY:
-        grad_key_ptr = row_ptr(grad_key_ptr, grad_key_strides, batch, head_kv, first_k + start)
-        store_tile(grad_key_ptr, grad_key_strides[2], columns, left, grad_key * scale, HEAD_DIM, BLOCK_D)
-    if NEEDS_VALUE:
-        grad_value_ptr = row_ptr(grad_value_ptr, grad_value_strides, batch, head_kv, first_k + start)
-        store_tile(grad_value_ptr, grad_value_strides[2], columns, left, grad_value, HEAD_DIM, BLOCK_D)
+    # A key sees queries as a query sees keys, with the sides of the window exchanged.
+    window = Window(window_right, window_left)
+    position = start - (num_k - num_q)
+    limits = key_limits(position + tl.arange(0, BLOCK_N), num_q, window)
+    stretches = key_stretches(position, num_q, window, BLOCK_N, BLOCK_M)
+    dk = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
+    dv = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
+    for phase in tl.static_range(3):
+        if phase > 0 or window_right is not None:
+            first, last = stretches[phase]
+            dk, dv = _add_queries(
+                dk,
+                dv,
+                k,
+                v,
+                bias,
+                query_heads,
+                grad_out_heads,
+                lse_ptr,
+                delta_ptr,
+                first,
+                last,
+                num_q,
+                total_q,
+                group,
+                limits,
+                window,
+                scale_log2,
+                BLOCK_M,
+                HEAD_DIM,
+                phase < 2,
+                False,
+                HAS_BIAS,
+                WANTS_KEY,
+                WANTS_VALUE,
+            )
+        if phase == 1 and (window_left is not None or window_right is not None):
+            # NaN, perhaps of a query that not all of these keys see: the masked stretches again, with care. A NaN in
+            # the gradient of a query makes dk NaN too.
+            if has_nan(dk if WANTS_KEY else dv):
+                dk = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
+                dv = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
+                for masked in tl.static_range(2):
+                    first, last = stretches[masked]
+                    dk, dv = _add_queries(
+                        dk,
+                        dv,
+                        k,
+                        v,
+                        bias,
+                        query_heads,
+                        grad_out_heads,
+                        lse_ptr,
+                        delta_ptr,
+                        first,
+                        last,
+                        num_q,
+                        total_q,
+                        group,
+                        limits,
+                        window,
+                        scale_log2,
+                        16,
+                        HEAD_DIM,
+                        True,
+                        True,
+                        HAS_BIAS,
+                        WANTS_KEY,
+                        WANTS_VALUE,
+                    )
+
+    if HAS_BIAS:  # a masked key gets no gradient, from a query with NaN either
+        keep = (bias != float("-inf"))[:, None]
+        dk = tl.where(keep, dk, 0.0)
+        dv = tl.where(keep, dv, 0.0)
+    if WANTS_KEY:
+        rows_out = rows_from(grad_key, batch, kv_head, first_k + start)
+        store_tile(rows_out, num_k - start, dk * scale, BLOCK_N, HEAD_DIM)
+    if WANTS_VALUE:
+        rows_out = rows_from(grad_value, batch, kv_head, first_k + start)
+        store_tile(rows_out, num_k - start, dv, BLOCK_N, HEAD_DIM)
 
 
 @triton.jit
-def _accumulate_query(
-    grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_stride, value_stride,
-    first, last, num_k, positions, window_left, window_right, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One stretch of keys [first, last) for a tile of queries, [BLOCK_M, BLOCK_N]."""
-    for start in range(first, last, BLOCK_N):
-        rows = tl.arange(0, BLOCK_N)
-        columns = start + rows
-        key_tile_ptr = key_ptr + tl.cast(start, tl.int64) * key_stride
-        value_tile_ptr = value_ptr + tl.cast(start, tl.int64) * value_stride
-        if key_bias_ptr is not None:
-            bias = load_bias(key_bias_ptr, columns, num_k)
-            keep = bias != float("-inf")
-            key = load_kept(key_tile_ptr, key_stride, rows, keep, HEAD_DIM, BLOCK_D)
-            value = load_kept(value_tile_ptr, value_stride, rows, keep, HEAD_DIM, BLOCK_D)
-        else:
-            key = load_tile(key_tile_ptr, key_stride, rows, num_k - start, HEAD_DIM, BLOCK_D, MASKED)
-            value = load_tile(value_tile_ptr, value_stride, rows, num_k - start, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-        if key_bias_ptr is not None:
-            weights = tl.math.exp2(tl.minimum(scores + bias[None, :] - lse[:, None], 0.0))
-        else:
-            weights = tl.math.exp2(scores - lse[:, None])
+def _add_keys(
+    dq,
+    q,
+    do,
+    lse,
+    delta,
+    key_rows,
+    value_rows,
+    key_bias_ptr,
+    first,
+    last,
+    num_k,
+    limits,
+    window,
+    scale_log2,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):
+    """dq after the keys [first, last).
+
+    limits: (lower, upper) of the keys that each query sees. Without MASKED every query sees every key.
+
+    CAREFUL: a key with NaN adds nothing to the queries that do not see it, where the product would add 0 * NaN.
+    """
+    HAS_BIAS: tl.constexpr = key_bias_ptr is not None
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if CAREFUL else None):
+        k, v, bias = load_key_tile(
+            key_rows, value_rows, key_bias_ptr, start, num_k, BLOCK_N, HEAD_DIM, MASKED
+        )
+        p = _weights(dot(q, tl.trans(k)) * scale_log2, lse[:, None], bias[None, :], HAS_BIAS)
         if MASKED:
-            seen = in_window(
-                positions[:, None], columns[None, :], window_left, window_right, HAS_LEFT, HAS_RIGHT
-            )
-            weights = tl.where(seen & (columns < num_k)[None, :], weights, 0.0)
-        grad_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
-        grad_scores = weights * (grad_weights - delta[:, None])
-        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
-    return grad_query
+            visible = is_visible(start, BLOCK_N, limits, window)
+            p = tl.where(visible, p, 0.0)
+        ds = p * (dot(do, tl.trans(v)) - delta[:, None])
+        if CAREFUL:  # where k is NaN, so are the scores of those that see it
+            ds = tl.where(visible, ds, 0.0)
+            k = tl.where(k == k, k, 0.0).to(k.dtype)
+        dq = dot(ds.to(k.dtype), k, dq)
+    return dq
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def grad_query_kernel(
-    query_ptr, key_ptr, value_ptr, prompt_key_ptr, prompt_value_ptr, gate_ptr, prompt_index_ptr, grad_out_ptr,
-    lse_ptr,
-    delta_ptr, key_bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, grad_query_ptr,
-    query_strides, key_strides, value_strides, prompt_key_strides, prompt_value_strides, grad_out_strides,
-    grad_query_strides,
-    heads_q, heads_kv, seqlen_q, seqlen_k, total_q, total_k, window_left, window_right, prompt_length,
+def zinit_grad_query_kernel(
+    query,  # View [B, Hq, T, D]
+    key,  # View [B, Hkv, S, D]
+    value,  # View [B, Hkv, S, D]
+    prompt_key,  # View [N, Hkv, P, D]; no pointer: no prompt branch
+    prompt_value,  # View [N, Hkv, P, D]
+    gate_ptr,  # float32 [N or 1, Hq]
+    prompt_index_ptr,  # int32 [B] or None
+    grad_out,  # View [B, Hq, T, D]
+    lse_ptr,  # float32 [B, Hq, T], as forward wrote it
+    delta_ptr,  # float32 [B, Hq, T]
+    key_bias_ptr,  # float32 [B, S] or None
+    cu_seqlens_q_ptr,  # int32 [B + 1] or None
+    cu_seqlens_k_ptr,  # int32 [B + 1] or None
+    grad_query,  # View [B, Hq, T, D]
+    num_heads_q,
+    num_heads_kv,
+    seqlen_q,  # T; the longest one where packed
+    seqlen_k,  # S; the longest one where packed
+    total_q,  # rows of the query tensor
+    total_k,
+    window_left,  # None: no limit
+    window_right,
+    prompt_length,
     prompt_rows,
-    gate_stride, scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    gate_stride,  # 0: one row of gates for all table rows
+    scale,
+    scale_log2,  # scale * log2(e)
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    TANH: tl.constexpr,
+):
     """dq = scale (dS k + dSp pk), dSp = s Ap (dAp - rowsum(Ap dAp)); one program owns BLOCK_M queries of one head.
 
     The prompt term is recomputed here (three products with P columns) rather than read: no rounding in between, and
     no pass over memory.
     """
-    tile, head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_M), heads_q)
-    head_kv = head // (heads_q // heads_kv)
+    window = Window(window_left, window_right)
+    tile, head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_M), num_heads_q)
+    kv_head = head // (num_heads_q // num_heads_kv)
     batch, first_q, num_q = locate_sequence(cu_seqlens_q_ptr, sequence, seqlen_q, total_q)
     _, first_k, num_k = locate_sequence(cu_seqlens_k_ptr, sequence, seqlen_k, total_k)
-    if HAS_RIGHT:
+    if window_right is not None:  # the longest programs first, as in forward
         tile = tl.cdiv(num_q, BLOCK_M) - 1 - tile
     start = tile * BLOCK_M
     if (start < 0) | (start >= num_q):
@@ -226,66 +389,83 @@ def grad_query_kernel(
 
     rows = tl.arange(0, BLOCK_M)
     left = num_q - start
-    query_ptr = row_ptr(query_ptr, query_strides, batch, head, first_q + start)
-    grad_out_ptr = row_ptr(grad_out_ptr, grad_out_strides, batch, head, first_q + start)
-    key_ptr = row_ptr(key_ptr, key_strides, batch, head_kv, first_k)
-    value_ptr = row_ptr(value_ptr, value_strides, batch, head_kv, first_k)
+    key_rows = rows_from(key, batch, kv_head, first_k)
+    value_rows = rows_from(value, batch, kv_head, first_k)
     if key_bias_ptr is not None:
         key_bias_ptr += batch.to(tl.int64) * seqlen_k
-    row_offset = (batch.to(tl.int64) * heads_q + head) * total_q + first_q + start
-    query = load_tile(query_ptr, query_strides[2], rows, left, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    grad_out = load_tile(grad_out_ptr, grad_out_strides[2], rows, left, HEAD_DIM, BLOCK_D, True)
-    lse = load_lse(lse_ptr + row_offset, rows, left)  # [BLOCK_M]
+    row_offset = (batch.to(tl.int64) * num_heads_q + head) * total_q + first_q + start
+    q = load_tile(rows_from(query, batch, head, first_q + start), left, BLOCK_M, HEAD_DIM, True)
+    do = load_tile(rows_from(grad_out, batch, head, first_q + start), left, BLOCK_M, HEAD_DIM, True)
+    lse = _load_lse(lse_ptr + row_offset, rows, left, True)
     delta = tl.load(delta_ptr + row_offset + rows, mask=rows < left, other=0.0)
 
     position = start + num_k - num_q
-    first, full_first, full_last, last = key_range(
-        position, num_k, window_left, window_right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
-    )
-    positions = position + rows
-    grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_LEFT:
-        grad_query = _accumulate_query(
-            grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
-            value_strides[2],
-            first, full_first, num_k, positions, window_left, window_right, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, PRECISION,
-        )  # fmt: skip
-    grad_query = _accumulate_query(
-        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
-        value_strides[2],
-        full_first, full_last, num_k, positions, window_left, window_right, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PRECISION,
-    )  # fmt: skip
-    grad_query = _accumulate_query(
-        grad_query, query, grad_out, lse, delta, key_ptr, value_ptr, key_bias_ptr, key_strides[2],
-        value_strides[2],
-        full_last, last, num_k, positions, window_left, window_right, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, PRECISION,
-    )  # fmt: skip
-
-    if prompt_key_ptr is not None:
-        row = prompt_row(prompt_index_ptr, sequence, prompt_rows)
-        if row >= 0:
-            prompts = tl.arange(0, BLOCK_P)
-            gate = activate(tl.load(gate_ptr + row * gate_stride + head), TANH)
-            prompt_key_ptr = row_ptr(prompt_key_ptr, prompt_key_strides, row, head_kv, row * 0)
-            prompt_value_ptr = row_ptr(prompt_value_ptr, prompt_value_strides, row, head_kv, row * 0)
-            prompt_key = load_tile(
-                prompt_key_ptr, prompt_key_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True
-            ).to(query.dtype)
-            prompt_value = load_tile(
-                prompt_value_ptr, prompt_value_strides[2], prompts, prompt_length, HEAD_DIM, BLOCK_D, True
-            ).to(query.dtype)
-            weights = prompt_weights(query, prompt_key, prompt_length, scale_log2, BLOCK_P, PRECISION)
-            grad_weights = tl.dot(
-                grad_out, tl.trans(prompt_value), input_precision=PRECISION
-            )  # [BLOCK_M, BLOCK_P]
-            r = tl.sum(weights * grad_weights, 1)
-            grad_scores = gate * weights * (grad_weights - r[:, None])
-            grad_query = tl.dot(
-                grad_scores.to(query.dtype), prompt_key, grad_query, input_precision=PRECISION
+    limits = key_limits(position + rows, num_k, window)
+    stretches = key_stretches(position, num_k, window, BLOCK_M, BLOCK_N)
+    dq = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
+    for phase in tl.static_range(3):
+        if phase > 0 or window_left is not None:
+            first, last = stretches[phase]
+            dq = _add_keys(
+                dq,
+                q,
+                do,
+                lse,
+                delta,
+                key_rows,
+                value_rows,
+                key_bias_ptr,
+                first,
+                last,
+                num_k,
+                limits,
+                window,
+                scale_log2,
+                BLOCK_N,
+                HEAD_DIM,
+                phase < 2,
+                False,
             )
+        if phase == 1 and (window_left is not None or window_right is not None):
+            # NaN, perhaps of a key that not all of these queries see: the masked stretches again, with care.
+            if has_nan(dq):
+                dq = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
+                for masked in tl.static_range(2):
+                    first, last = stretches[masked]
+                    dq = _add_keys(
+                        dq,
+                        q,
+                        do,
+                        lse,
+                        delta,
+                        key_rows,
+                        value_rows,
+                        key_bias_ptr,
+                        first,
+                        last,
+                        num_k,
+                        limits,
+                        window,
+                        scale_log2,
+                        16,
+                        HEAD_DIM,
+                        True,
+                        True,
+                    )
 
-    grad_query_ptr = row_ptr(grad_query_ptr, grad_query_strides, batch, head, first_q + start)
-    store_tile(grad_query_ptr, grad_query_strides[2], rows, left, grad_query * scale, HEAD_DIM, BLOCK_D)
+    if prompt_key.ptr is not None:
+        prompts = Prompts(
+            prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
+        )
+        row = prompt_row(prompts, sequence)
+        if row >= 0:
+            gate = load_gate(prompts, row, head, TANH)
+            prompt_k = load_prompts(prompt_key, row, kv_head, prompt_length, q.dtype, BLOCK_P, HEAD_DIM)
+            prompt_v = load_prompts(prompt_value, row, kv_head, prompt_length, q.dtype, BLOCK_P, HEAD_DIM)
+            p = prompt_softmax(q, prompt_k, prompt_length, scale_log2, BLOCK_P)
+            dp = dot(do, tl.trans(prompt_v))  # [BLOCK_M, BLOCK_P]
+            ds = gate * p * (dp - tl.sum(p * dp, 1)[:, None])
+            dq = dot(ds.to(q.dtype), prompt_k, dq)
+
+    rows_out = rows_from(grad_query, batch, head, first_q + start)
+    store_tile(rows_out, left, dq * scale, BLOCK_M, HEAD_DIM)

@@ -9,22 +9,22 @@ import triton
 from torch import Tensor
 
 from . import configs, tuning
-from .backward import grad_key_value_kernel, grad_query_kernel
+from .backward import zinit_grad_key_value_kernel, zinit_grad_query_kernel
+from .cache import zinit_append_kernel
 from .configs import Config, block_of
-from .decode import append_kernel, combine_kernel, decode_kernel
-from .forward import forward_kernel
+from .decode import zinit_combine_kernel, zinit_decode_kernel
+from .forward import zinit_forward_kernel
 from .operands import (
     Prompt,
     addressable,
     arch_of,
     num_processors,
     num_sequences,
-    precision_of,
-    strides_of,
     token_major_like,
+    view_of,
 )
 from .primitives import LOG2E
-from .prompt_gradients import add_partials_kernel, partial_sums_kernel
+from .prompt_gradients import zinit_add_partials_kernel, zinit_partial_sums_kernel
 from .ranges import named
 
 _LONGEST_WINDOW = 1 << 30  # as good as unlimited, and sums with positions stay int32
@@ -49,22 +49,17 @@ def forward(
     prompt = Prompt(prompt_key, prompt_value, gate)
     block_d, block_p = block_of(query.shape[3]), block_of(prompt.length)
     columns = query.shape[1] * num_sequences(query, cu_seqlens_q)
-    flags = _flags(query, window_left, window_right) | {
-        "BLOCK_D": block_d,
-        "BLOCK_P": block_p,
-        "TANH": tanh_gate,
-    }
-    key_of = _key(query, key, flags, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, columns)
+    sign, scale_log2 = _sign_and_size(scale)
+    flags = {"HEAD_DIM": query.shape[3], "BLOCK_P": block_p, "TANH": tanh_gate, "SCALE_SIGN": sign}
+    windows = _limit(window_left), _limit(window_right)
+    key_of = _key(query, key, flags, windows, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, columns)
 
     def launch(config: Config) -> None:
-        forward_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * columns,)](
-            query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, key_bias, cu_seqlens_q,
-            cu_seqlens_k, out, lse,
-            strides_of(query), strides_of(key), strides_of(value), prompt.key_strides, prompt.value_strides,
-            strides_of(out),
+        zinit_forward_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * columns,)](
+            view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index, key_bias,
+            cu_seqlens_q, cu_seqlens_k, view_of(out), lse,
             query.shape[1], key.shape[1], max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2],
-            min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW), prompt.length, prompt.rows,
-            prompt.gate_stride, scale * LOG2E.value,
+            *windows, prompt.length, prompt.rows, prompt.gate_stride, scale_log2,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
 
@@ -94,32 +89,38 @@ def backward(
     sequences = num_sequences(query, cu_seqlens_q)
     heads_q, heads_kv = query.shape[1], key.shape[1]
     block_d, block_p = block_of(query.shape[3]), block_of(prompt.length)
-    flags = _flags(query, window_left, window_right) | {"BLOCK_D": block_d}
-    windows = min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW)
+    flags = {"HEAD_DIM": query.shape[3]}
+    windows = _limit(window_left), _limit(window_right)
     lengths = (heads_q, heads_kv, max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2], *windows)
     scale_log2 = scale * LOG2E.value
     key_of = _key(
-        query, key, flags, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, heads_q * sequences, needs
+        query,
+        key,
+        flags,
+        windows,
+        key_bias,
+        cu_seqlens_q,
+        max_seqlen_q,
+        max_seqlen_k,
+        heads_q * sequences,
+        needs,
     )
     has_queries, has_keys = (length * heads_q * sequences > 0 for length in (max_seqlen_q, max_seqlen_k))
     wants_delta = grad_query is not None or grad_key is not None
     delta = torch.empty_like(lse) if wants_delta else None
 
     def launch_key_value(config: Config) -> None:
-        grad_key_value_kernel[(triton.cdiv(max_seqlen_k, config.block_n) * heads_kv * sequences,)](
-            query, key, value, grad_out, lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, grad_key, grad_value,
-            strides_of(query), strides_of(key), strides_of(value), strides_of(grad_out), strides_of(grad_key),
-            strides_of(grad_value), *lengths, scale, scale_log2,
+        zinit_grad_key_value_kernel[(triton.cdiv(max_seqlen_k, config.block_n) * heads_kv * sequences,)](
+            view_of(query), view_of(key), view_of(value), view_of(grad_out), lse, delta, key_bias, cu_seqlens_q,
+            cu_seqlens_k, view_of(grad_key), view_of(grad_value), *lengths, scale, scale_log2,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
 
     def launch_query(config: Config) -> None:
-        grad_query_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * heads_q * sequences,)](
-            query, key, value, prompt.key, prompt.value, prompt.gate, prompt_index, grad_out, lse, delta, key_bias,
-            cu_seqlens_q, cu_seqlens_k, grad_query,
-            strides_of(query), strides_of(key), strides_of(value), prompt.key_strides, prompt.value_strides,
-            strides_of(grad_out), strides_of(grad_query), *lengths, prompt.length, prompt.rows, prompt.gate_stride,
-            scale, scale_log2,
+        zinit_grad_query_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * heads_q * sequences,)](
+            view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index,
+            view_of(grad_out), lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, view_of(grad_query),
+            *lengths, prompt.length, prompt.rows, prompt.gate_stride, scale, scale_log2,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p, TANH=tanh_gate, **flags,
             **_resources(config),
         )  # fmt: skip
@@ -149,7 +150,7 @@ def _prompt_gradients(
 ) -> None:  # fmt: skip
     """Fills delta, where it is wanted, and the gradients of the prompts and the gate."""
     heads_q, head_dim = query.shape[1], query.shape[3]
-    wants_prompt = prompt.key is not None and any(grad is not None for grad in prompt_grads)
+    wants_prompt = prompt.gate is not None and any(grad is not None for grad in prompt_grads)
     if delta is None and not wants_prompt:
         return
     parts = num_parts(triton.cdiv(max_seqlen_q, _PARTIAL_ROWS), heads_q * sequences)
@@ -162,14 +163,13 @@ def _prompt_gradients(
     chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
 
     def launch(config: Config) -> None:
-        partial_sums_kernel[(parts * (block_d // chunk_d) * heads_q * sequences,)](
-            query, prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, out, grad_out, grad_lse, delta,
-            *partials,
-            strides_of(query), prompt.key_strides, prompt.value_strides, strides_of(out), strides_of(grad_out),
+        zinit_partial_sums_kernel[(parts * (block_d // chunk_d) * heads_q * sequences,)](
+            view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, view_of(out),
+            view_of(grad_out), grad_lse, delta, *partials,
             heads_q, heads_kv, max_seqlen_q, query.shape[2], prompt.length, prompt.rows, prompt.gate_stride, parts,
             scale * LOG2E.value,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_P=block_p, CHUNK_D=chunk_d,
-            TANH=tanh_gate, PRECISION=precision_of(query), **_resources(config),
+            HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_P=block_p, CHUNK_D=chunk_d, TANH=tanh_gate,
+            **_resources(config),
         )  # fmt: skip
 
     if heads_q * sequences:
@@ -179,7 +179,7 @@ def _prompt_gradients(
     if wants_prompt:
         tiles = triton.cdiv(prompt.length * head_dim, _BLOCK_E) if wants_table else 1
         with named("backward.prompt_finish"):
-            add_partials_kernel[(tiles * heads_kv * prompt.rows,)](
+            zinit_add_partials_kernel[(tiles * heads_kv * prompt.rows,)](
                 *partials, prompt.gate, prompt_index, *prompt_grads,
                 heads_q, heads_kv, sequences, prompt.length, prompt.rows, prompt.gate_rows, parts, scale,
                 HEAD_DIM=head_dim, BLOCK_E=_BLOCK_E, BLOCK_S=16, TANH=tanh_gate, num_warps=4, enable_fp_fusion=True,
@@ -215,10 +215,17 @@ def decode(
     rotary_rows, half = (0, 0) if rotary_cos is None else rotary_cos.shape
     block_d, block_p = block_of(head_dim), block_of(prompt.length)
     cache_flags = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_T": _BLOCK_T, "HALF": half, "INTERLEAVED": rotary_interleaved,
+        "HEAD_DIM": head_dim, "BLOCK_T": _BLOCK_T, "HALF": half, "INTERLEAVED": rotary_interleaved,
         "PAGE_SIZE": 1 if block_table is None else page_size,  # compile-time: no kernel per capacity
     }  # fmt: skip
-    flags = _flags(query, window_left, window_right) | cache_flags | {"BLOCK_P": block_p, "TANH": tanh_gate}
+    sign, scale_log2 = _sign_and_size(scale)
+    flags = cache_flags | {
+        "BLOCK_P": block_p,
+        "TANH": tanh_gate,
+        "SCALE_SIGN": sign,
+        "ONE_TOKEN": seqlen_q == 1,
+    }
+    windows = _limit(window_left), _limit(window_right)
     rows = seqlen_q * (heads_q // heads_kv)
     columns = heads_kv * sequences
     # A long chunk is rotated once, by a launch of its own: in the decode kernel every tile of queries would do it.
@@ -234,44 +241,50 @@ def decode(
         if splits > 1:
             partial_out = query.new_empty((splits, *query.shape), dtype=torch.float32)
             partial_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
-        decode_kernel[(splits * programs,)](
-            query, key_cache, value_cache, fused_key, fused_value, prompt.key, prompt.value, prompt.gate, prompt_index,
-            cache_seqlens, block_table, rotary_cos, rotary_sin, out, lse, partial_out, partial_lse,
-            strides_of(query), strides_of(key_cache), strides_of(value_cache), strides_of(fused_key),
-            strides_of(fused_value), prompt.key_strides, prompt.value_strides, strides_of(out),
+        zinit_decode_kernel[(splits * programs,)](
+            view_of(query), view_of(key_cache), view_of(value_cache), view_of(fused_key), view_of(fused_value),
+            prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens, block_table, rotary_cos, rotary_sin,
+            view_of(out), lse, partial_out, partial_lse,
             heads_q, heads_kv, seqlen_q, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-            min(window_left, _LONGEST_WINDOW), min(window_right, _LONGEST_WINDOW), prompt.length, prompt.rows,
-            prompt.gate_stride, splits, scale * LOG2E.value,
+            *windows, prompt.length, prompt.rows, prompt.gate_stride, splits, scale_log2,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
         if partial_out is not None:
             combine = _candidates("combine", query, block_d, block_p)[0]
-            combine_kernel[(triton.cdiv(rows, combine.block_m) * columns,)](
-                partial_out, partial_lse, query, prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens,
-                rotary_cos, rotary_sin, out, lse,
-                strides_of(query), prompt.key_strides, prompt.value_strides, strides_of(out),
+            zinit_combine_kernel[(triton.cdiv(rows, combine.block_m) * columns,)](
+                partial_out, partial_lse, view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index,
+                cache_seqlens, rotary_cos, rotary_sin, view_of(out), lse,
                 heads_q, heads_kv, seqlen_q, rotary_rows, half, prompt.length, prompt.rows, prompt.gate_stride, splits,
                 scale * LOG2E.value,
-                HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=combine.block_m, BLOCK_P=block_p, HALF=half,
-                INTERLEAVED=rotary_interleaved, ADVANCE=window_left >= 0 or window_right >= 0, TANH=tanh_gate,
-                PRECISION=precision_of(query), **_resources(combine),
+                HEAD_DIM=head_dim, BLOCK_M=combine.block_m, BLOCK_P=block_p, HALF=half, INTERLEAVED=rotary_interleaved,
+                ADVANCE=window_left >= 0 or window_right >= 0, TANH=tanh_gate, **_resources(combine),
             )  # fmt: skip
 
     with torch.cuda.device_of(query):
         if new_key is not None and not is_fused:
             with named("decode.append"):
-                append_kernel[(triton.cdiv(seqlen_new, _BLOCK_T) * columns,)](
-                    new_key, new_value, key_cache, value_cache, cache_seqlens, block_table, rotary_cos, rotary_sin,
-                    strides_of(new_key), strides_of(new_value), strides_of(key_cache), strides_of(value_cache),
+                zinit_append_kernel[(triton.cdiv(seqlen_new, _BLOCK_T) * columns,)](
+                    view_of(new_key), view_of(new_value), view_of(key_cache), view_of(value_cache), cache_seqlens,
+                    block_table, rotary_cos, rotary_sin,
                     heads_kv, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
                     **cache_flags, num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
         if rows * columns:
             key_of = _key(
-                query, key_cache, flags, block_table, fused_key, seqlen_q, capacity, columns, num_splits
+                query,
+                key_cache,
+                flags,
+                windows,
+                block_table,
+                fused_key,
+                seqlen_q,
+                capacity,
+                columns,
+                num_splits,
             )
             with named("decode"):
-                tuning.run(("decode", *key_of), _candidates("decode", query, block_d, block_p), launch)
+                stage = "decode" if seqlen_q == 1 else "extend"
+                tuning.run((stage, *key_of), _candidates(stage, query, block_d, block_p), launch)
     return out.transpose(1, 2), lse
 
 
@@ -291,17 +304,22 @@ def choose_splits(programs: int, key_blocks: int, processors: int) -> int:
     return max(1, min(2 * processors // max(programs, 1), key_blocks // 4, _MOST_SPLITS))
 
 
-def _flags(query: Tensor, window_left: int, window_right: int) -> dict[str, Any]:
-    """Compile-time arguments that the token kernels share."""
-    return {
-        "HEAD_DIM": query.shape[3], "HAS_LEFT": window_left >= 0, "HAS_RIGHT": window_right >= 0,
-        "PRECISION": precision_of(query),
-    }  # fmt: skip
+def _limit(window: int) -> int | None:
+    """One side of a window as the kernels take it: None where it is unlimited."""
+    return None if window < 0 else min(window, _LONGEST_WINDOW)
+
+
+def _sign_and_size(scale: float) -> tuple[int, float]:
+    """The scale as forward and decode take it: its sign, and its size times log2(e), which is never 0."""
+    if abs(scale) < 1e-37:  # 0, or so small that float32 may flush it
+        return 0, 1.0
+    return (1 if scale > 0 else -1), abs(scale) * LOG2E.value
 
 
 def _resources(config: Config) -> dict[str, Any]:
     """Compiler options; fused multiply-adds are named because Triton 3.10 turns its default around."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return options | ({"maxnreg": config.max_registers} if config.max_registers else {})
 
 
 def _candidates(stage: str, query: Tensor, block_d: int, block_p: int) -> tuple[Config, ...]:
@@ -309,12 +327,23 @@ def _candidates(stage: str, query: Tensor, block_d: int, block_p: int) -> tuple[
 
 
 def _key(
-    query: Tensor, key: Tensor, flags: dict[str, Any], bias: Tensor | None, packing: Tensor | None, seqlen_q: int,
-    seqlen_k: int, columns: int, *rest: int,
+    query: Tensor, key: Tensor, flags: dict[str, Any], windows: tuple[int | None, ...], bias: Tensor | None,
+    packing: Tensor | None, seqlen_q: int, seqlen_k: int, columns: int, *rest: int,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the fastest candidate depends on: chip, dtype, what is compiled in, and lengths to a factor of two."""
     if not tuning.ENABLED:
         return ()
     sizes = (triton.next_power_of_2(size) for size in (seqlen_q, seqlen_k, columns))
     group = query.shape[1] // key.shape[1]
-    return query.device, query.dtype, *flags.values(), group, bias is None, packing is None, *sizes, *rest
+    limited = (window is None for window in windows)
+    return (
+        query.device,
+        query.dtype,
+        *flags.values(),
+        *limited,
+        group,
+        bias is None,
+        packing is None,
+        *sizes,
+        *rest,
+    )

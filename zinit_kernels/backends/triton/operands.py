@@ -1,6 +1,8 @@
-"""What the kernels take of torch tensors: strides, padded sizes, the prompt table, the chip."""
+"""What the kernels take of torch tensors: pointers with strides, the prompt table, the chip."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,18 +10,26 @@ from torch import Tensor
 _LARGEST_TOKEN_STRIDE = 1 << 24  # offsets inside a tile of 128 rows stay int32
 
 
+class View(NamedTuple):
+    """A [batch, head, token, D] tensor and the strides of its first three dimensions; None is an absent tensor."""
+
+    ptr: Tensor | None
+    batch: int
+    head: int
+    token: int
+
+
 class Prompt:
     """A prompt table as kernels take it; without rows or prompts its pointers are None."""
 
     def __init__(self, key: Tensor | None, value: Tensor | None, gate: Tensor | None) -> None:
-        self.key = self.value = self.gate = None
-        self.key_strides = self.value_strides = (0, 0, 0)
+        self.key = self.value = view_of(None)
+        self.gate: Tensor | None = None
         self.length = self.rows = self.gate_rows = self.gate_stride = 0
         if key is None or value is None or gate is None or 0 in (key.shape[0], key.shape[2]):
             return
         gate = gate.reshape(-1, gate.shape[-1])  # a decoding step's may be [Hq]
-        self.key, self.value, self.gate = key, value, gate.contiguous()
-        self.key_strides, self.value_strides = strides_of(key), strides_of(value)
+        self.key, self.value, self.gate = view_of(key), view_of(value), gate.contiguous()
         self.rows, self.length = key.shape[0], key.shape[2]
         self.gate_rows = gate.shape[0]
         self.gate_stride = gate.shape[1] if gate.shape[0] > 1 else 0
@@ -30,10 +40,8 @@ def token_major_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty((batch, seqlen, heads, head_dim)).transpose(1, 2)
 
 
-def strides_of(tensor: Tensor | None) -> tuple[int, int, int]:
-    if tensor is None:
-        return (0, 0, 0)
-    return tensor.stride()[:3]  # type: ignore[return-value]
+def view_of(tensor: Tensor | None) -> View:
+    return View(None, 0, 0, 0) if tensor is None else View(tensor, *tensor.stride()[:3])
 
 
 def addressable(tensor: Tensor) -> Tensor:
@@ -57,8 +65,3 @@ def num_processors(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
-def precision_of(tensor: Tensor) -> str:
-    """float32 products stay float32, as eager PyTorch's are by default."""
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"

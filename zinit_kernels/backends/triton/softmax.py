@@ -1,0 +1,196 @@
+"""The two softmaxes of a query: the online one over tiles of keys, and the one over the prompts.
+
+s: the scores of a tile. Exponents are in base 2 (`scale_log2 = scale * log2(e)`), because exp2 is one instruction.
+m, l: of a row, the largest exponent so far and the sum of its weights.
+p: the weights of a tile, 2^(exponent - m).
+acc: of a row, the sum of its weights times the values; divided by l at the end.
+alpha: what earlier sums are multiplied by when m grows.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import LN2, LOG2E, dot, is_visible, load_gate, load_prompts, prompt_row
+
+COARSE = tl.constexpr(2.0**28)
+
+
+@triton.jit
+def turn(q, SCALE_SIGN: tl.constexpr):
+    """q times the sign of the scale. `online_softmax` scales after it takes the maximum, so it needs a scale > 0."""
+    if SCALE_SIGN == 1:
+        return q
+    else:
+        return (q * SCALE_SIGN).to(q.dtype)
+
+
+@triton.jit
+def _coarse_scale(scale_log2):
+    """The smallest power of two >= scale_log2."""
+    bits = tl.cast(tl.cast(scale_log2, tl.float32), tl.int32, bitcast=True)
+    return tl.cast((bits + 0x7FFFFF) & 0x7F800000, tl.float32, bitcast=True)
+
+
+@triton.jit
+def weights(s, m, scale_log2):
+    """2^(s scale_log2 - m), where m is a row's largest product as `online_softmax` rounded it.
+
+    A row that has seen no key has m = -inf. Its pivot is 0, because -inf - -inf would be NaN.
+    """
+    scale = tl.where(tl.abs(m) > COARSE, _coarse_scale(scale_log2), scale_log2)
+    pivot = tl.where(m == float("-inf"), 0.0, m)
+    return tl.math.exp2(s * scale[:, None] - pivot[:, None])
+
+
+@triton.jit
+def online_softmax(s, m, l, scale_log2):
+    """(p, new m, new l, alpha) of one more tile of raw scores s, which count scale_log2 > 0 times.
+
+    The scale goes into the exponent's multiply-add, p = 2^(s scale_log2 - m), which saves a multiplication an element.
+    m is then the rounded product: p is off by the same factor in the whole row, which cancels in acc / l, and is at
+    most 2^8 as long as |m| <= 2^28. Above, the scale is a power of two, whose products are exact. Its other value does
+    not matter there: two different float32 scores of that size are 16 or more apart, and the smaller one has no weight.
+    """
+    tile_m = tl.max(s, 1)
+    scaled = tile_m * scale_log2
+    scaled = tl.where(tl.abs(scaled) > COARSE, tile_m * _coarse_scale(scale_log2), scaled)
+    new_m = tl.maximum(m, scaled)
+    p = weights(s, new_m, scale_log2)
+    alpha = tl.math.exp2(m - tl.where(new_m == float("-inf"), 0.0, new_m))
+    return p, new_m, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def scores(q, k, bias, scale_log2, HAS_BIAS: tl.constexpr):
+    """q k^T, or with a bias scale * q k^T + bias; `exponent_scale` is what makes exponents in base 2 of them."""
+    s = dot(q, tl.trans(k))
+    if HAS_BIAS:
+        s = s * (scale_log2 * LN2) + bias[None, :]
+    return s
+
+
+@triton.jit
+def exponent_scale(scale_log2, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        return LOG2E
+    else:
+        return scale_log2
+
+
+@triton.jit
+def finite_part(v):
+    """v with zeros in the place of NaN and infinities."""
+    return tl.where(v.to(tl.float32) * 0.0 == 0.0, v, 0.0).to(v.dtype)
+
+
+@triton.jit
+def sum_of_others(sees, v):
+    """What NaN and infinities in v add to the rows that see them: they themselves, or 0. sees: 1 or 0.
+
+    One product counts all three: digits of base 64, since a tile has at most 32 values in a column.
+    """
+    kind = tl.where(v == float("inf"), 1.0, tl.where(v == float("-inf"), 64.0, tl.where(v == v, 0.0, 4096.0)))
+    count = dot(sees, kind.to(v.dtype)).to(tl.int32)
+    total = tl.where(count % 64 > 0, float("inf"), 0.0)
+    total = tl.where(count // 64 > 0, tl.where(total > 0, float("nan"), float("-inf")), total)
+    return tl.where(count >= 4096, float("nan"), total)
+
+
+@triton.jit
+def attend(
+    acc,
+    m,
+    l,
+    q,
+    k,
+    v,
+    bias,
+    start,
+    limits,
+    window,
+    scale_log2,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr = False,
+):
+    """acc, m and l after one more tile of keys, from key `start` on.
+
+    limits: (lower, upper) of the keys that each query sees. Without MASKED every query sees every key of the tile.
+
+    EXACT: a value that is not finite adds nothing to the queries that do not see it, where the product adds 0 * NaN.
+    """
+    s = scores(q, k, bias, scale_log2, HAS_BIAS)
+    if MASKED:
+        s = tl.where(is_visible(start, k.shape[0], limits, window), s, float("-inf"))
+    p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scale_log2, HAS_BIAS))
+    if EXACT:
+        sees = tl.where(is_visible(start, k.shape[0], limits, window), 1.0, 0.0).to(v.dtype)
+        acc = dot(p.to(v.dtype), finite_part(v), acc * alpha[:, None])
+        acc += sum_of_others(sees, v)
+    else:
+        acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m, l
+
+
+@triton.jit
+def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, HAS_BIAS: tl.constexpr):
+    """acc after the values of some more keys, each added to the queries that see it and to no other; m: the final one.
+
+    `attend` multiplies a hidden value by the weight 0, which gives NaN if the value is NaN. This is the slow way out.
+    """
+    s = scores(q, k, bias, scale_log2, HAS_BIAS)
+    p = weights(s, m, exponent_scale(scale_log2, HAS_BIAS))
+    visible = is_visible(start, k.shape[0], limits, window)
+    keys = tl.arange(0, k.shape[0])
+    for i in tl.range(0, k.shape[0], loop_unroll_factor=1, num_stages=1):
+        chosen = keys == i
+        weight = tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
+        sees = tl.max(tl.where(chosen[None, :] & visible, 1, 0), 1) > 0
+        value = tl.sum(tl.where(chosen[:, None], v.to(tl.float32), 0.0), 0)
+        acc = tl.where(sees[:, None], acc + weight[:, None] * value[None, :], acc)
+    return acc
+
+
+@triton.jit
+def normalise(acc, m, l, scale_log2):
+    """(acc / l, log-sum-exp in base 2); zeros and -inf for a row that has seen no key."""
+    safe_l = tl.where(l == 0, 1.0, l)
+    m = tl.where(tl.abs(m) > COARSE, m * (scale_log2 / _coarse_scale(scale_log2)), m)
+    return acc * (1.0 / safe_l)[:, None], m + tl.math.log2(safe_l)
+
+
+@triton.jit
+def prompt_softmax(q, prompt_k, prompt_length, scale_log2, BLOCK_P: tl.constexpr):
+    """softmax(scale q pk^T), [BLOCK_M, BLOCK_P] in float32; 0 behind the last prompt."""
+    s = dot(q, tl.trans(prompt_k)) * scale_log2
+    s = tl.where((tl.arange(0, BLOCK_P) < prompt_length)[None, :], s, float("-inf"))
+    p = tl.math.exp2(s - tl.max(s, 1)[:, None])
+    return p / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def add_prompt_branch(
+    acc,
+    q,
+    prompts,
+    sequence,
+    head,
+    kv_head,
+    scale_log2,
+    BLOCK_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    """acc + act(gate) * softmax(scale q pk^T) pv; acc where the sequence has no prompts.
+
+    head: one, or [BLOCK_M, 1]. The gate multiplies the weights in float32, before they are rounded.
+    """
+    if prompts.key.ptr is not None:
+        row = prompt_row(prompts, sequence)
+        if row >= 0:
+            gate = load_gate(prompts, row, head, TANH)
+            prompt_k = load_prompts(prompts.key, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
+            p = prompt_softmax(q, prompt_k, prompts.length, scale_log2, BLOCK_P) * gate
+            prompt_v = load_prompts(prompts.value, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
+            acc = dot(p.to(q.dtype), prompt_v, acc)
+    return acc

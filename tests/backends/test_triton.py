@@ -49,7 +49,7 @@ def test_kernels_in_the_interpreter():
         pytest.skip(
             "the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses"
         )
-    files = ("tests/backends/interpreted_attention.py", "tests/backends/interpreted_cache.py")
+    files = [f"tests/backends/interpreted_{name}.py" for name in ("attention", "cache", "nan")]
     processes = [start("-m", "pytest", file, "-W", "ignore", interpret=True) for file in files]
     for process, (stdout, stderr) in [(process, process.communicate()) for process in processes]:
         assert process.returncode == 0, stdout[-8000:] + stderr
@@ -72,14 +72,17 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 24
+    assert len(kernels) == 27
     for kernel in kernels:
         print(kernel)
         assert kernel["shared"] <= kernel["limit"], kernel
         if kernel["head_dim"] <= 128:
             assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
+        # dK and dV of 256 dimensions take tiles of 32 keys: no tile of 64 and more has less than 400 spills
         if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query"):
-            assert kernel["wgmma"] > 0, kernel
+            assert (
+                kernel["wgmma"] > 0 or kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
+            ), kernel
 
 
 @NEEDS_TRITON
@@ -90,7 +93,7 @@ def test_float32_compiles_without_spills_and_its_memory_is_foreseen(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 18
+    assert len(kernels) == 21
     for kernel in kernels:
         fits = kernel["shared"] <= kernel["limit"]
         assert fits == (kernel["estimate"] <= kernel["limit"]) and (fits or kernel["block_p"] == 128), kernel

@@ -19,6 +19,7 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0  # 0: as many as the compiler likes
 
 
 SAFE = Config(32, 32, 4, 1)
@@ -49,24 +50,28 @@ _SM80 = {
     ("decode", 64): Config(16, 64, 4, 3),
     ("decode", 128): Config(16, 32, 4, 4),
     ("decode", 256): Config(16, 32, 4, 3),
+    ("extend", 64): Config(16, 64, 4, 3),
+    ("extend", 128): Config(16, 32, 4, 4, 168),
+    ("extend", 256): Config(16, 32, 4, 3),
     ("combine", 64): Config(16, 1, 8, 1),
     ("combine", 128): Config(16, 1, 8, 1),
     ("combine", 256): Config(16, 1, 8, 1),
 }
 _SM90 = _SM80 | {
     ("forward", 64): Config(128, 128, 8, 3),
-    ("forward", 128): Config(128, 128, 8, 2),
+    ("forward", 128): Config(128, 64, 8, 3),
     ("forward", 256): Config(128, 64, 8, 2),
     ("grad_key_value", 64): Config(64, 128, 8, 2),
-    ("grad_key_value", 128): Config(32, 128, 8, 3),
-    ("grad_key_value", 256): Config(64, 64, 8, 1),
+    ("grad_key_value", 128): Config(32, 128, 8, 2),
     ("grad_query", 64): Config(128, 64, 8, 2),
     ("grad_query", 128): Config(128, 64, 8, 2),
-    ("grad_query", 256): Config(64, 32, 8, 1),
+    ("grad_query", 256): Config(128, 32, 8, 2),
 }
 _SM100 = _SM90 | {
-    ("forward", 128): Config(128, 64, 8, 3),
+    ("grad_key_value", 256): Config(64, 64, 8, 1),
+    ("grad_query", 64): Config(128, 64, 8, 3),
     ("grad_query", 128): Config(64, 64, 4, 2),
+    ("grad_query", 256): Config(64, 32, 8, 1),
 }
 
 
@@ -86,6 +91,10 @@ _TRIED = {
     ),
     "prompt_gradients": (Config(64, 64, 8, 1), Config(128, 64, 8, 1), Config(32, 32, 4, 1), Config(64, 64, 4, 2)),
     "decode": (
+        Config(16, 64, 4, 2), Config(16, 64, 4, 4), Config(16, 128, 4, 2), Config(16, 128, 8, 2),
+        Config(16, 32, 4, 4), Config(32, 64, 4, 2), Config(64, 64, 4, 2),
+    ),
+    "extend": (
         Config(16, 64, 4, 2), Config(16, 64, 4, 4), Config(16, 128, 4, 2), Config(16, 128, 8, 2),
         Config(16, 32, 4, 4), Config(32, 64, 4, 2), Config(64, 64, 4, 2),
     ),
@@ -122,7 +131,7 @@ def why_too_large(
 ) -> str:
     """Where the prompts alone leave a stage no tile that fits the chip's shared memory; '' where all do."""
     block_d, block_p = block_of(head_dim), block_of(prompt_length)
-    stages = ("decode", "combine") if cached else ("forward", *BACKWARD_PROMPTS * backward)
+    stages = ("decode", "extend", "combine") if cached else ("forward", *BACKWARD_PROMPTS * backward)
     for stage in stages:
         config = choose(stage, block_d, block_p, itemsize, arch)
         if arch and not _fits(stage, config, block_d, block_p, itemsize, arch):
@@ -146,7 +155,7 @@ def _fits(stage: str, config: Config, block_d: int, block_p: int, itemsize: int,
 
 
 def safe(stage: str) -> Config:
-    return SAFE._replace(block_m=16) if stage in ("decode", "combine") else SAFE
+    return SAFE._replace(block_m=16) if stage in ("decode", "extend", "combine") else SAFE
 
 
 def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsize: int) -> int:
@@ -154,11 +163,12 @@ def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsi
 
     The resident tiles and num_stages of the streamed ones in the loop, the prompt block afterwards.
     """
-    block_m, block_n, _, stages = config
+    block_m, block_n, stages = config.block_m, config.block_n, config.num_stages
     stages = max(stages, 1)
     resident, streamed, square = {
         "forward": (block_m, 2 * block_n, block_m * block_n),
         "decode": (block_m, 2 * block_n, block_m * block_n),
+        "extend": (block_m, 2 * block_n, block_m * block_n),
         "combine": (block_m, 0, 0),
         "grad_query": (2 * block_m, 2 * block_n, block_m * block_n),
         "grad_key_value": (2 * block_n, 2 * block_m, 2 * block_m * block_n),

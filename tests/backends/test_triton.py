@@ -1,6 +1,5 @@
-"""The Triton backend where there is no GPU: interpreted, compiled ahead of time, refused with a reason."""
+"""The Triton backend where there is no GPU: compiled ahead of time, refused with a reason. backends/triton/: run."""
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,46 +20,12 @@ NEEDS_TRITON = pytest.mark.skipif(
 CHIPS = (80, 90, 100)
 
 
-def start(*command, interpret, **environment):
+def run(*command, interpret, **environment):
     """A process of its own: the interpreter replaces triton's functions for all that runs beside it."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=env,
-    )
-
-
-def run(*command, interpret, **environment):
-    process = start(*command, interpret=interpret, **environment)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-@NEEDS_TRITON
-def test_kernels_in_the_interpreter():
-    numpy_version = tuple(int(n) for n in importlib.metadata.version("numpy").split(".")[:2])
-    if numpy_version >= (2, 4) and importlib.metadata.version("triton") < "3.7":
-        pytest.skip(
-            "the interpreter of triton 3.6 makes integers of one-element arrays, which numpy 2.4 refuses"
-        )
-    files = [f"tests/backends/interpreted_{name}.py" for name in ("attention", "cache", "nan")]
-    processes = [start("-m", "pytest", file, "-W", "ignore", interpret=True) for file in files]
-    for process, (stdout, stderr) in [(process, process.communicate()) for process in processes]:
-        assert process.returncode == 0, stdout[-8000:] + stderr
-        print(stdout.splitlines()[-1])
-
-
-@NEEDS_TRITON
-def test_launches_as_recorded():
-    """One kernel for all lengths, no read of a tensor on the host, tuning only when asked for."""
-    result = run("-m", "pytest", "tests/backends/recorded_triton.py", "-W", "ignore", interpret=False)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
 @NEEDS_TRITON

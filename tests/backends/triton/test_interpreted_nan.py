@@ -1,4 +1,4 @@
-"""NaN and infinities in the Triton kernels: what a mask hides reaches nobody. See interpreted_attention.py.
+"""NaN and infinities in the Triton kernels: what a mask hides reaches nobody.
 
 A product of matrices adds 0 * NaN for a hidden pair, so the kernels add such tiles again with care. Here one token is
 NaN: the rows that depend on it are, and all others are what they are without it.

@@ -1,8 +1,8 @@
-"""The Triton kernels of forward and backward on the CPU: run by test_triton.py in a process of its own.
+"""The Triton kernels of forward and backward on the CPU, under Triton's interpreter.
 
-With TRITON_INTERPRET=1, which replaces Triton's functions for all that runs beside it. The interpreter is slow, so the
-named cases run with fewer heads and shorter sequences; its tiles are 32 x 32, so that 70 tokens still take whole,
-masked and cut tiles. bfloat16 queries are left out: it computes them on bit patterns (triton issue 11584).
+The interpreter is slow, so the named cases run with fewer heads and shorter sequences. Its tiles are 32 x 32, so 70
+tokens still take whole, masked and cut tiles. bfloat16 queries are left out: the interpreter computes them on bit
+patterns (triton issue 11584).
 """
 
 from dataclasses import replace

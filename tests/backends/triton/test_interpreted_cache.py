@@ -1,4 +1,4 @@
-"""The Triton kernels of the cache function on the CPU: run by test_triton.py, see interpreted_attention.py."""
+"""The Triton kernels of the cache function on the CPU, under Triton's interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the launches ask of compiler and host: run by test_triton.py without the interpreter, on CPU tensors.
+"""What the launches ask of compiler and host, without the interpreter, on CPU tensors.
 
 A stand-in driver says that the chip is an H100, and a hook records every kernel that would be compiled.
 """
@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.backends.compiler import GPUTarget
 
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.backends.triton import configs, launch, ranges, tuning
 from zinit_kernels.call import CALL
 from zinit_kernels.testing import CacheCase, Case, make_cache_arguments, make_inputs
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from zinit_kernels.backends.triton import configs, launch, ranges, tuning  # noqa: E402
 
 
 class H100:
@@ -41,7 +44,8 @@ def compiled(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", record)
     monkeypatch.setattr(launch, "arch_of", lambda tensor: 90)
     monkeypatch.setattr(launch, "num_processors", lambda tensor: 132)
-    return found
+    yield found
+    triton.runtime.driver.set_active(None)  # the default one, which is found when it is needed
 
 
 def attend(case, dtype=torch.float16, needs=0b111111):

@@ -43,11 +43,10 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
         assert kernel["shared"] <= kernel["limit"], kernel
         if kernel["head_dim"] <= 128:
             assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
-        # dK and dV of 256 dimensions take tiles of 32 keys: no tile of 64 and more has less than 400 spills
-        if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query"):
-            assert (
-                kernel["wgmma"] > 0 or kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
-            ), kernel
+        # dK and dV of 256 dimensions take tiles of 32 keys, too small for warpgroup products: larger ones spill
+        too_small = kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
+        if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query") and not too_small:
+            assert kernel["wgmma"] > 0, kernel
 
 
 @NEEDS_TRITON

@@ -17,6 +17,7 @@ from zinit_kernels.console import shown
 
 from .benchmark_command import run as run_benchmark
 from .benchmarks import all_benchmarks
+from .judge_command import main as run_judge
 from .shared import UserError, command_name, run_program
 
 Command = Callable[[Sequence[str]], None]
@@ -37,14 +38,14 @@ FINE_TUNING = {
 
 def commands() -> dict[str, tuple[str, Command]]:
     """Name -> one line about it, and what runs it."""
-    asking = {
+    found: dict[str, tuple[str, Command]] = {
         name: (benchmark.about, partial(run_benchmark, benchmark))
         for name, benchmark in all_benchmarks().items()
     }
-    return {
-        **asking,
-        **{name: (about, partial(_fine_tune, *place)) for name, (about, *place) in FINE_TUNING.items()},
-    }
+    found["judge"] = ("two models' answers to open questions, compared by a third model", run_judge)
+    for name, (about, *place) in FINE_TUNING.items():
+        found[name] = (about, partial(_fine_tune, *place))
+    return found
 
 
 def _fine_tune(module: str, function: str, arguments: Sequence[str]) -> None:

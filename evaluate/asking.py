@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import ANSWERS, AnswerFile, digest
-from .question import Answerer, Item
+from .question import Answerer, Item, PartlyAnswered
 from .shared import held, interruptible, make_directory, messages, progress, refuse_unwritable
 
 
@@ -65,7 +65,11 @@ def ask(
         done = len(items) - len(left)
         with interruptible() as stop, progress(messages(), len(items), done) as show:
             for batch in batches(left, batch_size):
-                given = model.answer(batch)
+                try:
+                    given = model.answer(batch)
+                except PartlyAnswered as stopped:
+                    answers.add(stopped.answers)
+                    raise
                 answers.add({item.id: text for item, text in zip(batch, given, strict=True)})
                 done += len(batch)
                 show(done, "questions")

@@ -44,6 +44,8 @@ class LineFile:
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """On disk when it returns."""
+        if not entries:
+            return
         text = "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in [*self._header, *entries])
         with writing(self.path):
             self._file.write(text.encode("utf-8", "backslashreplace"))

@@ -41,6 +41,14 @@ class Item(NamedTuple):
     facts: Any = None
 
 
+class PartlyAnswered(UserError):
+    """Not every question of a batch was answered. answers: id -> text of those that were."""
+
+    def __init__(self, sentence: str, answers: Mapping[str, str]):
+        super().__init__(sentence)
+        self.answers = answers
+
+
 class Answerer(Protocol):
     """A model that answers. identity: what tells its answers from those of another model, as JSON."""
 

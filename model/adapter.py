@@ -50,7 +50,7 @@ class LlamaAdapter(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trainable parameters: 1,229,760 for the paper's 7B."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def forward(self, attention: Attention) -> Prompt | None:
         """What this adapter adds to a layer; None for a layer that is not adapted.

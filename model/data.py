@@ -43,6 +43,7 @@ class Sample(NamedTuple):
 
     tokens: list[int]
     prompt_length: int
+    images: tuple[str, ...] = ()  # the files that it is about
 
 
 class EncodingReport(NamedTuple):
@@ -75,6 +76,7 @@ class Batch(NamedTuple):
     max_seqlen: int
     num_answer_tokens: int
     num_tokens: int  # without padding
+    images: tuple[tuple[str, ...], ...]  # of each sample
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -110,7 +112,7 @@ def encode(
             untold += 1
             continue
         truncated += len(tokens) > max_seq_len
-        samples.append(Sample(tokens[:max_seq_len], prompt_length))
+        samples.append(Sample(tokens[:max_seq_len], prompt_length, record.images))
     return samples, EncodingReport(max_seq_len, truncated, dropped, untold)
 
 
@@ -163,6 +165,7 @@ def pack(samples: Sequence[Sample]) -> Batch:
         max_seqlen=int(lengths.max()),
         num_answer_tokens=sum(target != IGNORE for target in targets),
         num_tokens=len(targets),
+        images=tuple(sample.images for sample in samples),
     )
 
 
@@ -174,7 +177,8 @@ def pad(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
     for row, sample in enumerate(samples):
         tokens[row, : lengths[row]] = torch.tensor(sample.tokens[:-1])
         targets[row, : lengths[row]] = torch.tensor(_targets(sample))
-    return Batch(tokens, targets, None, max(lengths), int((targets != IGNORE).sum()), sum(lengths))
+    num_answer_tokens, images = int((targets != IGNORE).sum()), tuple(sample.images for sample in samples)
+    return Batch(tokens, targets, None, max(lengths), num_answer_tokens, sum(lengths), images)
 
 
 def _targets(sample: Sample) -> list[int]:

@@ -46,9 +46,13 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_fingerprint(samples: Sequence[Sample]) -> str:
-    """16 hexadecimal digits of the samples, as the tokenizer made them."""
-    return hashlib.sha256(repr([tuple(sample) for sample in samples]).encode()).hexdigest()[:16]
+def data_fingerprint(samples: Sequence[Sample], digests: Mapping[str, str] | None = None) -> str:
+    """16 hexadecimal digits of the samples, as the tokenizer made them. digests: of each image file, its content's."""
+    facts = [
+        (sample.tokens, sample.prompt_length, *((digests or {})[path] for path in sample.images))
+        for sample in samples
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def first_fingerprint(base: Llama, dtype: torch.dtype = torch.float32) -> str:

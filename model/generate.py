@@ -2,6 +2,7 @@
 
 python -m model.generate --base DIR --adapter FILE --instruction "Name three primary colours."
 python -m model.generate --base DIR --prompts-file prompts.txt --batch-size 16
+python -m model.generate --base DIR --adapter FILE --encoder DIR --image cat.jpg --instruction "What is it?"
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from pathlib import Path
 
 from zinit_kernels.console import Parser
 
-from .adapter_files import load_adapter
 from .errors import UserError, program_name, run_program
-from .llama import Adapter, Llama
+from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
 from .program import program
 from .progress import messages, progress
 from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
 from .tokenizer import Tokenizer, load_tokenizer
+from .vision.adapter import VisualAdapter
+from .vision.files import load_adapter
+from .vision.options import add_encoder_options, check_options, open_source
+from .vision.records import read_image_prompts
 
 
 class Watcher:
@@ -91,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts-file", type=Path, help="one prompt a line; answers come as one JSON object a line"
     )
     parser.add_argument("--input", default="", help="the input that belongs to --instruction")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image that the prompt is about, or every prompt of the file; may be repeated. With --encoder a file "
+        'of JSON may name images of its own: {"image": FILE, "instruction": ...}',
+    )
+    add_encoder_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     parser.add_argument("--temperature", type=float, default=0.1, help="0 = greedy (default: 0.1)")
     parser.add_argument("--top-p", type=float, default=0.75, help="default: 0.75")
@@ -105,31 +119,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _texts(arguments: argparse.Namespace) -> list[str]:
-    """The prompts asked for, by whichever option."""
+def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The prompts asked for, by whichever option, and the images that each is about."""
     if arguments.input and arguments.instruction is None:
         raise UserError("--input belongs to --instruction, which was not given.")
     for name in ("prompt", "instruction", "input"):
         if getattr(arguments, name) is not None:
             check_text(getattr(arguments, name), name, "the command line")
+    images = tuple(map(str, arguments.image))
+    if arguments.prompts_file is not None and arguments.encoder is not None:
+        texts, own = read_image_prompts(arguments.prompts_file, arguments.images)
+        if images and any(own):
+            raise UserError(f"{arguments.prompts_file} names images itself: leave out --image.")
+        return texts, [images or of_prompt for of_prompt in own]
     if arguments.prompts_file is not None:
-        return read_prompts(arguments.prompts_file)
-    if arguments.instruction is not None:
-        return [format_prompt(arguments.instruction, arguments.input)]
-    return [arguments.prompt]
+        texts = read_prompts(arguments.prompts_file)
+    elif arguments.instruction is not None:
+        texts = [format_prompt(arguments.instruction, arguments.input)]
+    else:
+        texts = [arguments.prompt]
+    return texts, [images] * len(texts)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | None]:
-    """The base, its tokenizer, and the adapter if one was named."""
+    """The base, its tokenizer, and the adapter if one was named, with the encoder of its images."""
     device = open_device(arguments.device)
     model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
     model.set_backend(arguments.backend)
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     if arguments.adapter is None:
         return model, tokenizer, None
-    adapter = load_adapter(
-        arguments.adapter, model.config, arguments.prompt_length, arguments.gate_activation, base=model
-    )
+    adapter = load_adapter(arguments.adapter, model, arguments.prompt_length, arguments.gate_activation)
+    if arguments.encoder is not None:
+        if not isinstance(adapter, VisualAdapter):
+            raise UserError(
+                f"{arguments.adapter} has no visual part: --encoder and --image are of no use to it."
+            )
+        adapter.source = open_source(arguments, adapter, device)
     return model, tokenizer, adapter.to(device)
 
 
@@ -143,12 +169,16 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[li
     return prompts
 
 
-def _try_backend(backend: str, model: Llama, adapter: Adapter | None, prompt: list[int]) -> None:
+def _try_backend(
+    backend: str, model: Llama, adapter: Adapter | None, prompt: list[int], images: tuple[str, ...]
+) -> None:
     """A token of a prompt and one after it, so that a backend that cannot run is refused before the first answer."""
     if backend == "auto":
         return
     try:
-        generate(model, [prompt], adapter, max_new_tokens=2, temperature=0, eos_ids=())
+        generate(
+            model, [prompt], about_images(adapter, [images]), max_new_tokens=2, temperature=0, eos_ids=()
+        )
     except ValueError as error:
         raise UserError(f"--backend {backend}: {error}.") from error
 
@@ -158,12 +188,16 @@ def main(command_line: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first token."""
     arguments = _parser().parse_args(command_line)
     _check_options(arguments)
-    texts = _texts(arguments)
+    texts, images = _asked(arguments)
     model, tokenizer, adapter = _load(arguments)
     prompts = _encode(texts, tokenizer, model.config.max_seq_len)
     sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_request(model, prompts, **sampling, seed=arguments.seed)
-    _try_backend(arguments.backend, model, adapter, prompts[0][:1])
+    if (
+        isinstance(adapter, VisualAdapter) and adapter.source is not None
+    ):  # a bad image is refused before any answer
+        adapter.source.of([path for of_prompt in images for path in of_prompt])
+    _try_backend(arguments.backend, model, adapter, prompts[0][:1], images[0])
     eos_ids = {*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}
 
     many = arguments.prompts_file is not None
@@ -175,7 +209,7 @@ def main(command_line: list[str] | None = None) -> None:
             outputs = generate(
                 model,
                 batch,
-                adapter,
+                about_images(adapter, images[first : first + arguments.batch_size]),
                 **sampling,
                 seed=(arguments.seed + first) % NUM_SEEDS,
                 eos_ids=eos_ids,
@@ -193,6 +227,17 @@ def main(command_line: list[str] | None = None) -> None:
 def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    check_options(arguments)
+    if arguments.image and arguments.encoder is None:
+        raise UserError(
+            "--image needs --encoder, the folder of the image encoder that the adapter was trained with."
+        )
+    if arguments.image and arguments.images is not None:
+        raise UserError(
+            "--images is the folder of the images that a file names: give --image its whole path."
+        )
+    if arguments.encoder is not None and arguments.adapter is None:
+        raise UserError("--encoder belongs to --adapter, which was not given: the base alone sees no images.")
     if "" in arguments.stop:
         raise UserError("--stop must not be empty: every answer would end at once.")
     if arguments.adapter is None:

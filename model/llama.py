@@ -14,7 +14,7 @@ B sequences, T tokens, C hidden size, Hq / Hkv heads, D head_dim. Parameter name
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,9 +164,16 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# An adapter: given a layer's attention, the prompt it adds there, or None. One whose prompts differ from sequence to
-# sequence also has `select(rows)`, the adapter for these sequences of a batch.
+# An adapter: given a layer's attention, the prompt it adds there, or None. One whose prompts depend on images also has
+# `about(images)`, the adapter for a batch whose sequences are about these image files; and that one has `select(rows)`,
+# the adapter for these sequences of the batch.
 Adapter = Callable[[Attention], Prompt | None]
+
+
+def about_images(adapter: Adapter | None, images: Sequence[Sequence[str]]) -> Adapter | None:
+    """The adapter for a batch whose sequences are about these image files; the same one if it takes no images."""
+    about = getattr(adapter, "about", None)
+    return adapter if about is None else about(images)
 
 
 def select_sequences(adapter: Adapter | None, rows: list[int]) -> Adapter | None:

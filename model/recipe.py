@@ -23,6 +23,7 @@ class Recipe:
     warmup_epochs: float = 2.0  # the learning rate rises from 0 during these, then falls along half a cosine
     base_lr: float = 9e-3
     min_lr: float = 0.0
+    projection_lr: float = 1.0  # of a visual part, times the learning rate
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     batch_size: int = 64  # samples per optimizer step
@@ -33,7 +34,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "base_lr", "batch_size", "max_tokens", "max_grad_norm"):
+        for name in ("epochs", "base_lr", "batch_size", "max_tokens", "max_grad_norm", "projection_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be above 0, got {value}.")

@@ -37,7 +37,9 @@ _CHANGES_THE_MEANING = frozenset((
     "context", "prompt", "tools", "functions", "image", "images", "video", "videos", "audio", "audios",
     "chosen", "rejected", "kto_tag", "weight",
 ))  # fmt: skip
-_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_NEEDS_AN_ENCODER = ("image", "images", "conversations")  # what `model.vision.records` reads
+_TEXTS = ("instruction", "output", "input")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _SHOWN_LINES = 5
 
 
@@ -47,6 +49,7 @@ class Record(NamedTuple):
     instruction: str
     output: str
     input: str = ""
+    images: tuple[str, ...] = ()  # the files that it is about; `model.vision.records` reads them
 
     @property
     def prompt(self) -> str:
@@ -83,10 +86,10 @@ def read_records(path: str | Path, strict: bool = False) -> list[Record]:
         else:
             records.append(record)
     for name, lines in empty.items():
-        _say_left_out(path, name, lines, strict)
+        say_left_out(path, name, lines, strict)
     if not records:
         raise UserError(f"{path} holds no records{' with an answer' * any(empty.values())}.")
-    _say_unused(path, unused)
+    say_unused(path, unused)
     return records
 
 
@@ -98,11 +101,11 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     text = read_text(path)
-    if path.suffix.lower() in _JSON_SUFFIXES:
+    if path.suffix.lower() in JSON_SUFFIXES:
         unused: Counter[str] = Counter()
         values = json_values(text, path)
         prompts = [_prompt(value, f"{path}, line {line}", unused) for line, value in values]
-        _say_unused(path, unused)
+        say_unused(path, unused)
     else:
         prompts = [line for line in text.split("\n") if line.strip()]
         if prompts and all(_is_json_object(line) for line in prompts):
@@ -191,8 +194,7 @@ def _wrapped_list(text: str, start: int, path: Path) -> int | None:
         whole, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):  # whoever reads the values says what is wrong
         return None
-    # an object with an instruction is a record, whatever else it has
-    if not isinstance(whole, dict) or "instruction" in whole or _skip_space(text, end) < len(text):
+    if not isinstance(whole, dict) or _is_record(whole) or _skip_space(text, end) < len(text):
         return None
     lists = {name: value for name, value in whole.items() if isinstance(value, list)}
     filled = [
@@ -207,8 +209,8 @@ def _wrapped_list(text: str, start: int, path: Path) -> int | None:
     if not names:
         return None
     rest = {name: value for name, value in whole.items() if name != names[0]}
-    _check_fields(rest, (), str(path), unused := Counter())
-    _say_unused(path, unused)
+    check_fields(rest, (), str(path), unused := Counter())
+    say_unused(path, unused)
     position = start + 1
     for name in whole:  # in the file's order
         position = _DECODER.raw_decode(text, text.index('"', position))[1]
@@ -217,6 +219,15 @@ def _wrapped_list(text: str, start: int, path: Path) -> int | None:
             return position
         position = _DECODER.raw_decode(text, position)[1]
     raise AssertionError("a field that was read is not in the text")
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    """Whether an object is a record, whatever lists it has: it is asked something, or it is a conversation."""
+    turns = value.get("conversations")
+    speaks = isinstance(turns, list) and any(
+        isinstance(turn, dict) and turn.keys() & {"from", "role"} for turn in turns
+    )
+    return speaks or not value.keys().isdisjoint(("instruction", "question", "caption"))
 
 
 def _decode(text: str, position: int, path: Path) -> tuple[Any, int]:
@@ -281,11 +292,14 @@ def _record(value: object, where: str, unused: Counter[str]) -> Record:
         )
     for name in ("instruction", "output"):
         if name not in value:
-            raise UserError(
-                f"{where}: the field {name!r} is missing (it has {', '.join(map(repr, value)) or 'none'})."
+            advice = (
+                "" if value.keys().isdisjoint(_NEEDS_AN_ENCODER) else "; records with images need --encoder"
             )
-    _check_fields(value, Record._fields, where, unused)
-    texts = {name: "" if value.get(name) is None else value[name] for name in Record._fields}
+            raise UserError(
+                f"{where}: the field {name!r} is missing (it has {', '.join(map(repr, value)) or 'none'}){advice}."
+            )
+    check_fields(value, _TEXTS, where, unused)
+    texts = {name: "" if value.get(name) is None else value[name] for name in _TEXTS}
     return Record(**{name: check_text(text, name, where) for name, text in texts.items()})
 
 
@@ -293,10 +307,10 @@ def _prompt(value: object, where: str, unused: Counter[str]) -> str:
     if isinstance(value, str):
         return check_text(value, "prompt", where)
     if isinstance(value, dict) and "prompt" in value:
-        _check_fields(value, ("prompt",), where, unused, ("instruction", "input"))
+        check_fields(value, ("prompt",), where, unused, ("instruction", "input"))
         return check_text(value["prompt"], "prompt", where)
     if isinstance(value, dict) and "instruction" in value:
-        _check_fields(value, Record._fields, where, unused)
+        check_fields(value, _TEXTS, where, unused)
         input = "" if value.get("input") is None else value["input"]
         instruction = check_text(value["instruction"], "instruction", where)
         return format_prompt(instruction, check_text(input, "input", where))
@@ -305,7 +319,7 @@ def _prompt(value: object, where: str, unused: Counter[str]) -> str:
     )
 
 
-def _check_fields(
+def check_fields(
     value: dict[str, Any], used: tuple[str, ...], where: str, unused: Counter[str], also: tuple[str, ...] = ()
 ) -> None:
     """Counts the fields that are not used. Raises UserError for one that changes what the record means."""
@@ -317,13 +331,19 @@ def _check_fields(
             raise UserError(f"{where}: the field {name!r} is not used: is {plain.removesuffix('s')!r} meant?")
         if plain in _CHANGES_THE_MEANING or plain in also:
             raise UserError(
-                f"{where}: the field {name!r} changes what a record means, and it is not used: put its text into the "
-                "instruction or the input, or take the field out of the file."
+                f"{where}: the field {name!r} changes what a record means, and it is not used: {_advice(plain)}, or "
+                "take the field out of the file."
             )
         unused[name] += 1
 
 
-def _say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None:
+def _advice(field: str) -> str:
+    if field in _NEEDS_AN_ENCODER:
+        return "records with images need --encoder"
+    return "put its text into the instruction or the input"
+
+
+def say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None:
     if not lines:
         return
     records = "1 record has" if len(lines) == 1 else f"{len(lines)} records have"
@@ -336,7 +356,7 @@ def _say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None
     warn(f"{path}: {records} an empty {name} and {left} left out, at {_plural('line', lines)} {where}{more}.")
 
 
-def _say_unused(path: Path, unused: Counter[str]) -> None:
+def say_unused(path: Path, unused: Counter[str]) -> None:
     if unused:
         names = ", ".join(f"{name!r} (in {count})" for name, count in unused.items())
         note(f"{path}: these fields of records are not used: {names}.")

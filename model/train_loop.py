@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import LlamaAdapter
-from .data import Batch, Sample, batches, epoch_order
+from .data import Batch, Sample, batches
 from .errors import UserError
-from .llama import Llama
+from .llama import Adapter, Llama, about_images
 from .loss import answer_loss
+from .mixture import Mixture
 from .recipe import Recipe
 
 
@@ -36,10 +37,24 @@ class StepReport(NamedTuple):
 
 
 def make_optimizer(adapter: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the adapter's prompts and gates, with weight decay on both, as in the official script."""
-    return torch.optim.AdamW(
-        adapter.parameters(), lr=recipe.peak_lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    """AdamW over the adapter's prompts and gates, with weight decay on both, as in the official script.
+
+    Of a visual part, what is trained forms two more groups, with the learning rate times `recipe.projection_lr`:
+    matrices, and what has one dimension (biases, norms), which is not decayed.
+    """
+    of_adapter, matrices, others = [], [], []
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            visual = matrices if parameter.dim() > 1 else others
+            (of_adapter if "." not in name else visual).append(parameter)
+    groups = [
+        {"params": of_adapter, "lr_factor": 1.0, "weight_decay": recipe.weight_decay},
+        {"params": matrices, "lr_factor": recipe.projection_lr, "weight_decay": recipe.weight_decay},
+        {"params": others, "lr_factor": recipe.projection_lr, "weight_decay": 0.0},
+    ]
+    if not matrices and not others:  # the optimizer of checkpoints from before there was a visual part
+        groups = [{"params": of_adapter}]
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
 def train(
@@ -51,20 +66,23 @@ def train(
     *,
     first_step: int = 0,
     stop: Callable[[], bool] = lambda: False,
+    mixture: Mixture | None = None,
 ) -> Iterator[StepReport]:
     """Takes the optimizer steps from first_step to the recipe's last. Each item of the iterator is one step.
 
     The base must be frozen. A step's loss is the mean over all answer tokens of its samples, however many forward
     passes they take, so packing changes only rounding. `stop` is called after every pass. When it returns True, the
     unfinished step is dropped and the iterator ends: the parameters are those after the last step that was reported.
+    mixture: which samples an epoch has; None = every one once.
     """
-    steps_per_epoch = recipe.steps_per_epoch(len(samples))
+    mixture = mixture or Mixture.of([len(samples)])
+    steps_per_epoch = recipe.steps_per_epoch(mixture.size)
     order: list[int] = []
     for step in range(first_step, recipe.epochs * steps_per_epoch):
         began = time.perf_counter()
         epoch, index = divmod(step, steps_per_epoch)
         if not order or index == 0:
-            order = epoch_order(len(samples), recipe.seed, epoch)
+            order = mixture.order(recipe.seed, epoch)
         chosen = [samples[i] for i in order[index * recipe.batch_size : (index + 1) * recipe.batch_size]]
         passes = list(batches(chosen, recipe.max_tokens, packed=recipe.packed))
         num_answer_tokens = sum(batch.num_answer_tokens for batch in passes)
@@ -79,8 +97,9 @@ def train(
                 return
         learning_rate = recipe.learning_rate(step / steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        grad_norm = nn.utils.clip_grad_norm_(adapter.parameters(), recipe.max_grad_norm or math.inf).item()
+            group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm or math.inf).item()
         for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
             if not math.isfinite(value):  # a step would put it into the parameters and the next checkpoint
                 raise UserError(
@@ -98,9 +117,10 @@ def train(
         )
 
 
-def batch_loss(base: Llama, adapter: LlamaAdapter | None, batch: Batch, autocast: bool = False) -> Tensor:
+def batch_loss(base: Llama, adapter: Adapter | None, batch: Batch, autocast: bool = False) -> Tensor:
     """The sum of -log p over the batch's answer tokens: a float32 scalar."""
     batch = batch.to(base.device)
+    adapter = about_images(adapter, batch.images)
     with torch.autocast(base.device.type, torch.bfloat16, enabled=autocast):
         hidden = base.hidden_states(
             batch.tokens, adapter, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen

@@ -11,6 +11,7 @@ decoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ from ..errors import UserError
 from ..llama import Attention, Prompt
 from .config import FeatureConfig, VisualConfig
 from .projection import Standardise, make_projection
+
+
+class FeatureSource(Protocol):
+    """What gives the features of images, each a matrix [T, feature_size]: `model.vision.features.Features`."""
+
+    def of(self, paths: Sequence[str]) -> list[Tensor]:
+        """Of these image files, in order."""
+
+    def blank(self) -> Tensor:
+        """Of the image that stands for no image."""
 
 
 class VisualAdapter(LlamaAdapter):
@@ -48,6 +59,27 @@ class VisualAdapter(LlamaAdapter):
             )
         size = self.visual_config.feature_size
         self.standardise = Standardise(size) if self.visual_config.standardise else nn.Identity()
+        self.encoder_fingerprint = ""  # of the encoder that it is trained with; "" = not known
+        self.source: FeatureSource | None = None  # gives the features of image files
+
+    def about(self, images: Sequence[Sequence[str]]) -> SeeingAdapter:
+        """This adapter for one call of the base. images: for each sequence, the image files it is about, in order.
+
+        `source` gives their features, and, for an adapter that was trained so, those of the blank image that stands
+        for none. Raises UserError where there is no source, and for a file that is no image.
+        """
+        paths = list(dict.fromkeys(path for chosen in images for path in chosen))
+        blank = self.visual_config.blank_image and not all(images)
+        if self.source is None and (paths or blank):
+            what = "a blank image for sequences without one" if blank else "images"
+            raise UserError(f"the adapter sees {what}, and there is no encoder for them: pass --encoder.")
+        features = self.source.of(paths) if self.source is not None else []
+        places = {path: place for place, path in enumerate(paths)}
+        sets = [tuple(places[path] for path in chosen) for chosen in images]
+        if blank and self.source is not None:
+            features = [*features, self.source.blank()]
+            sets = [chosen or (len(paths),) for chosen in sets]
+        return self.with_images(features, sets)
 
     def with_images(self, features: Sequence[Tensor], images: Sequence[Sequence[int]]) -> SeeingAdapter:
         """This adapter for one call of the base, of as many sequences as `images` has.

@@ -12,6 +12,7 @@ from zinit_kernels.console import shown
 from ..errors import UserError
 
 TOKENS = ("class", "mean", "all", "patches")
+MOST_BLOCKS = 128
 LARGEST = 1 << 16  # of every size here; CLIP's and DINOv2's widest are 1664 and 1536
 
 
@@ -34,6 +35,8 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         if not self.layers or not all(type(layer) is int and abs(layer) < LARGEST for layer in self.layers):
             raise UserError(f"layers must be whole numbers, at least one, got {shown(self.layers)}.")
+        if type(self.projected) is not bool:
+            raise UserError(f"projected must be true or false, got {shown(self.projected)}.")
         if self.tokens not in TOKENS:
             raise UserError(f"tokens must be one of {', '.join(TOKENS)}, got {shown(self.tokens)}.")
         if self.channel_order not in ("rgb", "bgr"):
@@ -67,14 +70,23 @@ class VisualConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("bottleneck", "queries"):
             raise UserError(f"kind must be bottleneck or queries, got {shown(self.kind)}.")
-        for name, least in (("feature_size", 1), ("width", 1), ("blocks", 0), ("heads", 1)):
+        for name, least, most in (
+            ("feature_size", 1, LARGEST),
+            ("width", 1, LARGEST),
+            ("blocks", 0, MOST_BLOCKS),
+            ("heads", 1, LARGEST),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or not least <= value < LARGEST:
-                raise UserError(
-                    f"{name} must be a whole number from {least} to {LARGEST}, got {shown(value)}."
-                )
-        if not isinstance(self.mlp_ratio, (int, float)) or not 0 < self.mlp_ratio < LARGEST:
-            raise UserError(f"mlp_ratio must be a positive number, got {shown(self.mlp_ratio)}.")
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(f"{name} must be a whole number from {least} to {most}, got {shown(value)}.")
+        for name in ("standardise", "blank_image"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} must be true or false, got {shown(getattr(self, name))}.")
+        is_number = type(self.mlp_ratio) in (int, float)
+        if not is_number or self.mlp_ratio * self.width < 1 or not self.mlp_ratio < MOST_BLOCKS:
+            raise UserError(
+                f"mlp_ratio must be a number that gives 1 to {MOST_BLOCKS} widths, got {shown(self.mlp_ratio)}."
+            )
         if self.kind == "queries" and self.width % self.heads:
             raise UserError(f"width {self.width} must be a multiple of the {self.heads} heads.")
 

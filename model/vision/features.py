@@ -12,7 +12,7 @@ depends on that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -52,6 +52,11 @@ class Features:
         """Of everything but the image that features depend on."""
         text = f"{self.encoder.fingerprint} {to_json(self.config)} {self.convert}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Of each image file so far, the SHA-256 of its content."""
+        return self._names
 
     def of(self, paths: Sequence[str]) -> list[Tensor]:
         """The features of these files, in order. Raises UserError for one that is no image."""

@@ -11,7 +11,7 @@ TRITONS ?= 3.6.0 3.9.0
 # beside the pinned one: the last of the 4 series
 TRANSFORMERS ?= 4.57.6
 DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkpoints/test_official_parity.py
-CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
 

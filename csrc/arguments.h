@@ -7,48 +7,52 @@
 
 namespace zinit {
 
-inline void set_prompt(AttentionParams& p, const Device& device, Layout layout, const OptionalTensor& key,
+inline void set_prompt(AttentionParams& w, const Device& device, Layout layout, const OptionalTensor& key,
                        const OptionalTensor& value, const OptionalTensor& gate, const OptionalTensor& index) {
   ZINIT_CHECK(key.has_value() == value.has_value() && key.has_value() == gate.has_value(),
               "prompt_key, prompt_value and gate must be given together or not at all");
   ZINIT_CHECK(key.has_value() || !index.has_value(), "prompt_index needs prompt_key");
   if (!key.has_value()) return;
-  p.prompt_key = device.view(*key, "prompt_key", layout);
-  p.prompt_value = device.view(*value, "prompt_value", layout);
-  const int64_t N = key->size(0), P = key->size(token_dimension(layout)), Hkv = p.num_heads_kv;
+  w.prompt_key = device.view(*key, "prompt_key", layout);
+  w.prompt_value = device.view(*value, "prompt_value", layout);
+  const int64_t N = key->size(0), P = key->size(token_dimension(layout)), Hkv = w.num_heads_kv;
   const bool head_major = layout == Layout::kHeadMajor;
-  const std::initializer_list<int64_t> shape = {N, head_major ? Hkv : P, head_major ? P : Hkv, p.head_dim};
+  const std::initializer_list<int64_t> shape = {N, head_major ? Hkv : P, head_major ? P : Hkv, w.head_dim};
   check_shape(*key, "prompt_key", shape);
   check_shape(*value, "prompt_value", shape);
-  p.prompt_rows = N, p.prompt_length = P;
+  w.prompt_rows = N, w.prompt_length = P;
   ZINIT_CHECK(P <= 128, "prompt_key must hold at most 128 prompts, got ", P);
-  ZINIT_CHECK(p.prompt_key.dtype == p.prompt_value.dtype,
+  ZINIT_CHECK(w.prompt_key.dtype == w.prompt_value.dtype,
               "prompt_key and prompt_value must have one dtype, got ", key->scalar_type(), " and ",
               value->scalar_type());
   const bool has_rows = gate->dim() == 2;
-  p.gate_rows = has_rows ? gate->size(0) : 1;
-  p.gate = has_rows ? device.array<float>(*gate, "gate", ScalarType::Float, {p.gate_rows, p.num_heads_q})
-                    : device.array<float>(*gate, "gate", ScalarType::Float, {p.num_heads_q});
-  ZINIT_CHECK(p.gate_rows == 1 || p.gate_rows == N, "gate must have 1 row or one per prompt table row (", N,
-              "), got ", p.gate_rows);
-  p.prompt_index = device.array<int32_t>(index, "prompt_index", ScalarType::Int, {p.num_sequences});
-  ZINIT_CHECK(index.has_value() || N == 1 || N == p.num_sequences,
-              "prompt_key must have 1 row or one per sequence (", p.num_sequences,
+  w.gate_rows = has_rows ? gate->size(0) : 1;
+  const Array<const float> gates =
+      has_rows ? device.array<float>(*gate, "gate", ScalarType::Float, {w.gate_rows, w.num_heads_q})
+               : device.array<float>(*gate, "gate", ScalarType::Float, {w.num_heads_q});
+  w.gate = gates.data;
+  ZINIT_CHECK(w.gate_rows == 1 || w.gate_rows == N, "gate must have 1 row or one per prompt table row (", N,
+              "), got ", w.gate_rows);
+  w.prompt_index = device.array<int32_t>(index, "prompt_index", ScalarType::Int, {w.num_sequences});
+  ZINIT_CHECK(index.has_value() || N == 1 || N == w.num_sequences,
+              "prompt_key must have 1 row or one per sequence (", w.num_sequences,
               ") where no prompt_index is given, got ", N);
 }
 
-inline void set_rotary(DecodeParams& p, const Device& device, const OptionalTensor& cos,
-                       const OptionalTensor& sin, bool interleaved) {
+// `by_token`: whether there is a causal mask or a window.
+inline void set_rotary(DecodeParams& w, const Device& device, const OptionalTensor& cos,
+                       const OptionalTensor& sin, bool interleaved, bool by_token) {
   ZINIT_CHECK(cos.has_value() == sin.has_value(),
               "rotary_cos and rotary_sin must be given together, or neither");
   if (!cos.has_value()) return;
-  device.check(*cos, "rotary_cos");
-  p.rotary_dtype = dtype_of(*cos, "rotary_cos");
-  p.rotary_cos = device.array<void>(*cos, "rotary_cos", cos->scalar_type(), {-1, -1});
-  p.rotary_positions = cos->size(0), p.rotary_stride = cos->size(1), p.rotary_dim = 2 * cos->size(1);
-  p.rotary_sin = device.array<void>(*sin, "rotary_sin", cos->scalar_type(), {cos->size(0), cos->size(1)});
-  p.rotary_interleaved = interleaved;
-  ZINIT_CHECK(p.rotary_dim <= p.head_dim, "rotary_cos must have at most ", p.head_dim / 2, " columns, got ",
+  Rotary& rotary = w.rotary;
+  const ScalarType dtype = cos->scalar_type();
+  rotary.cos = device.array<void>(*cos, "rotary_cos", dtype, {-1, -1}).data;
+  rotary.dtype = dtype_of(*cos, "rotary_cos");
+  rotary.positions = cos->size(0), rotary.stride = cos->size(1), rotary.dim = 2 * cos->size(1);
+  rotary.sin = device.array<void>(*sin, "rotary_sin", dtype, {rotary.positions, rotary.stride}).data;
+  rotary.interleaved = interleaved, rotary.by_token = by_token, rotary.given = true;
+  ZINIT_CHECK(rotary.dim <= w.head_dim, "rotary_cos must have at most ", w.head_dim / 2, " columns, got ",
               cos->size(1));
 }
 

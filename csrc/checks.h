@@ -159,8 +159,12 @@ class Device {
     ZINIT_CHECK(strides.size() == 4, name, " must have 4 dimensions, got shape ", shape_string(tensor));
     ZINIT_CHECK(strides[3] == 1 || data == nullptr || tensor.size(3) <= 1, name,
                 " must be contiguous in its last dimension, got stride ", strides[3]);
-    return {data, strides[0], strides[head_dimension(layout)], strides[token_dimension(layout)],
-            dtype_of(tensor, name)};
+    return {data,
+            strides[0],
+            strides[head_dimension(layout)],
+            strides[token_dimension(layout)],
+            dtype_of(tensor, name),
+            true};
   }
 
   // The same for what a kernel reads 16 bytes at a time.
@@ -178,18 +182,18 @@ class Device {
 
   // A contiguous tensor of the given sizes (-1: any) that kernels read as a plain array.
   template <class T>
-  const T* array(const Tensor& tensor, const char* name, ScalarType dtype,
-                 std::initializer_list<int64_t> sizes) const {
+  Array<const T> array(const Tensor& tensor, const char* name, ScalarType dtype,
+                       std::initializer_list<int64_t> sizes) const {
     const void* data = check(tensor, name);
     check_shape(tensor, name, sizes);
     ZINIT_CHECK(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
     ZINIT_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-    return static_cast<const T*>(data);
+    return {static_cast<const T*>(data), true};
   }
   template <class T>
-  const T* array(const OptionalTensor& tensor, const char* name, ScalarType dtype,
-                 std::initializer_list<int64_t> sizes) const {
-    return tensor.has_value() ? array<T>(*tensor, name, dtype, sizes) : nullptr;
+  Array<const T> array(const OptionalTensor& tensor, const char* name, ScalarType dtype,
+                       std::initializer_list<int64_t> sizes) const {
+    return tensor.has_value() ? array<T>(*tensor, name, dtype, sizes) : Array<const T>{};
   }
 
   Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from .checkpoints import WRITABLE, CheckpointError, save_adapter
 from .checkpoints.formats import identify
 from .console import Parser, printable, refuse, run
-from .inspect import source_arguments
+from .inspect import source_arguments, told_by
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-loss", action="store_true", help="write only what DST's format can hold")
     told = parser.parse_args(arguments)
     try:
-        format, checkpoint = identify(
-            told.source, told.prompt_length, told.activation, told.layout, told.num_heads, told.stack
-        )
+        format, checkpoint = identify(told.source, told_by(told))
         save_adapter(told.destination, checkpoint, told.to, allow_loss=told.allow_loss)
     except (CheckpointError, OSError) as error:
         return refuse(error)

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 
-from .checkpoints.adapter import AdapterCheckpoint, CheckpointError, name_of
+from .checkpoints.adapter import AdapterCheckpoint, CheckpointError, Told, name_of
 from .checkpoints.formats import identify
 from .checkpoints.litgpt import LAYOUTS
 from .console import Parser, refuse, run, shortened
@@ -62,6 +62,11 @@ def source_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def told_by(options: argparse.Namespace) -> Told:
+    """The answers to `source_arguments`."""
+    return Told(options.prompt_length, options.layout, options.stack, options.activation, options.num_heads)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; the exit status."""
     parser = Parser(prog="python -m zinit_kernels.inspect", description=__doc__)
@@ -69,14 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = parser.parse_args(arguments)
     try:
         # a litgpt file can be looked at without knowing which rows it was trained through
-        found = identify(
-            told.source,
-            told.prompt_length,
-            told.activation,
-            told.layout or "blocked",
-            told.num_heads,
-            told.stack,
-        )
+        found = identify(told.source, told_by(told)._replace(layout=told.layout or "blocked"))
     except (CheckpointError, OSError) as error:
         return refuse(error)
     print(describe(*found))

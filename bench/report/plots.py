@@ -219,26 +219,32 @@ def speeds_of_ours(rows: Sequence[Measured], other: str) -> list[float]:
     return [v for m in rows if m.row.provider in OUR_STYLES and (v := m.row.speed_over(other)) is not None]
 
 
+def grid_of_lines(
+    chosen: Sequence[Measured], by: str, values: Sequence[str], x: str, y: str
+) -> tuple[Any, Any]:
+    """(figure, axes): a row of panels for each value of the column `by`, a column of panels for each dtype."""
+    dtypes = dtypes_of(m.row for m in chosen)
+    figure, axes = panels(len(values), len(dtypes), 3.4)
+    for i, value in enumerate(values):
+        for j, dtype in enumerate(dtypes):
+            rows = [m.row for m in chosen if (getattr(m.row, by), m.row.dtype) == (value, dtype)]
+            lines(axes[i, j], rows, x, y)
+    return figure, axes
+
+
 def attention(rows: Sequence[Measured]) -> tuple[Any, str] | None:
     """Useful TFLOP/s against T: a row of panels for each mode, a column for each dtype."""
     chosen = [m for m in swept(rows, "attention") if m.row.tflops is not None]
     modes = [mode for mode in ("forward", "forward+backward") if any(m.row.mode == mode for m in chosen)]
     if not modes:
         return None
-    dtypes = dtypes_of(m.row for m in chosen)
-    figure, axes = panels(len(modes), len(dtypes), 3.4)
+    figure, axes = grid_of_lines(chosen, "mode", modes, "seqlen_q", "tflops")
     for i, mode in enumerate(modes):
-        for j, dtype in enumerate(dtypes):
-            axis = axes[i, j]
-            lines(
-                axis,
-                [m.row for m in chosen if (m.row.mode, m.row.dtype) == (mode, dtype)],
-                "seqlen_q",
-                "tflops",
-            )
+        axes[i, 0].set_ylabel("useful TFLOP/s")
+        for axis, dtype in zip(axes[i], dtypes_of(m.row for m in chosen), strict=True):
             axis.set_title(f"{mode.replace('+', ' + ')}, {dtype}")
-            axis.set_ylabel("useful TFLOP/s" if j == 0 else "")
-            axis.set_xlabel("tokens T" if i == len(modes) - 1 else "")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens T")
     legend(figure, axes)
     speeds = speeds_of_ours(chosen, "plain SDPA")
     title = "Attention over whole sequences"
@@ -252,21 +258,14 @@ def decode(rows: Sequence[Measured]) -> tuple[Any, str] | None:
     chosen = swept(rows, "decode")
     if not chosen:
         return None
-    dtypes = dtypes_of(m.row for m in chosen)
     layouts = list(dict.fromkeys(m.row.layout for m in chosen))
-    figure, axes = panels(len(layouts), len(dtypes), 3.4)
+    figure, axes = grid_of_lines(chosen, "layout", layouts, "seqlen_k", "gbps")
     for i, layout in enumerate(layouts):
-        for j, dtype in enumerate(dtypes):
-            axis = axes[i, j]
-            lines(
-                axis,
-                [m.row for m in chosen if (m.row.layout, m.row.dtype) == (layout, dtype)],
-                "seqlen_k",
-                "gbps",
-            )
+        axes[i, 0].set_ylabel("GB/s of the cache")
+        for axis, dtype in zip(axes[i], dtypes_of(m.row for m in chosen), strict=True):
             axis.set_title(f"{layout} cache, {dtype}")
-            axis.set_ylabel("GB/s of the cache" if j == 0 else "")
-            axis.set_xlabel("keys S in the cache" if i == len(layouts) - 1 else "")
+    for axis in axes[-1]:
+        axis.set_xlabel("keys S in the cache")
     legend(figure, axes)
     speeds = speeds_of_ours(chosen, "SDPA twice + add")
     title = "Decode of one token"

@@ -2,39 +2,11 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "decode_work.h"
+#include "plan.h"
 #include "run_stage.h"
 
 namespace zinit::cpu {
 namespace {
-
-// Items for every thread to take, of nearly equal number; keys are split only where sequences and heads do
-// not suffice.
-void plan(DecodeWork& w, int64_t longest) {
-  constexpr int64_t kRunBytes = 4096;  // of a token-major cache read in one piece
-  constexpr int64_t kStateBytes =
-      1 << 18;  // queries and accumulators of an item, half of a level 2 cache at most
-  constexpr int64_t kKeysWorthASplit = 256;
-  const int64_t group = w.num_heads_q / w.num_heads_kv;
-  w.query_block = std::clamp<int64_t>(kDecodeRows / group, 1, std::max<int64_t>(w.seqlen_q, 1));
-  w.query_blocks = (w.seqlen_q + w.query_block - 1) / w.query_block;
-  w.heads_per_item = 1;
-  if (w.key_cache.head < w.key_cache.token) {
-    const int64_t row_bytes = w.head_dim * (w.query.dtype == DType::kFloat32 ? 4 : 2);
-    const int64_t head_state = group * w.query_block * partial_size(w.head_dim) * 8;
-    w.heads_per_item = std::min((kRunBytes + row_bytes - 1) / row_bytes, kStateBytes / head_state);
-    w.heads_per_item = std::clamp<int64_t>(w.heads_per_item, 1, w.num_heads_kv);
-  }
-  w.head_blocks = (w.num_heads_kv + w.heads_per_item - 1) / w.heads_per_item;
-
-  const int64_t most = std::max<int64_t>(longest / kKeysWorthASplit, 1),
-                threads = torch::stable::get_num_threads();
-  const int64_t blocks = w.num_sequences * w.query_blocks * w.head_blocks;
-  w.splits = std::clamp<int64_t>(w.num_splits, 1, std::max<int64_t>(longest, 1));
-  if (w.num_splits == 0) {
-    while (w.splits < most && busy_share(blocks * w.splits, threads) < 0.9) ++w.splits;
-  }
-}
 
 std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                   const OptionalTensor& new_key, const OptionalTensor& new_value,
@@ -84,11 +56,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
     w.page_size = S, w.num_pages = key_cache.size(0), w.seqlen_k = w.block_table_stride * S;
   }
   set_mask(w, scale, window_left, window_right, tanh_gate);
-  w.rotate_by_token = window_left >= 0 || window_right >= 0;
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
-  set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved);
-  plan(w, copy_lengths(w, copies));
+  set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);
+  plan_decode(w, copy_lengths(w, copies), torch::stable::get_num_threads());
 
   Tensor out = device.empty_contiguous({B, T, Hq, D}, query.scalar_type());
   Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
@@ -96,7 +67,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   w.lse = static_cast<float*>(lse.data_ptr());
   OptionalTensor partials;
   if (w.splits > 1) {
-    partials = device.empty_contiguous({B * Hq * T * w.splits * partial_size(D)}, ScalarType::Float);
+    partials = device.empty_contiguous({decode_partial_floats(w)}, ScalarType::Float);
     w.partials = static_cast<float*>(partials->data_ptr());
   }
   run_stage(kernels().decode_append, w);

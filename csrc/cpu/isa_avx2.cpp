@@ -1,3 +1,3 @@
 #define ZINIT_ISA_NAME "avx2"
 #define ZINIT_KERNEL_TABLE kAvx2Kernels
-#include "table.inl"
+#include "table.h"

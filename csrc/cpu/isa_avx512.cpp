@@ -1,3 +1,3 @@
 #define ZINIT_ISA_NAME "avx512"
 #define ZINIT_KERNEL_TABLE kAvx512Kernels
-#include "table.inl"
+#include "table.h"

@@ -1,3 +1,3 @@
 #define ZINIT_ISA_NAME "avx512_bf16"
 #define ZINIT_KERNEL_TABLE kAvx512Bf16Kernels
-#include "table.inl"
+#include "table.h"

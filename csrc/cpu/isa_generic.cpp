@@ -1,3 +1,3 @@
 #define ZINIT_ISA_NAME "default"
 #define ZINIT_KERNEL_TABLE kGenericKernels
-#include "table.inl"
+#include "table.h"

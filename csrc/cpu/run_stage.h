@@ -1,10 +1,11 @@
 // Runs a stage on torch's own threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 
-#include "../torch_stable.h"
+#include "../checks.h"
 #include "kernels.h"
 
 namespace zinit::cpu {
@@ -24,19 +25,13 @@ inline void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-// The share of the threads' time that has work, if all items cost the same.
-inline double busy_share(int64_t items, int64_t threads) {
-  const int64_t rounds = (items + threads - 1) / threads;
-  return static_cast<double>(items) / static_cast<double>(rounds * threads);
-}
-
-// Threads take the next item from a counter, since causal query blocks and ragged sequences cost unequal
+// Threads take the next item from a counter, because causal query blocks and ragged sequences cost unequal
 // amounts. Which thread runs an item never changes its result.
-template <class Params>
-void run_stage(const Stage<Params>& stage, const Params& params) {
-  const int64_t items = stage.items(params);
+template <class Work>
+void run_stage(const Stage<Work>& stage, const Work& work) {
+  const int64_t items = stage.items(work);
   if (items == 0) return;
-  const int64_t bytes = stage.scratch_bytes(params);
+  const int64_t bytes = stage.scratch_bytes(work);
   const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
@@ -48,7 +43,7 @@ void run_stage(const Stage<Params>& stage, const Params& params) {
       return;
     }
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      stage.run(params, item, item + 1, scratch);
+      stage.run(work, item, item + 1, scratch);
     }
   });
   ZINIT_CHECK(!out_of_memory, "out of memory: a thread needs ", bytes, " bytes of scratch");

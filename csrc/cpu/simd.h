@@ -1,5 +1,5 @@
-// The float vector of the instruction set this file is compiled for, with loads and stores of every element
-// type.
+// The float vector of the instruction set that this file is compiled for, with loads and stores of every
+// element type.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -18,20 +18,20 @@ constexpr double kLn2 = 0.693147180559945309;
 constexpr float kMaxFloat = 3.40282347e38f;
 constexpr float kInfinity = __builtin_inff();
 
-// 2^x within 1.5 units in the last place, for x <= 127; x must not be infinite (clamp it: exp2_clamped).
-// x = n + r with |r| <= 1/2; 2^r by its minimax polynomial (relative error 9.2e-8).
+// 2^x within 1.5 units in the last place, for x <= 127. x must not be infinite; exp2_clamped takes that too.
+// x = n + r with |r| <= 1/2, and 2^r by its minimax polynomial (relative error 9.2e-8).
 inline Vec exp2(Vec x) {
   const Vec n = round_nearest(x), r = x - n;
-  Vec p = broadcast(1.326472689e-3f);
-  p = fma(p, r, broadcast(9.671512910e-3f));
-  p = fma(p, r, broadcast(5.550733747e-2f));
-  p = fma(p, r, broadcast(2.402224208e-1f));
-  p = fma(p, r, broadcast(6.931469776e-1f));
-  p = fma(p, r, broadcast(1.f));
-  return scale_by_power(p, n);
+  Vec y = broadcast(1.326472689e-3f);
+  y = fma(y, r, broadcast(9.671512910e-3f));
+  y = fma(y, r, broadcast(5.550733747e-2f));
+  y = fma(y, r, broadcast(2.402224208e-1f));
+  y = fma(y, r, broadcast(6.931469776e-1f));
+  y = fma(y, r, broadcast(1.f));
+  return scale_by_power(y, n);
 }
 
-// min and max return their second operand where one is NaN: NaN stays.
+// max returns its second operand where one of the two is NaN, so NaN stays.
 inline Vec exp2_clamped(Vec x) { return exp2(max(broadcast(-200.f), x)); }
 
 }  // namespace

@@ -32,6 +32,9 @@ inline Vec scale_by_power(Vec a, Vec n) {
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_and_ps(normal, _mm256_castsi256_ps(power)))};
 }
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
+// min(|a|, |b|)
+inline Vec min_abs(Vec a, Vec b) { return min(abs(a), abs(b)); }
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
@@ -75,7 +78,7 @@ inline void store(T* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// The first n lanes, 0 <= n <= kLanes. The rest read as zero and are not written; memory past them is not
 // touched.
 template <class T>
 inline Vec load_first(const T* p, int64_t n) {
@@ -91,7 +94,7 @@ inline void store_first(T* p, int64_t n, Vec a) {
 }
 
 // In place: rows[i] lane j <-> rows[j] lane i.
-inline void transpose(Vec rows[8]) {
+[[gnu::always_inline]] inline void transpose(Vec rows[8]) {
   __m256 t[8];
   for (int i = 0; i < 8; i += 4) {  // 4 x 4 blocks inside the 128-bit lanes
     const __m256 a = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v),

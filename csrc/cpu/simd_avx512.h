@@ -32,6 +32,9 @@ inline Vec round_nearest(Vec a) {
 }
 // a * 2^n for whole n; saturates to 0 and infinity.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// min(|a|, |b|)
+inline Vec min_abs(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0b1010)}; }
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};
@@ -50,17 +53,18 @@ inline __m256i narrow(Vec a, Float16) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline __m256i narrow(Vec a, BFloat16) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(a.v);
-#else
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
-#endif
 }
+#if defined(__AVX512BF16__)
+// In one instruction, which rounds numbers below 2^-126 to 0: for the operands of vdpbf16ps, which does the
+// same.
+inline __m256i narrow_operand(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+#endif
 template <class T>
 inline Vec load(const T* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
@@ -71,7 +75,7 @@ inline void store(T* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// The first n lanes, 0 <= n <= kLanes. The rest read as zero and are not written; memory past them is not
 // touched.
 inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -86,7 +90,7 @@ inline void store_first(T* p, int64_t n, Vec a) {
 }
 
 // In place: rows[i] lane j <-> rows[j] lane i.
-inline void transpose(Vec rows[16]) {
+[[gnu::always_inline]] inline void transpose(Vec rows[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 4) {  // 4 x 4 blocks inside the 128-bit lanes
     const __m512 a = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v),

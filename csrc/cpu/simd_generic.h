@@ -26,6 +26,9 @@ inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec abs(Vec a) { return {(FloatLanes)((IntLanes)a.v & 0x7fffffff)}; }
+// min(|a|, |b|)
+inline Vec min_abs(Vec a, Vec b) { return min(abs(a), abs(b)); }
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) { return {a.v >= b.v ? x.v : y.v}; }
 inline Vec round_nearest(Vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; larger numbers have none
@@ -61,7 +64,7 @@ inline void store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
 }
 
-// The first n lanes, 0 <= n <= kLanes: the rest read as zero and are not written; memory past them is not
+// The first n lanes, 0 <= n <= kLanes. The rest read as zero and are not written; memory past them is not
 // touched.
 template <class T>
 inline Vec load_first(const T* p, int64_t n) {
@@ -75,7 +78,7 @@ inline void store_first(T* p, int64_t n, Vec a) {
 }
 
 // In place: rows[i] lane j <-> rows[j] lane i.
-inline void transpose(Vec rows[4]) {
+[[gnu::always_inline]] inline void transpose(Vec rows[4]) {
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < i; ++j) {
       const float x = rows[i].v[j];

@@ -28,13 +28,13 @@ inline void check_launch(const char* operation) {
 }
 
 // What all kernels were compiled for.
-inline void check_limits(const AttentionParams& p) {
-  const int64_t D = p.head_dim;
+inline void check_limits(const AttentionParams& w) {
+  const int64_t D = w.head_dim;
   ZINIT_CHECK(D == 64 || D == 80 || D == 96 || D == 128 || D == 256,
               "head_dim must be 64, 80, 96, 128 or 256, got ", D);
-  ZINIT_CHECK(p.num_heads_kv > 0 && p.num_heads_q > 0 && p.num_heads_q % p.num_heads_kv == 0, "the ",
-              p.num_heads_q, " query heads must be a multiple of the ", p.num_heads_kv, " key/value heads");
-  ZINIT_CHECK(p.num_sequences <= 65535 && p.num_heads_q <= 65535, "at most 65535 sequences and heads");
+  ZINIT_CHECK(w.num_heads_kv > 0 && w.num_heads_q > 0 && w.num_heads_q % w.num_heads_kv == 0, "the ",
+              w.num_heads_q, " query heads must be a multiple of the ", w.num_heads_kv, " key/value heads");
+  ZINIT_CHECK(w.num_sequences <= 65535 && w.num_heads_q <= 65535, "at most 65535 sequences and heads");
 }
 
 // What the tensor cores take.

@@ -10,37 +10,37 @@
 namespace zinit::cuda {
 namespace {
 
-void set_cache(DecodeParams& p, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
+void set_cache(DecodeParams& w, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
                const Tensor& cache_seqlens, const OptionalTensor& block_table) {
   const int64_t S = key_cache.size(1);
   check_shape(key_cache, "key_cache",
-              {block_table.has_value() ? -1 : p.num_sequences, S, p.num_heads_kv, p.head_dim});
-  check_shape(value_cache, "value_cache", {key_cache.size(0), S, p.num_heads_kv, p.head_dim});
-  ZINIT_CHECK(p.key_cache.dtype == p.query.dtype && p.value_cache.dtype == p.query.dtype,
+              {block_table.has_value() ? -1 : w.num_sequences, S, w.num_heads_kv, w.head_dim});
+  check_shape(value_cache, "value_cache", {key_cache.size(0), S, w.num_heads_kv, w.head_dim});
+  ZINIT_CHECK(w.key_cache.dtype == w.query.dtype && w.value_cache.dtype == w.query.dtype,
               "key_cache and value_cache must have the query's dtype, got ", key_cache.scalar_type(), " and ",
               value_cache.scalar_type());
-  p.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {p.num_sequences});
-  p.seqlen_k = S;
-  p.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {p.num_sequences, -1});
+  w.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {w.num_sequences});
+  w.seqlen_k = S;
+  w.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {w.num_sequences, -1});
   if (block_table.has_value()) {
-    p.block_table_stride = block_table->size(1);
-    p.page_size = S, p.num_pages = key_cache.size(0), p.seqlen_k = S * p.block_table_stride;
-    ZINIT_CHECK(S > 0 && p.num_pages > 0, "key_cache must have a page of at least one key");
+    w.block_table_stride = block_table->size(1);
+    w.page_size = S, w.num_pages = key_cache.size(0), w.seqlen_k = S * w.block_table_stride;
+    ZINIT_CHECK(S > 0 && w.num_pages > 0, "key_cache must have a page of at least one key");
   }
-  ZINIT_CHECK(p.seqlen_k < kRowsAtMost && p.num_pages < kRowsAtMost, "the cache must have fewer than ",
-              kRowsAtMost, " positions a sequence and as many pages");
+  ZINIT_CHECK(w.seqlen_k < kMaxRows && w.num_pages < kMaxRows, "the cache must have fewer than ", kMaxRows,
+              " positions a sequence and as many pages");
 }
 
-void set_new_tokens(DecodeParams& p, const Device& device, const OptionalTensor& key,
+void set_new_tokens(DecodeParams& w, const Device& device, const OptionalTensor& key,
                     const OptionalTensor& value) {
   ZINIT_CHECK(key.has_value() == value.has_value(), "new_key and new_value must be given together");
   if (!key.has_value()) return;
-  p.new_key = device.view(*key, "new_key", Layout::kTokenMajor);
-  p.new_value = device.view(*value, "new_value", Layout::kTokenMajor);
-  p.seqlen_new = key->size(1);
-  check_shape(*key, "new_key", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
-  check_shape(*value, "new_value", {p.num_sequences, p.seqlen_new, p.num_heads_kv, p.head_dim});
-  ZINIT_CHECK(p.new_key.dtype == p.query.dtype && p.new_value.dtype == p.query.dtype,
+  w.new_key = device.view(*key, "new_key", Layout::kTokenMajor);
+  w.new_value = device.view(*value, "new_value", Layout::kTokenMajor);
+  w.seqlen_new = key->size(1);
+  check_shape(*key, "new_key", {w.num_sequences, w.seqlen_new, w.num_heads_kv, w.head_dim});
+  check_shape(*value, "new_value", {w.num_sequences, w.seqlen_new, w.num_heads_kv, w.head_dim});
+  ZINIT_CHECK(w.new_key.dtype == w.query.dtype && w.new_value.dtype == w.query.dtype,
               "new_key and new_value must have the query's dtype");
 }
 
@@ -54,31 +54,30 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
                                        int64_t num_splits) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
-  DecodeParams p{};
-  p.query = device.view(query, "query", Layout::kTokenMajor);
-  p.key_cache = device.aligned_view(key_cache, "key_cache", Layout::kTokenMajor);
-  p.value_cache = device.aligned_view(value_cache, "value_cache", Layout::kTokenMajor);
+  DecodeParams w{};
+  w.query = device.view(query, "query", Layout::kTokenMajor);
+  w.key_cache = device.aligned_view(key_cache, "key_cache", Layout::kTokenMajor);
+  w.value_cache = device.aligned_view(value_cache, "value_cache", Layout::kTokenMajor);
   const int64_t B = query.size(0), T = query.size(1), Hq = query.size(2), D = query.size(3);
-  p.num_sequences = B, p.num_heads_q = Hq, p.num_heads_kv = key_cache.size(2), p.head_dim = D, p.seqlen_q = T;
-  p.scale = static_cast<float>(scale), p.tanh_gate = tanh_gate, p.num_splits = num_splits;
-  p.window_left = window_left, p.window_right = window_right;
-  p.rotate_by_token = window_left >= 0 || window_right >= 0;
-  set_cache(p, device, key_cache, value_cache, cache_seqlens, block_table);
-  set_new_tokens(p, device, new_key, new_value);
-  set_prompt(p, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
-  set_rotary(p, device, rotary_cos, rotary_sin, rotary_interleaved);
-  ZINIT_CHECK(!rotary_cos.has_value() || p.rotary_positions > 0, "rotary_cos must have a position");
+  w.num_sequences = B, w.num_heads_q = Hq, w.num_heads_kv = key_cache.size(2), w.head_dim = D, w.seqlen_q = T;
+  w.scale = static_cast<float>(scale), w.tanh_gate = tanh_gate, w.num_splits = num_splits;
+  w.window_left = window_left, w.window_right = window_right;
+  set_cache(w, device, key_cache, value_cache, cache_seqlens, block_table);
+  set_new_tokens(w, device, new_key, new_value);
+  set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
+  set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);
+  ZINIT_CHECK(!w.rotary.given || w.rotary.positions > 0, "rotary_cos must have a position");
   ZINIT_CHECK(num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", num_splits);
-  check_limits(p);
+  check_limits(w);
 
   Tensor out = device.empty_contiguous({B, T, Hq, D}, query.scalar_type());
   Tensor lse = device.empty_contiguous({B, Hq, T}, ScalarType::Float);
-  p.out = device.view(out, "out", Layout::kTokenMajor);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  if (std::max(p.seqlen_q, p.seqlen_new) > kNewTokensAtMost) {
+  w.out = device.view(out, "out", Layout::kTokenMajor);
+  w.lse = static_cast<float*>(lse.data_ptr());
+  if (std::max(w.seqlen_q, w.seqlen_new) > kMaxNewTokens) {
     device.aligned_view(query, "query", Layout::kTokenMajor);
-    check_half_precision(p.query);
-    prefill(prefill_params(p), current_stream(device.index()));
+    check_half_precision(w.query);
+    prefill(prefill_params(w), current_stream(device.index()));
     check_launch("decode_cuda");
     return {out, lse};
   }
@@ -87,10 +86,10 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
   int multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index()),
              "cudaDeviceGetAttribute");
-  const DecodePlan plan = plan_decode(multiprocessors, B, p.num_heads_kv, T * (Hq / p.num_heads_kv),
-                                      p.seqlen_k, p.page_size, p.query.dtype != DType::kFloat32, num_splits);
+  const DecodePlan plan = plan_decode(multiprocessors, B, w.num_heads_kv, T * (Hq / w.num_heads_kv),
+                                      w.seqlen_k, w.page_size, w.query.dtype != DType::kFloat32, num_splits);
   Tensor workspace = device.empty_contiguous({workspace_floats(plan, B, Hq, T, D)}, ScalarType::Float);
-  decode(p, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index()));
+  decode(w, plan, static_cast<float*>(workspace.data_ptr()), current_stream(device.index()));
   check_launch("decode_cuda");
   return {out, lse};
 }

@@ -33,15 +33,15 @@ struct Sequence {
 
   __device__ Sequence(const CacheWork& w, int b) : index(b) {
     const auto capacity = static_cast<int>(w.seqlen_k);
-    length = min(max(w.cache_seqlens[b], 0), capacity);
-    appended = w.new_key.data ? min(static_cast<int>(w.seqlen_new), capacity - length) : 0;
+    length = min(max(w.cache_seqlens.data[b], 0), capacity);
+    appended = min(static_cast<int>(w.seqlen_new), capacity - length);
     total = length + appended;
   }
 };
 
 // The page that the table names; one outside the pool gives -1.
 __device__ __forceinline__ int page_of(const CacheWork& w, int sequence, int index) {
-  const int page = w.block_table[sequence * w.block_table_stride + index];
+  const int page = w.block_table.data[sequence * w.block_table_stride + index];
   return page >= 0 && page < w.num_pages ? page : -1;
 }
 
@@ -51,21 +51,22 @@ template <class T, int N>
 __device__ __forceinline__ void rotate(const CacheWork& w, const T* row, int d, int position, T (&to)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) to[i] = row[d + i];
-  if (!w.rotary_cos || d >= w.rotary_dim) return;
-  const int turned = static_cast<int>(w.rotary_dim), half = turned / 2;
-  const int64_t angles = min(static_cast<int64_t>(position), w.rotary_positions - 1) * w.rotary_stride;
+  const Rotary& rotary = w.rotary;
+  if (!rotary.given || d >= rotary.dim) return;
+  const int turned = static_cast<int>(rotary.dim), half = turned / 2;
+  const int64_t angles = min(static_cast<int64_t>(position), rotary.positions - 1) * rotary.stride;
   T partner[N];
   int pair[N];
   bool second[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int at = min(d + i, turned - 1);
-    second[i] = w.rotary_interleaved ? at % 2 : at >= half;
-    pair[i] = w.rotary_interleaved ? at / 2 : second[i] ? at - half : at;
-    partner[i] = row[w.rotary_interleaved ? at ^ 1 : second[i] ? at - half : at + half];
+    second[i] = rotary.interleaved ? at % 2 : at >= half;
+    pair[i] = rotary.interleaved ? at / 2 : second[i] ? at - half : at;
+    partner[i] = row[rotary.interleaved ? at ^ 1 : second[i] ? at - half : at + half];
   }
-  with_elements(w.rotary_cos, w.rotary_dtype, [&](const auto* cosines) {
-    const auto* sines = static_cast<decltype(cosines)>(w.rotary_sin);
+  with_elements(rotary.cos, rotary.dtype, [&](const auto* cosines) {
+    const auto* sines = static_cast<decltype(cosines)>(rotary.sin);
     std::remove_cvref_t<decltype(*cosines)> cosine[N], sine[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) cosine[i] = cosines[angles + pair[i]], sine[i] = sines[angles + pair[i]];
@@ -90,7 +91,7 @@ template <class T>
 __device__ __forceinline__ void write_to_cache(const CacheWork& w, int sequence, int kv_head, int position,
                                                int d, T key, T value) {
   int page = sequence, slot = position;
-  if (w.block_table) {
+  if (w.block_table.given) {
     const int index = w.by_page.quotient(position);
     page = page_of(w, sequence, index);
     slot = position - index * static_cast<int>(w.page_size);

@@ -1,9 +1,14 @@
-// Elements in memory and the floats that are computed with.
+// Elements in memory, and the floats that the kernels compute with.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "../params.h"
+#include "block.h"
 #include "device.cuh"
 
 namespace zinit::cuda {
@@ -37,7 +42,10 @@ __device__ __forceinline__ void unpack(const uint4& vector, float (&to)[kPerVect
   for (int i = 0; i < kPerVector<T>; ++i) to[i] = to_float(elements[i]);
 }
 
-// Two floats, rounded by one instruction, in one register; `low` is the element that comes first in memory.
+// False for NaN too.
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// Two floats, rounded by one instruction, in one register. `low` is the element that comes first in memory.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t word;
@@ -51,8 +59,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return word;
 }
 
-// f(elements) of data of any dtype. Inside f there is no branch on the dtype for each element, which would
-// make each load wait for the one before.
+// f(elements) of data of any dtype. Inside f there is no branch on the dtype for each element: with one, each
+// load would wait for the one before.
 template <class F>
 __device__ __forceinline__ void with_elements(const void* data, DType dtype, const F& f) {
   switch (dtype) {
@@ -60,9 +68,50 @@ __device__ __forceinline__ void with_elements(const void* data, DType dtype, con
       return f(static_cast<const float*>(data));
     case DType::kBFloat16:
       return f(static_cast<const bf16*>(data));
-    default:
+    case DType::kFloat16:
       return f(static_cast<const fp16*>(data));
   }
+}
+
+// On the host: f.operator()<T>() for the element type that `dtype` names.
+template <class F>
+void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f.template operator()<float>();
+    case DType::kBFloat16:
+      return f.template operator()<bf16>();
+    case DType::kFloat16:
+      return f.template operator()<fp16>();
+  }
+  throw std::invalid_argument("there is no dtype " + std::to_string(static_cast<int>(dtype)));
+}
+
+// The same for what the tensor cores take.
+template <class F>
+void with_half_dtype(DType dtype, const F& f) {
+  with_dtype(dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) return f.template operator()<T>();
+    throw std::invalid_argument("the tensor cores take bfloat16 and float16, not float32");
+  });
+}
+
+// On the host: f.operator()<D>() for a head_dim that the kernels are compiled for.
+template <class F>
+void with_head_dim(int64_t head_dim, const F& f) {
+  switch (head_dim) {
+    case 64:
+      return f.template operator()<64>();
+    case 80:
+      return f.template operator()<80>();
+    case 96:
+      return f.template operator()<96>();
+    case 128:
+      return f.template operator()<128>();
+    case 256:
+      return f.template operator()<256>();
+  }
+  throw std::invalid_argument("head_dim must be 64, 80, 96, 128 or 256, got " + std::to_string(head_dim));
 }
 
 template <class T>

@@ -6,8 +6,8 @@ namespace zinit::cuda {
 
 // The row of the prompt table that a sequence takes; -1 = none, which an index outside the table also means.
 __device__ __forceinline__ int prompt_row(const AttentionParams& w, int sequence) {
-  if (!w.prompt_key.data || w.prompt_length == 0) return -1;
-  const int row = w.prompt_index ? w.prompt_index[sequence] : w.prompt_rows == 1 ? 0 : sequence;
+  if (!w.prompt_key.given || w.prompt_length == 0) return -1;
+  const int row = w.prompt_index.given ? w.prompt_index.data[sequence] : w.prompt_rows == 1 ? 0 : sequence;
   return row >= 0 && row < w.prompt_rows ? row : -1;
 }
 

@@ -1,5 +1,7 @@
 """What a query does not see has no influence on it, whatever it holds; and nothing seen still has a gradient."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from zinit_kernels import (
     zero_init_attention_with_kvcache,
 )
 
-BACKENDS = ["composed", "reference"]
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.native), "composed", "reference"]
+MASKS = ["causal", "window", "padding", "padding_and_causal"]
+DENSE_MASKS = ["dense", "additive"]  # no kernel takes these
 BROKEN = {"nan": float("nan"), "inf": float("inf"), "minus_inf": float("-inf")}
 
 
@@ -41,10 +45,15 @@ def whole(hidden):
     return query, key, value, options, visible.expand(2, 2, 9, 9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "hidden, backend",
+    [
+        *(pytest.param(hidden, "cpu", marks=pytest.mark.native) for hidden in MASKS),
+        *itertools.product([*MASKS, *DENSE_MASKS], ["composed", "reference"]),
+    ],
+)
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.parametrize("where", ["key", "value"])
-@pytest.mark.parametrize("hidden", ["causal", "window", "dense", "additive", "padding", "padding_and_causal"])
 def test_a_broken_key_reaches_only_the_queries_that_see_it(hidden, where, what, backend):
     query, key, value, options, visible = whole(hidden)
     prompts = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), 0.5
@@ -85,9 +94,8 @@ def test_packed_sequences_keep_theirs_to_themselves(where, backend):
     options = dict(causal=True, window_size=(3, -1), backend=backend)
     run = lambda: zero_init_attention_varlen(q, k, v, None, None, None, bounds, bounds, 7, 7, **options)  # noqa: E731
     clean = run()
-    (k if where == "key" else v)[6] = float(
-        "nan"
-    )  # the second sequence's second token: seen by tokens 6 .. 9
+    # the second sequence's second token: seen by tokens 6 .. 9
+    (k if where == "key" else v)[6] = float("nan")
     out = run()
     assert out[6:10].isnan().any(-1).all()
     rows = [*range(6), 10, 11]
@@ -116,9 +124,8 @@ def test_keys_before_the_window_of_a_cache(window, where, paged, backend):
     rows = given[where].view(2, 32, 2, 8)
     rows[0, 20:], rows[1, 31:] = float("nan"), float("nan")  # not written yet
     torch.testing.assert_close(run(), clean)
-    rows[0, 12] = float(
-        "nan"
-    )  # the first query, at 16, sees 11 .. 16 through the window; the third and fourth do not
+    # the first query, at 16, sees 11 .. 16 through the window; the third and fourth do not
+    rows[0, 12] = float("nan")
     out = run()
     torch.testing.assert_close(out[1], clean[1])
     seen = 2 if window[0] == 5 else 4
@@ -139,9 +146,7 @@ def empty_cases():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "backend", [pytest.param("cpu", marks=pytest.mark.native), "composed", "reference", "auto"]
-)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("name", empty_cases())
 def test_nothing_to_attend_to_still_has_gradients(name, backend):
     given = [None if t is None else t.requires_grad_() for t in empty_cases()[name]]
@@ -154,7 +159,7 @@ def test_nothing_to_attend_to_still_has_gradients(name, backend):
         assert grad.shape == leaf.shape and (name != "no_keys" or not grad.any())
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.native), "composed", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [([0], [0]), ([0, 0], [0, 0]), ([0, 3], [0, 0])], ids=str)
 def test_packed_nothing_still_has_gradients(lengths, backend):
     bounds_q, bounds_k = (torch.tensor(b, dtype=torch.int32) for b in lengths)

@@ -18,6 +18,7 @@ from model.config import LlamaConfig
 from model.errors import UserError
 from model.loading import load_base
 from zinit_kernels.checkpoints import WRITABLE, CheckpointError, save_adapter
+from zinit_kernels.checkpoints.adapter import Told
 from zinit_kernels.checkpoints.formats import identify
 from zinit_kernels.inspect import describe
 
@@ -99,7 +100,7 @@ def mutate(path, chance):
 
 
 def use_adapter(path):
-    format, checkpoint = identify(path, layout="blocked")
+    format, checkpoint = identify(path, Told(layout="blocked"))
     assert all(line.isprintable() for line in describe(format, checkpoint).split("\n"))
     for target in WRITABLE:
         try:

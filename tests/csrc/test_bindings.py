@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from zinit_kernels import zero_init_attention, zero_init_attention_with_kvcache
 from zinit_kernels.backends import extension
 
 pytestmark = pytest.mark.native
@@ -207,3 +208,80 @@ def test_gradients_of_keys_that_no_query_reads_are_zero(form, heads, queries):
     names = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
     for name, gradient in zip(names, call("backward", given), strict=True):
         assert gradient.shape == given[name].shape and (gradient == 0).all(), name
+
+
+def cache_call(**changes):
+    torch.manual_seed(0)
+    call = {
+        "q": torch.randn(2, 3, 4, 16), "k_cache": torch.randn(2, 8, 2, 16), "v_cache": torch.randn(2, 8, 2, 16),
+        "k": torch.randn(2, 3, 2, 16), "v": torch.randn(2, 3, 2, 16), "prompt_k": None, "prompt_v": None, "gate": None,
+        "cache_seqlens": torch.tensor([2, 5], dtype=torch.int32), "causal": True,
+    }  # fmt: skip
+    return zero_init_attention_with_kvcache, {**call, **changes}
+
+
+def attention_call(tokens=3, keys=4, batch=2, **changes):
+    torch.manual_seed(0)
+    call = {
+        "query": torch.randn(batch, 4, tokens, 16), "key": torch.randn(batch, 2, keys, 16),
+        "value": torch.randn(batch, 2, keys, 16),
+    }  # fmt: skip
+    return zero_init_attention, {**call, "prompt_key": None, "prompt_value": None, "gate": None, **changes}
+
+
+def no_rows(*shape):
+    return {"prompt_k": torch.empty(*shape), "prompt_v": torch.empty(*shape)}
+
+
+NOTHING = torch.empty(0, 8)
+
+
+def rotated(table):
+    return cache_call(rotary_cos=table, rotary_sin=table, rotary_interleaved=True)
+
+
+EMPTY = {  # arguments that are given and have no elements: nothing else says that they are given
+    "rotary tables without positions": lambda: rotated(NOTHING),
+    "rotary tables without columns": lambda: rotated(NOTHING.T),
+    "pages of no entries": lambda: cache_call(block_table=torch.empty(2, 0, dtype=torch.int32)),
+    "pages and nothing to append": lambda: cache_call(
+        k=None, v=None, block_table=torch.empty(2, 0, dtype=torch.int32),
+        cache_seqlens=torch.zeros(2, dtype=torch.int32),
+    ),
+    "no new keys": lambda: cache_call(k=torch.empty(2, 0, 2, 16), v=torch.empty(2, 0, 2, 16)),
+    "no prompts": lambda: cache_call(**no_rows(1, 0, 2, 16), gate=torch.ones(4)),
+    "an empty table, indexed": lambda: cache_call(
+        **no_rows(0, 3, 2, 16), gate=torch.empty(0, 4), prompt_index=torch.full((2,), -1, dtype=torch.int32)
+    ),
+    "an empty table, not indexed": lambda: cache_call(**no_rows(0, 3, 2, 16), gate=torch.empty(0, 4)),
+    "a cache of no slots": lambda: cache_call(k_cache=torch.empty(2, 0, 2, 16), v_cache=torch.empty(2, 0, 2, 16)),
+    "a mask of no keys": lambda: attention_call(keys=0, attn_mask=torch.empty(2, 0, dtype=torch.bool)),
+    "an empty batch with an index": lambda: attention_call(
+        batch=0, prompt_key=torch.randn(3, 2, 2, 16), prompt_value=torch.randn(3, 2, 2, 16), gate=torch.ones(4),
+        prompt_index=torch.empty(0, dtype=torch.int32),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_is_given_without_elements_counts_as_given(name):
+    outcomes = []
+    for backend in ("cpu", "reference"):
+        function, arguments = EMPTY[name]()
+        try:
+            out = function(**arguments, backend=backend)
+            outcomes.append([out, arguments.get("k_cache"), arguments.get("v_cache")])
+        except (ValueError, RuntimeError):
+            outcomes.append("refused")
+    ours, expected = outcomes
+    assert (ours == "refused") == (expected == "refused"), outcomes
+    if ours != "refused":
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_rotary_tables_without_positions_are_refused_by_the_operator():
+    given = arguments_of("decode")
+    given["rotary_cos"], given["rotary_sin"] = NOTHING[:, :4], NOTHING[:, :4]
+    with pytest.raises(RuntimeError, match="rotary_cos has 0 positions, sequence 0 needs 4"):
+        call("decode", given)

@@ -26,13 +26,13 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
 BLOCKS = {  # kernel -> blocks that must fit into a multiprocessor's registers
-    "decode_combine": 8,
-    "decode_on_cuda_cores, 1 row": 3,
-    "decode_on_cuda_cores, 4 rows": 2,
-    "decode_on_tensor_cores": 2,
-    "prefill_attention": 2,
-    "append_tokens": 8,
-    "add_prompts_to_output": 2,
+    "zinit_decode_combine": 8,
+    "zinit_decode_cuda_cores, 1 row": 3,
+    "zinit_decode_cuda_cores, 4 rows": 2,
+    "zinit_decode_tensor_cores": 2,
+    "zinit_prefill": 2,
+    "zinit_append": 8,
+    "zinit_add_prompts": 2,
 }
 KERNELS = {  # of one source
     "decode/decode_bf16": 1 + 3 * len(HEAD_DIMS),
@@ -55,7 +55,7 @@ def compile_one(cuda: Path, source: str, arch: int, folder: Path) -> list[dict]:
         name, rest = re.search(r"cuda\d+([a-z_]*[a-z])I(.*)", row["kernel"]).groups()
         numbers = [int(number) for number in re.findall(r"Li(\d+)E", rest)]
         dtype = {"f": "fp32", "1": "bf16", "6": "fp16"}[rest[0]]
-        if name == "decode_on_cuda_cores":
+        if name == "zinit_decode_cuda_cores":
             name += f", {numbers[1]} row{'s' * (numbers[1] > 1)}"
         rows.append(
             {
@@ -109,7 +109,7 @@ def test_the_loads_of_a_tile_are_on_their_way_together(kernels):
     """Not so where each is predicated: ptxas took the keys out of their registers before it asked for the values."""
     for row in kernels:
         kernel, head_dim = row["kernel"], row["head_dim"]
-        if not kernel.startswith("decode_on") or (kernel, head_dim) == ("decode_on_tensor_cores", 256):
+        if "_cores" not in kernel or (kernel, head_dim) == ("zinit_decode_tensor_cores", 256):
             continue  # the latter's come in pieces, for want of registers
         of_a_lane = 8 if "cuda_cores" in kernel else 2 * -(-head_dim // 32) + 4 * -(-head_dim // 64)
         code = instructions(row["cubin"], row["symbol"])
@@ -122,13 +122,15 @@ def test_the_loads_of_a_tile_are_on_their_way_together(kernels):
 def test_the_combination_begins_while_the_splits_end_and_waits_for_them(kernels):
     """On sm_90 and newer; what waits for nothing there must not be launched behind another."""
     for row in kernels:
-        if not row["kernel"].startswith("decode"):
+        if not row["kernel"].startswith("zinit_decode"):
             continue
         code = instructions(row["cubin"], row["symbol"])
         waits = [i for i, instruction in enumerate(code) if "ACQBULK" in instruction]
         lets_begin = any("PREEXIT" in instruction for instruction in code)
-        if row["kernel"] != "decode_combine" or row["arch"] < 90:
-            assert not waits and lets_begin == (row["kernel"] != "decode_combine" and row["arch"] >= 90), row
+        if row["kernel"] != "zinit_decode_combine" or row["arch"] < 90:
+            assert not waits and lets_begin == (
+                row["kernel"] != "zinit_decode_combine" and row["arch"] >= 90
+            ), row
             continue
         writes = [i for i, instruction in enumerate(code) if re.search(r"\bSTG?\.E", instruction)]
         assert len(waits) == 1 and waits[0] < writes[0] and not lets_begin, row

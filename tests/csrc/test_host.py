@@ -129,3 +129,71 @@ def test_a_given_number_of_splits_is_kept_within_bounds(host):
     assert host.plan_decode(**sizes, capacity=4096, num_splits=1000)["num_splits"] == 128
     with pytest.raises(ValueError, match="must be a multiple"):
         host.plan_decode(**sizes | {"num_heads_kv": 3}, capacity=4096)
+
+
+BACKWARD = {"num_sequences": 1, "num_heads_q": 8, "num_heads_kv": 8, "seqlen_q": 512, "seqlen_k": 512}
+
+
+def test_backward_on_a_cpu_has_pieces_for_many_threads(host):
+    for heads, sequences in ((1, 1), (8, 1), (32, 1), (8, 4)):
+        sizes = BACKWARD | {"num_heads_q": heads, "num_heads_kv": heads, "num_sequences": sequences}
+        plan = host.plan_cpu_backward(**sizes, threads=64)
+        passes = plan["blocks"]  # of a key head
+        assert plan["splits"] == min(passes, -(-32 // (heads * sequences)))
+        assert plan["block_queries"] == 64 or heads * sequences * plan["blocks"] >= 32
+
+
+@pytest.mark.parametrize(
+    "given, threads, in_turn",
+    [
+        ({}, 1, True),  # 8 pairs of a sequence and a head occupy 1, 2, 4 and 8 threads
+        ({}, 8, True),
+        ({}, 6, False),  # and 6 threads to two thirds
+        ({"packed": True}, 8, False),  # of unknown lengths
+        ({"packed": True}, 2, True),  # but there are four for each thread
+        ({"seqlen_q": 64, "num_heads_kv": 8}, 6, True),  # one block of queries: nothing to split
+    ],
+)
+def test_backward_on_a_cpu_splits_where_threads_would_be_idle(host, given, threads, in_turn):
+    plan = host.plan_cpu_backward(**BACKWARD | given, threads=threads)
+    assert plan["in_turn"] == in_turn
+    assert (plan["key_floats"] == 0) == in_turn
+    assert in_turn or plan["key_floats"] == 8 * plan["splits"] * 2 * 512 * 64
+
+
+def test_backward_splits_do_not_depend_on_the_threads(host):
+    """Only whether one unit takes them all does: what is summed, and in which order, stays."""
+    found = [host.plan_cpu_backward(**BACKWARD, threads=threads) for threads in range(1, 40)]
+    assert len({(plan["splits"], plan["blocks"], plan["block_queries"]) for plan in found}) == 1
+
+
+def test_no_heads_and_no_sequences_need_no_workspace(host):
+    for given in ({"num_heads_q": 0}, {"num_sequences": 0}, {"seqlen_q": 0}):
+        plan = host.plan_cpu_backward(**BACKWARD | given, prompt_length=3, threads=2)
+        assert plan["splits"] == 1 and plan["gate_floats"] == 0
+
+
+DECODE = {"num_sequences": 1, "num_heads_q": 8, "num_heads_kv": 8, "longest": 4096}
+
+
+@pytest.mark.parametrize(
+    "given, threads, heads_per_item, splits",
+    [
+        # a token-major cache is read in runs of 4 KB, where it has as many heads
+        ({}, 1, 8, 1),
+        ({}, 2, 8, 2),
+        # 8 items occupy both threads
+        ({"token_major": False}, 2, 1, 1),
+        # 24 items for 3 threads; with 8 or 16 items one thread would idle in the last round
+        ({"token_major": False}, 3, 1, 3),
+        ({"num_sequences": 64}, 16, 8, 1),
+        ({"longest": 300}, 2, 8, 1),  # no split is shorter than 256 keys
+        ({"num_splits": 7}, 2, 8, 7),
+        ({"num_splits": 7, "longest": 3}, 2, 8, 3),
+    ],
+)
+def test_decode_on_a_cpu(host, given, threads, heads_per_item, splits):
+    plan = host.plan_cpu_decode(**DECODE | given, threads=threads)
+    assert (plan["heads_per_item"], plan["splits"]) == (heads_per_item, splits)
+    floats = (DECODE | given)["num_sequences"] * 8 * splits * (64 + 2)
+    assert plan["partial_floats"] == (0 if splits == 1 else floats)

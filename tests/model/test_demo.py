@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from rich.console import Console
+from threads import one_thread
 
 from model import corpus, demo, layers, llama, muon, small_base
 from model.adapter_files import load_adapter
@@ -114,12 +115,9 @@ def test_most_forms_are_left_blank():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are faster on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

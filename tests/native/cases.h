@@ -15,6 +15,9 @@ struct Case {
   bool indexed = false;  // a row for each sequence, -1 for the last one
   bool packed = false;
   bool padded = false;  // a key bias; the last sequence has no key at all
+  bool special =
+      false;  // NaN in a value, a key, a query and a gradient, each hidden from some: see special.h
+  float value_scale = 1.f;
   bool tanh = true;
   Layout layout = Layout::kTokenMajor;
   int64_t gap = 0;
@@ -45,6 +48,16 @@ inline const Case kAttentionCases[] = {
     {.name = "a prompt row for each", .B = 3, .N = 3, .tanh = false},
     {.name = "prompt table", .B = 3, .P = 17, .N = 5, .indexed = true},
     {.name = "head-major with gaps", .layout = Layout::kHeadMajor, .gap = 3},
+    {.name = "NaN, causal", .T = 100, .S = 100, .special = true},
+    {.name = "NaN, window, padding",
+     .B = 3,
+     .T = 70,
+     .S = 81,
+     .window_left = 9,
+     .window_right = 2,
+     .padded = true,
+     .special = true},
+    {.name = "tiny values", .T = 40, .S = 40, .P = 0, .value_scale = 1e-38f},
 };
 
 inline const Case kDecodeCases[] = {
@@ -67,6 +80,8 @@ inline const Case kDecodeCases[] = {
      .rotary_dim = 26,
      .interleaved = true},
     {.name = "widest", .B = 1, .Hq = 8, .Hkv = 1, .T = 1, .S = 70, .D = 256, .P = 128, .splits = 2},
+    {.name = "NaN, chunk, splits", .T = 9, .S = 70, .special = true, .splits = 3, .query_block = 4},
+    {.name = "tiny values", .T = 2, .S = 50, .value_scale = 1e-38f, .splits = 2, .query_block = 2},
 };
 
 inline const DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
@@ -97,7 +112,7 @@ class Shared {
     if (c.P == 0) return;
     p.prompt_key = prompt_key.view(), p.prompt_value = prompt_value.view();
     p.prompt_length = c.P, p.prompt_rows = c.N;
-    p.prompt_index = c.indexed ? prompt_index.data() : nullptr;
+    p.prompt_index = {prompt_index.data(), c.indexed};
     p.gate = gate.data(), p.gate_rows = c.N;
   }
 

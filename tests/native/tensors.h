@@ -1,5 +1,5 @@
-// Tensors for the kernels, each in a heap block of its own that is exactly as large as its strides need: one
-// element too far is an error that AddressSanitizer sees.
+// Tensors for the kernels. Each lies in a heap block of its own that is exactly as large as its strides need,
+// so AddressSanitizer sees an access one element too far.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,8 +15,6 @@
 namespace zinit::test {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-inline size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline void write(void* at, DType dtype, float x) {
   if (dtype == DType::kFloat32) {
@@ -66,12 +64,12 @@ class Tensor {
     batch_stride_ = row * heads * tokens;
     const int64_t rows = batch * heads * tokens;
     elements_ = rows == 0 ? 0 : (rows - 1) * row + dim;
-    bytes_ = std::make_unique<uint8_t[]>(elements_ * element_size(dtype));
+    bytes_ = std::make_unique<uint8_t[]>(elements_ * size_of(dtype));
     fill(kNaN);
   }
 
   void fill(float x) {
-    for (int64_t i = 0; i < elements_; ++i) write(&bytes_[i * element_size(dtype_)], dtype_, x);
+    for (int64_t i = 0; i < elements_; ++i) write(&bytes_[i * size_of(dtype_)], dtype_, x);
   }
 
   // Every element but those of the gaps.
@@ -95,10 +93,10 @@ class Tensor {
   }
 
   uint8_t* at(int64_t b, int64_t h, int64_t t, int64_t d) {
-    return &bytes_[(b * batch_stride_ + h * head_stride_ + t * token_stride_ + d) * element_size(dtype_)];
+    return &bytes_[(b * batch_stride_ + h * head_stride_ + t * token_stride_ + d) * size_of(dtype_)];
   }
 
-  View view() { return {bytes_.get(), batch_stride_, head_stride_, token_stride_, dtype_}; }
+  View view() { return {bytes_.get(), batch_stride_, head_stride_, token_stride_, dtype_, true}; }
 
  private:
   int64_t batch_ = 0, heads_ = 0, tokens_ = 0, dim_ = 0;

@@ -47,13 +47,13 @@ WHOLE_CASES = [
 
 KERNELS = {  # part of csrc/cuda -> its kernels, and what they are told; float32 has the first part's alone
     "decode": {
-        "decode_on_cuda_cores<{}, 64, 1>": "DecodeWork",
-        "decode_on_cuda_cores<{}, 64, 4>": "DecodeWork",
-        "decode_combine<{}>": "DecodeWork",
-        "decode_on_tensor_cores<{}, 64>": "DecodeWork",
+        "zinit_decode_cuda_cores<{}, 64, 1>": "DecodeWork",
+        "zinit_decode_cuda_cores<{}, 64, 4>": "DecodeWork",
+        "zinit_decode_combine<{}>": "DecodeWork",
+        "zinit_decode_tensor_cores<{}, 64>": "DecodeWork",
     },
-    "prefill": {"prefill_attention<{}, 64>": "PrefillWork", "append_tokens<{}>": "CacheWork"},
-    "prompt": {"add_prompts_to_output<{}, 64>": "PromptWork"},
+    "prefill": {"zinit_prefill<{}, 64>": "PrefillWork", "zinit_append<{}>": "CacheWork"},
+    "prompt": {"zinit_add_prompts<{}, 64>": "PromptWork"},
 }
 
 
@@ -113,7 +113,7 @@ class PtxKernels:
             tensors = (*call, out, lse)
             params = as_prefill(params)
             work, (_, blocks, _) = self.emulator.prefill_plan(params)
-            self.run("append_tokens", dtype, (), (blocks, heads_kv, batch), 0, work, tensors)
+            self.run("zinit_append", dtype, (), (blocks, heads_kv, batch), 0, work, tensors)
             self.prefill(params, dtype, (heads_q, batch), tensors)
             return out, lse
         workspace = torch.full((batch * heads_q * tokens * 128 * (head_dim + 2),), float("nan"))
@@ -121,18 +121,18 @@ class PtxKernels:
             params, workspace
         )
         tensors = (*call, out, lse, workspace)
-        kernel, numbers = "decode_on_cuda_cores", (head_dim, rows)
+        kernel, numbers = "zinit_decode_cuda_cores", (head_dim, rows)
         if tensor_cores:
-            kernel, numbers = "decode_on_tensor_cores", (head_dim,)
+            kernel, numbers = "zinit_decode_tensor_cores", (head_dim,)
         self.run(kernel, dtype, numbers, (splits, heads_kv * row_blocks, batch), shared, work, tensors)
         if splits > 1:
             grid = (tokens * heads_q // heads_kv, heads_kv, batch)
-            self.run("decode_combine", dtype, (), grid, combine_shared, work, tensors)
+            self.run("zinit_decode_combine", dtype, (), grid, combine_shared, work, tensors)
         return out, lse
 
     def prefill(self, params, dtype, columns, tensors):
         work, (blocks, _, shared) = self.emulator.prefill_plan(params)
-        self.run("prefill_attention", dtype, (64,), (blocks, *columns), shared, work, tensors)
+        self.run("zinit_prefill", dtype, (64,), (blocks, *columns), shared, work, tensors)
 
     def forward(self, *canonical):
         call = Call(*canonical)
@@ -144,7 +144,7 @@ class PtxKernels:
         query = PromptCall(*arguments).query
         work, (blocks, shared) = self.emulator.prompt_plan(prompt_params(*arguments))
         grid = (blocks, query.shape[1], query.shape[0])
-        self.run("add_prompts_to_output", query.dtype, (64,), grid, shared, work, arguments)
+        self.run("zinit_add_prompts", query.dtype, (64,), grid, shared, work, arguments)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ class Run {
     DecodeParams p{};
     constexpr DType kType = sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16;
     const auto view = [&](Buffer<T>& of, int64_t tokens, int64_t heads) {
-      return View{of.data, tokens * heads * D, D, heads * D, kType};
+      return View{of.data, tokens * heads * D, D, heads * D, kType, true};
     };
     p.num_sequences = B, p.num_heads_q = c_.heads_q, p.num_heads_kv = c_.heads_kv, p.head_dim = D;
     p.seqlen_q = p.seqlen_new = c_.tokens, p.seqlen_k = c_.capacity;
@@ -73,16 +73,22 @@ class Run {
     p.value_cache = view(value_cache, page_size, c_.heads_kv);
     p.prompt_key = view(prompt_key, kPrompts, c_.heads_kv),
     p.prompt_value = view(prompt_value, kPrompts, c_.heads_kv);
-    p.prompt_length = kPrompts, p.prompt_rows = p.gate_rows = kTableRows, p.prompt_index = index.data;
-    p.gate = gate.data, p.tanh_gate = true, p.lse = lse.data, p.cache_seqlens = lengths.data;
+    p.prompt_length = kPrompts, p.prompt_rows = p.gate_rows = kTableRows, p.prompt_index = {index.data, true};
+    p.gate = gate.data, p.tanh_gate = true, p.lse = lse.data, p.cache_seqlens = {lengths.data, true};
     if (c_.page_size) {
-      p.block_table = table.data, p.block_table_stride = pages_each, p.page_size = page_size,
+      p.block_table = {table.data, true}, p.block_table_stride = pages_each, p.page_size = page_size,
       p.num_pages = pages;
     }
     if (c_.rotary) {
-      p.rotary_cos = cosine.data, p.rotary_sin = sine.data, p.rotary_stride = kRotary / 2,
-      p.rotary_dim = kRotary;
-      p.rotary_positions = c_.capacity, p.rotary_dtype = kType;
+      p.rotary = {.cos = cosine.data,
+                  .sin = sine.data,
+                  .stride = kRotary / 2,
+                  .positions = c_.capacity,
+                  .dim = kRotary,
+                  .dtype = kType,
+                  .interleaved = false,
+                  .by_token = true,
+                  .given = true};
     }
     const auto plan = cuda::plan_decode(4, B, c_.heads_kv, c_.tokens * c_.heads_q / c_.heads_kv, c_.capacity,
                                         p.page_size, sizeof(T) == 2, splits);

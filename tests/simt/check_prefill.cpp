@@ -33,7 +33,7 @@ struct Problem {  // one key head
   }
 
   static View view(const Buffer<bf16>& of, int64_t tokens, int64_t heads) {
-    return {of.data, tokens * heads * D, D, heads * D, DType::kBFloat16};
+    return {of.data, tokens * heads * D, D, heads * D, DType::kBFloat16, true};
   }
   void set_shared(AttentionParams& p, bool prompted) const {
     p.num_sequences = B, p.num_heads_q = kHeads, p.num_heads_kv = 1, p.head_dim = D, p.seqlen_q = T;
@@ -41,7 +41,7 @@ struct Problem {  // one key head
     if (!prompted) return;
     p.prompt_key = view(prompt_key, P, 1), p.prompt_value = view(prompt_value, P, 1);
     p.prompt_length = P, p.prompt_rows = p.gate_rows = kRows, p.gate = gate.data;
-    p.prompt_index = prompt_index.data;
+    p.prompt_index = {prompt_index.data, true};
   }
   PrefillParams fresh(bool prompted, Buffer<bf16>& out, Buffer<float>& lse) const {
     PrefillParams p{};
@@ -137,7 +137,8 @@ int check_cache(Problem& problem, const Buffer<bf16>& expected, bool absurd) {
   if (absurd) problem.prompt_index.data[0] = 1000000;
   p.new_key = p.key_cache, p.new_value = p.value_cache, p.seqlen_new = T;
   p.key_cache = Problem::view(key_cache, kPage, 1), p.value_cache = Problem::view(value_cache, kPage, 1);
-  p.cache_seqlens = lengths.data, p.block_table = table.data, p.block_table_stride = kPagesEach;
+  p.cache_seqlens = {lengths.data, true}, p.block_table = {table.data, true},
+  p.block_table_stride = kPagesEach;
   p.page_size = kPage, p.num_pages = kPages, p.seqlen_k = kPage * kPagesEach;
   launch(p);
   return report(absurd ? "absurd lengths and pages" : "a cache", absurd ? 0 : difference(out, expected), 0);
@@ -151,7 +152,7 @@ int check_absurd_packing(const Problem& problem) {
   for (size_t i = 0; i < 4; ++i) cumulative.data[i] = absurd[i];
   PrefillParams p = problem.fresh(false, out, lse);
   p.num_sequences = 3, p.seqlen_q = p.seqlen_k = p.total_q = p.total_k = B * T;
-  p.cu_seqlens_q = p.cu_seqlens_k = cumulative.data;
+  p.cu_seqlens_q = p.cu_seqlens_k = {cumulative.data, true};
   launch(p);
   return report("absurd packed lengths", 0, 0);
 }

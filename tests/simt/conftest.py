@@ -4,18 +4,16 @@ import compile_host as simt
 import pytest
 import torch
 from emulator import Emulator
+from threads import one_thread
 
 from zinit_kernels.backends import cuda as cuda_room
 from zinit_kernels.backends import fused
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """The reference's many small operations on several threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def on_one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

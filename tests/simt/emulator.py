@@ -11,40 +11,58 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zinit_kernels.call import CacheCall, Call, PromptCall
+from zinit_kernels.call import AnyCall, CacheCall, Call, PromptCall
 
 MULTIPROCESSORS = 4  # of the imagined chip
 
 
 class View(ctypes.Structure):
+    """csrc/params.h, field by field, as the classes below; the library confirms the sizes of the last ones."""
+
     _fields_ = [
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("batch", "head", "token")),
         ("dtype", ctypes.c_int32),
+        ("given", ctypes.c_bool),
+    ]
+
+
+class Array(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("given", ctypes.c_bool)]
+
+
+class Rotary(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("stride", "positions", "dim")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_bool) for name in ("interleaved", "by_token", "given")),
     ]
 
 
 def _fields(**groups: str) -> list[tuple[str, type]]:
-    kinds = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool, "v": View}
+    kinds = {
+        "i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool, "v": View, "a": Array,
+        "r": Rotary,
+    }  # fmt: skip
     return [(name, kinds[key[0]]) for key, names in groups.items() for name in names.split()]
 
 
 _ATTENTION_FIELDS = _fields(
     i1="num_sequences num_heads_q num_heads_kv head_dim seqlen_q seqlen_k",
-    p1="cu_seqlens_q cu_seqlens_k key_bias",
+    a1="cu_seqlens_q cu_seqlens_k key_bias",
     i2="window_left window_right",
     f1="scale",
     v1="prompt_key prompt_value",
     i3="prompt_length prompt_rows",
-    p2="prompt_index gate",
+    a2="prompt_index",
+    p1="gate",
     i4="gate_rows",
     b1="tanh_gate",
 )
 
 
 class PromptParams(ctypes.Structure):
-    """csrc/params.h, field by field, as the other two; the library confirms the sizes."""
-
     _fields_ = [*_ATTENTION_FIELDS, *_fields(v1="query out", i1="total_q")]
 
 
@@ -54,14 +72,12 @@ class DecodeParams(ctypes.Structure):
         *_fields(
             v2="query key_cache value_cache new_key new_value",
             i5="seqlen_new",
-            p3="cache_seqlens block_table",
+            a3="cache_seqlens block_table",
             i6="block_table_stride page_size num_pages",
-            p4="rotary_cos rotary_sin",
-            i7="rotary_stride rotary_positions",
-        ),
-        ("rotary_dtype", ctypes.c_int32),
-        *_fields(
-            i8="rotary_dim", b2="rotary_interleaved rotate_by_token", i9="num_splits", v3="out", p5="lse"
+            r1="rotary",
+            i7="num_splits",
+            v3="out",
+            p2="lse",
         ),
     ]
 
@@ -78,11 +94,37 @@ def _view(tensor: Tensor | None, head_major: bool = False) -> View:
         return View()
     assert tensor.stride(3) == 1 or tensor.numel() == 0
     batch, token, head, _ = tensor.transpose(1, 2).stride() if head_major else tensor.stride()
-    return View(tensor.data_ptr(), batch, head, token, _DTYPES[tensor.dtype])
+    return View(tensor.data_ptr(), batch, head, token, _DTYPES[tensor.dtype], True)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _array(tensor: Tensor | None) -> Array:
+    return Array(_pointer(tensor), tensor is not None)
+
+
+def _rotary(call: CacheCall) -> Rotary:
+    by_token = call.window_left >= 0 or call.window_right >= 0
+    cos = call.rotary_cos
+    if cos is None:
+        return Rotary(by_token=by_token)
+    return Rotary(
+        _pointer(cos), _pointer(call.rotary_sin), cos.shape[1], cos.shape[0], 2 * cos.shape[1], _DTYPES[cos.dtype],
+        call.rotary_interleaved, by_token, True,
+    )  # fmt: skip
+
+
+def _prompt_fields(call: AnyCall, head_major: bool) -> dict:
+    prompted, tokens = call.prompt_key is not None, 2 if head_major else 1
+    return dict(
+        prompt_key=_view(call.prompt_key, head_major), prompt_value=_view(call.prompt_value, head_major),
+        prompt_length=call.prompt_key.shape[tokens] if prompted else 0,
+        prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_array(call.prompt_index),
+        gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted and call.gate.dim() == 2 else 1,
+        tanh_gate=call.tanh_gate,
+    )  # fmt: skip
 
 
 def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
@@ -90,47 +132,32 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
     batch, seqlen_q, heads_q, head_dim = call.query.shape
     out = torch.full_like(call.query, float("nan"), memory_format=torch.contiguous_format)
     lse = torch.full((batch, heads_q, seqlen_q), float("nan"))
-    page_size = call.key_cache.shape[1]
-    paged, prompted = call.block_table is not None, call.prompt_key is not None
+    page_size, paged = call.key_cache.shape[1], call.block_table is not None
     pages_each = call.block_table.shape[1] if paged else 1
     params = DecodeParams(
+        **_prompt_fields(call, False),
         num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
         seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
-        window_right=call.window_right, scale=call.scale, prompt_key=_view(call.prompt_key),
-        prompt_value=_view(call.prompt_value), prompt_length=call.prompt_key.shape[1] if prompted else 0,
-        prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
-        gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted and call.gate.dim() == 2 else 1,
-        tanh_gate=call.tanh_gate,
+        window_right=call.window_right, scale=call.scale,
         query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
         new_key=_view(call.new_key), new_value=_view(call.new_value),
         seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
-        cache_seqlens=_pointer(call.cache_seqlens), block_table=_pointer(call.block_table),
+        cache_seqlens=_array(call.cache_seqlens), block_table=_array(call.block_table),
         block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
-        num_pages=call.key_cache.shape[0] if paged else 0, num_splits=call.num_splits, out=_view(out),
-        lse=_pointer(lse), rotate_by_token=call.window_left >= 0 or call.window_right >= 0,
+        num_pages=call.key_cache.shape[0] if paged else 0, rotary=_rotary(call), num_splits=call.num_splits,
+        out=_view(out), lse=_pointer(lse),
     )  # fmt: skip
-    if call.rotary_cos is not None:
-        params.rotary_cos, params.rotary_sin = _pointer(call.rotary_cos), _pointer(call.rotary_sin)
-        params.rotary_positions, params.rotary_stride = call.rotary_cos.shape
-        params.rotary_dtype, params.rotary_dim = (
-            _DTYPES[call.rotary_cos.dtype],
-            2 * call.rotary_cos.shape[1],
-        )
-        params.rotary_interleaved = call.rotary_interleaved
     return params, out, lse
 
 
 def _attention_fields(call: Call) -> dict:
-    prompted = call.prompt_key is not None
     return dict(
+        **_prompt_fields(call, True),
         num_sequences=call.batch_size, num_heads_q=call.query.shape[1], num_heads_kv=call.key.shape[1],
         head_dim=call.query.shape[3], seqlen_q=call.max_seqlen_q, seqlen_k=call.max_seqlen_k,
-        cu_seqlens_q=_pointer(call.cu_seqlens_q), cu_seqlens_k=_pointer(call.cu_seqlens_k),
-        key_bias=_pointer(call.key_bias), window_left=call.window_left, window_right=call.window_right,
-        scale=call.scale, prompt_key=_view(call.prompt_key, True), prompt_value=_view(call.prompt_value, True),
-        prompt_length=call.prompt_key.shape[2] if prompted else 0,
-        prompt_rows=call.prompt_key.shape[0] if prompted else 0, prompt_index=_pointer(call.prompt_index),
-        gate=_pointer(call.gate), gate_rows=call.gate.shape[0] if prompted else 1, tanh_gate=call.tanh_gate,
+        cu_seqlens_q=_array(call.cu_seqlens_q), cu_seqlens_k=_array(call.cu_seqlens_k),
+        key_bias=_array(call.key_bias), window_left=call.window_left, window_right=call.window_right,
+        scale=call.scale,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ int64_t simt_sizeof_decode_work() { return sizeof(zinit::cuda::DecodeWork); }
 
 int simt_decode(const zinit::DecodeParams* p, int multiprocessors) {
   return guarded([&] {
-    if (std::max(p->seqlen_q, p->seqlen_new) > zinit::cuda::kNewTokensAtMost) {
+    if (std::max(p->seqlen_q, p->seqlen_new) > zinit::cuda::kMaxNewTokens) {
       return zinit::cuda::prefill(zinit::cuda::prefill_params(*p), nullptr);
     }
     const auto plan = plan_of(*p, multiprocessors);

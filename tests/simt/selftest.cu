@@ -101,7 +101,7 @@ __global__ void load_misaligned(const float* in, float* out) {
 __global__ void nothing() {}
 
 __global__ void half_wait() {
-  if (threadIdx.x % 2) wait_for_launch_before();
+  if (threadIdx.x % 2) grid_dependency_synchronize();
 }
 
 std::vector<float> ramp(int count) {
@@ -193,7 +193,8 @@ void selftest(const char* name) {
   if (test == "wait_for_each_other") return run(wait_for_each_other, 64);
   if (test == "exit_while_awaited") return run(exit_while_awaited, 32);
   if (test == "too_many_threads") return run(nothing, 2048);
-  if (test == "without_a_wait") return LAUNCH_BEHIND((half_wait), dim3(2), dim3(64), 0, nullptr);
+  if (test == "without_a_wait")
+    return LAUNCH_PROGRAMMATIC_DEPENDENT((half_wait), dim3(2), dim3(64), 0, nullptr);
   if (test == "bad_grid") return LAUNCH((nothing), dim3(1, 65536), dim3(1), 0, nullptr);
   if (test == "too_much_shared") return LAUNCH((nothing), dim3(1), dim3(1), 65536, nullptr);
   if (test == "too_much_asked_for") return (void)ALLOW_SHARED((nothing), 300000);

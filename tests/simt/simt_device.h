@@ -6,8 +6,8 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                           \
   ((void)(stream), simt::launch_kernel(#kernel, (ZINIT_UNPAREN kernel), (grid), (block), \
                                        (shared_bytes)__VA_OPT__(, ) __VA_ARGS__))
-#define LAUNCH_BEHIND(kernel, grid, block, shared_bytes, stream, ...)                                  \
-  (simt::begin_behind(), LAUNCH(kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__), \
+#define LAUNCH_PROGRAMMATIC_DEPENDENT(kernel, grid, block, shared_bytes, stream, ...)                     \
+  (simt::begin_dependent(), LAUNCH(kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__), \
    simt::require_waits(#kernel, (grid), (block)))
 #define ALLOW_SHARED(kernel, bytes)                                                                       \
   (simt::allow_shared(reinterpret_cast<const void*>((ZINIT_UNPAREN kernel)), static_cast<size_t>(bytes)), \
@@ -32,7 +32,7 @@ uint64_t bank_conflicts();  // of the ldmatrix since the last question
 void compute_matrices(void** slots, unsigned mask);
 void compute_matrices_transposed(void** slots, unsigned mask);
 
-void begin_behind();
+void begin_dependent();
 void note_wait();
 void require_waits(const char* name, dim3 grid, dim3 block);
 
@@ -52,8 +52,8 @@ bool next_copy(unsigned groups_on_their_way, Copy* copy);
 namespace zinit::cuda {
 
 // Blocks of two launches never run at once here: what is checked is that every thread waits.
-inline void let_launch_behind_begin() {}
-inline void wait_for_launch_before() { simt::note_wait(); }
+inline void trigger_programmatic_launch_completion() {}
+inline void grid_dependency_synchronize() { simt::note_wait(); }
 
 // Here in the kernel's translation unit, and a plain load, so that the sanitizers judge it.
 inline uint4 load_vector(const void* address) {

@@ -41,8 +41,8 @@ Thread* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = (SIMT_TSAN ? 64 : 256) << 10, kGuardBytes = 4096;
-constexpr size_t kSharedBytes = 48 << 10;         // what a block has without asking
-constexpr size_t kSharedBytesAtMost = 227 << 10;  // sm_90
+constexpr size_t kSharedBytes = 48 << 10;      // what a block has without asking
+constexpr size_t kMaxSharedBytes = 227 << 10;  // sm_90
 constexpr int kThreadsAtMost = 1024, kWarpsAtMost = 32;
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
@@ -428,12 +428,12 @@ void require_shared(const void* pointer, size_t bytes, const char* what) {
 
 void allow_shared(const void* kernel, size_t bytes) {
   const char* smaller_chip = getenv("SIMT_SHARED_BYTES");
-  const size_t has = smaller_chip ? strtoul(smaller_chip, nullptr, 10) : kSharedBytesAtMost;
+  const size_t has = smaller_chip ? strtoul(smaller_chip, nullptr, 10) : kMaxSharedBytes;
   if (bytes > has) fail("%zu bytes of shared memory asked for, the chip has %zu", bytes, has);
   R.allowed[kernel] = bytes;
 }
 
-void begin_behind() { R.waits = 0; }
+void begin_dependent() { R.waits = 0; }
 void note_wait() { ++R.waits; }
 
 void require_waits(const char* name, dim3 grid, dim3 block) {

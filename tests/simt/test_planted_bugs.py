@@ -33,6 +33,8 @@ WINDOW = Case("window", batch=1, heads_q=1, heads_kv=1, seqlens_q=(150,), window
 PADDED = Case("padded", heads_q=1, heads_kv=1, mask="padding")
 PROMPTS = Case("prompts", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), prompt_length=128)
 CHUNK = CacheCase("chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, page_size=16, rotary_dim=32)
+# all queries see the same keys: no row is computed again
+SEE_ALL = CacheCase("see_all", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False)
 
 
 class Bug(NamedTuple):
@@ -55,13 +57,13 @@ BUGS = {
     "no_barrier_before_states_are_read": Bug("decode/finish.cuh", BARRIER, "", "kWarps * ROWS * 2;\n  @"),
     "no_barrier_after_prompt_scores": Bug("decode/finish.cuh", BARRIER, "", "  });\n  @\n  for (int row"),
     "no_barrier_after_staging": Bug("decode/tensor_cores.cuh", BARRIER, "", "shared);\n  @"),
-    "no_barrier_between_turns": Bug("decode/finish.cuh", BARRIER, "", "  @\n  }\n  const int b"),
+    "no_barrier_between_turns": Bug("decode/finish.cuh", BARRIER, "", "  @\n  }\n  if (w.seqlen_q > 1)"),
     "one_key_too_many": Bug("decode/work.cuh", "1", "2", "position + w.window_right + @, int64_t"),
     "wrong_head_of_the_group": Bug(
         "decode/stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
     ),
     "gate_without_its_activation": Bug("prompt_table.cuh", "tanhf(raw)", "raw", "w.tanh_gate ? @ : raw"),
-    "combined_without_a_wait": Bug("decode/combine.cuh", "wait_for_launch_before();", ""),
+    "combined_without_a_wait": Bug("decode/combine.cuh", "grid_dependency_synchronize();", ""),
     "one_split_for_all": Bug("decode/combine.cuh", "head_dim", "0", "+ d, @, w.splits"),
     "splits_without_keys_are_read": Bug(
         "decode/combine.cuh", "states[2 * s + 1] == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS
@@ -73,9 +75,11 @@ BUGS = {
     "keys_not_rotated": Bug("decode/stage.cuh", "position", "0", "share.kv_head, token), d, @);", ALONE),
     "shuffle_in_a_branch": Bug(
         "decode/cuda_cores.cuh", "", "if (first + lane_group >= share.end) continue;",
-        "    float weights[ROWS][kUnroll];@\n", ALONE,
+        "    float p[ROWS][kUnroll];@\n", ALONE,
     ),
-    "values_of_other_keys": Bug("decode/tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i"),
+    "values_of_other_keys": Bug(
+        "decode/tensor_cores.cuh", "quarter * 2 + i % 2 + i / 2 * 8", "quarter * 4 + i", "tile.value(@)"
+    ),
     "dimensions_out_of_order": Bug("decode/tensor_cores.cuh", "j % 2 ? 0x7632 : 0x5410", "j % 2 ? 0x5410 : 0x7632"),
     "no_shared_memory": Bug("decode/launch.cuh", "shared_bytes", "0", "dim3(kThreads), @, stream"),
     "tile_read_before_all_have_copied": prefill("kernel.cuh", BARRIER, "", "@  // this tile"),
@@ -87,14 +91,14 @@ BUGS = {
     "one_window_key_too_few": prefill("work.cuh", "w.reach_left", "w.reach_left + 1", "offset - @", WINDOW),
     "cut_tile_taken_as_whole": prefill("kernel.cuh", "first + Shape::kKeys", "first", "@ <= seen_by_all_to"),
     "wrong_key_head": prefill("work.cuh", "b.head / w.group", "b.head % 2"),
-    "not_rescaled": prefill("kernel.cuh", "multiply_rows<Shape>(out, correction);", ""),
-    "not_divided": prefill("kernel.cuh", "multiply_rows<Shape>(out, inverse);", ""),
-    "lse_without_its_sum": prefill("kernel.cuh", "logf(sum)", "0.f", "kLn2 + @"),
-    "masked_keys_are_read": prefill("stage.cuh", "w.key_bias[block.batch * w.seqlen_k + key] != -INFINITY", "true",
+    "not_rescaled": prefill("kernel.cuh", "multiply_rows<Shape>(acc, alpha);", ""),
+    "not_divided": prefill("kernel.cuh", "multiply_rows<Shape>(acc, inverse);", ""),
+    "lse_without_its_sum": prefill("kernel.cuh", "logf(l)", "0.f", "kLn2 + @"),
+    "masked_keys_are_read": prefill("stage.cuh", "w.key_bias.data[block.batch * w.seqlen_k + key] != -INFINITY", "true",
                                     "wanted && @;", PADDED),
-    "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", CHUNK),
-    "keys_of_another_page": prefill("stage.cuh", "max(page_of(w, block.sequence, page), 0)", "0", "@", CHUNK),
-    "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(w.rotate_by_token ? @ : 0)", CHUNK),
+    "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", SEE_ALL),
+    "keys_of_another_page": prefill("work.cuh", "max(page_of(w, sequence, page), 0)", "0", "@", CHUNK),
+    "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(w.rotary.by_token ? @ : 0)", CHUNK),
     "appended_elsewhere": prefill("append.cuh", "sequence.length + token", "token", "position = @", CHUNK),
     "values_not_transposed": tiles(
         "tile.cuh", "load_matrices_transposed(b, value + n * 8 * Shape::kStride + d);",
@@ -103,7 +107,7 @@ BUGS = {
     "rows_written_before_all_are_staged": tiles("tile.cuh", "__syncwarp();", "", "@\n  constexpr int kVectors"),
     "maximum_of_one_lane": tiles("softmax.cuh", "row_max(most)", "most"),
     "more_prompts_than_there_are": tiles("prompts.cuh", "exists", "true", "= @ ?"),
-    "prompts_without_their_sum": tiles("prompts.cuh", "row_sum(softmax.sum[m][half])", "1.f", "branch.weight / @"),
+    "prompts_without_their_sum": tiles("prompts.cuh", "row_sum(softmax.l[t][half])", "1.f", "branch.weight / @"),
     "prompts_over_those_in_use": tiles("prompts.cuh", BARRIER, "", "(int first) {\n    @", PROMPTS),
     "prompts_used_before_all_are_there": tiles("prompts.cuh", BARRIER, "", "    @\n  };\n  float", PROMPTS),
     "first_prompts_only": tiles("prompts.cuh", "first > 0", "false", "if (@) restage", PROMPTS),
@@ -143,9 +147,8 @@ def compile_planted(folder: Path) -> Path:
     plant([(bug, choice(number, bug)) for number, bug in enumerate(BUGS.values(), 1)], folder)
     cuda = folder / "csrc" / "cuda"
     edit(cuda / "elements.cuh", "#pragma once\n", '#pragma once\nextern "C" int simt_planted;\n')
-    only_64 = r"switch \(w.head_dim\) \{.*?\n  \}\n"
-    edit(cuda / "decode" / "launch.cuh", only_64, "return launch_attention<T, 64>(w, plan, stream);\n")
-    edit(cuda / "prefill" / "launch.cuh", only_64, "launch_attention_of<T, 64>(w, stream);\n")
+    only_64 = "if (head_dim == 64) return f.template operator()<64>();\n"
+    edit(cuda / "elements.cuh", r"switch \(head_dim\) \{.*?\n  \}\n", only_64)
     (folder / "planted.cpp").write_text('extern "C" { int simt_planted = 0; }\n')
     sources = [
         cuda / "decode" / "decode_bf16.cu",

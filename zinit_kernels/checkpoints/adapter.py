@@ -25,6 +25,8 @@ class Told(NamedTuple):
     prompt_length: int | None = None
     layout: str | None = None
     stack: str | None = None
+    gate_activation: str | None = None
+    num_heads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -62,33 +62,26 @@ def load_adapter(
         CheckpointError: no adapter, a damaged one, or one that does not say enough; one sentence. OSError where the
             file cannot be read.
     """
-    return identify(path, prompt_length, gate_activation, layout, num_heads, stack)[1]
+    return identify(path, Told(prompt_length, layout, stack, gate_activation, num_heads))[1]
 
 
-def identify(
-    path: str | os.PathLike[str],
-    prompt_length: int | None = None,
-    gate_activation: str | None = None,
-    layout: str | None = None,
-    num_heads: int | None = None,
-    stack: str | None = None,
-) -> tuple[str, AdapterCheckpoint]:
+def identify(path: str | os.PathLike[str], told: Told) -> tuple[str, AdapterCheckpoint]:
     """`load_adapter`, with the format's name."""
-    if layout not in (None, *litgpt.LAYOUTS):
-        raise CheckpointError(f"layout must be one of {', '.join(litgpt.LAYOUTS)}, got {layout!r}")
-    if gate_activation not in (None, "tanh", "identity"):
-        raise CheckpointError(f"gate_activation must be tanh or identity, got {shown(gate_activation)}")
+    if told.layout not in (None, *litgpt.LAYOUTS):
+        raise CheckpointError(f"layout must be one of {', '.join(litgpt.LAYOUTS)}, got {told.layout!r}")
+    if told.gate_activation not in (None, "tanh", "identity"):
+        raise CheckpointError(f"gate_activation must be tanh or identity, got {shown(told.gate_activation)}")
     file = read_file(Path(path))
     for name, known in FORMATS.items():
         if known.recognise(file):
-            said = known.read(file, Told(prompt_length, layout, stack))
+            said = known.read(file, told)
             checkpoint = replace(
                 said,
-                gate_activation=gate_activation or said.gate_activation,
-                num_heads=num_heads if said.num_heads is None else said.num_heads,
+                gate_activation=told.gate_activation or said.gate_activation,
+                num_heads=told.num_heads if said.num_heads is None else said.num_heads,
             )
             _checked(checkpoint, file.path)
-            _check_told(said, file.path, prompt_length, num_heads)
+            _check_told(said, file.path, told.prompt_length, told.num_heads)
             return name, checkpoint
     raise CheckpointError(
         f"{file.path} is no adapter in a known format ({', '.join(FORMATS)}): it holds {some(file.tensors)}"

@@ -1,5 +1,4 @@
-// The splits of a query row become one; here, and nowhere else where keys are split, the prompt term is
-// added.
+// The splits of a query row become one. Where keys are split, the prompt term is added here and nowhere else.
 #pragma once
 #include "finish.cuh"
 #include "stage.cuh"
@@ -7,7 +6,7 @@
 namespace zinit::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) decode_combine(const DecodeWork w) {
+__global__ void __launch_bounds__(kThreads) zinit_decode_combine(const DecodeWork w) {
   DYNAMIC_SHARED(memory);
   const auto head_dim = static_cast<int>(w.head_dim);
   const SharedLayout layout(1, head_dim, sizeof(T), static_cast<int>(w.prompt_length), 0);
@@ -18,22 +17,21 @@ __global__ void __launch_bounds__(kThreads) decode_combine(const DecodeWork w) {
   stage_queries(w, sequence, kv_head, row, 1, 1, shared);
   __syncthreads();
   weigh_prompts(w, sequence.index, kv_head, row, 1, shared);
-  wait_for_launch_before();  // of what is read up to here the splits write nothing
+  grid_dependency_synchronize();  // nothing read above this line is written by the split kernel
 
   const int64_t at = partial_index(w, sequence.index, kv_head, row, 0);
   const float* states = w.states + 2 * at;
   if (threadIdx.x < 32) {
-    float largest = -INFINITY, sum = 0.f;
-    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32)
-      largest = fmaxf(largest, states[2 * s]);
-    largest = warp_max(largest);
+    float m = -INFINITY, l = 0.f;
+    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32) m = fmaxf(m, states[2 * s]);
+    m = warp_max(m);
     for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32) {
-      const float weight = states[2 * s + 1] == 0.f ? 0.f : fast_exp2(states[2 * s] - largest);
+      const float weight = states[2 * s + 1] == 0.f ? 0.f : fast_exp2(states[2 * s] - m);
       weights[s] = weight;
-      sum += weight * states[2 * s + 1];
+      l += weight * states[2 * s + 1];
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) shared.states[0] = largest, shared.states[1] = sum;
+    l = warp_sum(l);
+    if (threadIdx.x == 0) shared.states[0] = m, shared.states[1] = l;
   }
   __syncthreads();
   for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {

@@ -1,27 +1,15 @@
-// The end of a query row: its token branch divided by its sum, the gated prompt term added exactly once.
+// The end of a query row: acc divided by l, the gated prompt term added exactly once.
 #pragma once
 #include "../prompt_table.cuh"
+#include "../warp.cuh"
 #include "work.cuh"
 
 namespace zinit::cuda {
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
-  return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
-// Sum over i of weights[i] * column[i * stride]. The loads of a batch are on their way together, those behind
-// the last of it again: of a loop that was only unrolled, ptxas made one load after another.
+// Sum over i of p[i] * column[i * stride]. All loads of a batch are issued before any is used, and indices
+// past the end load the last element again: ptxas serialised the loads of a loop that was only unrolled.
 template <class E>
-__device__ __forceinline__ float weighted_sum(const float* weights, const E* column, int64_t stride,
-                                              int count) {
+__device__ __forceinline__ float weighted_sum(const float* p, const E* column, int64_t stride, int count) {
   constexpr int kBatch = 16;
   float sum = 0.f;
   for (int first = 0; first < count; first += kBatch) {
@@ -30,14 +18,14 @@ __device__ __forceinline__ float weighted_sum(const float* weights, const E* col
     for (int i = 0; i < kBatch; ++i) elements[i] = column[min(first + i, count - 1) * stride];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i < count) sum += weights[first + i] * to_float(elements[i]);
+      if (first + i < count) sum += p[first + i] * to_float(elements[i]);
     }
   }
   return sum;
 }
 
-// shared.scores[row][p] = act(gate) * softmax_p(scale * q . pk), of the rows whose head takes prompts. The
-// queries are visible to all.
+// shared.scores[row][j] = act(gate) * softmax_j(scale * q . pk), of the rows whose head takes prompts. The
+// queries are visible to all threads.
 template <class T>
 __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence, int kv_head, int first,
                                               int count, const Shared<T>& shared) {
@@ -49,10 +37,10 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence,
   const auto head_of = [&](int row) { return kv_head * w.group + (first + row) % w.group; };
   with_elements(w.prompt_key.data, w.prompt_key.dtype, [&](const auto* elements) {
     for (int i = warp; i < count * prompts; i += kWarps) {
-      const int row = i / prompts, p = i % prompts;
+      const int row = i / prompts, j = i % prompts;
       if (!takes_prompts(w, table_row, head_of(row))) continue;
       const T* query = shared.queries + row * shared.query_stride;
-      const auto* key = elements + table + p * w.prompt_key.token;
+      const auto* key = elements + table + j * w.prompt_key.token;
       float score = 0.f;
 #pragma unroll 4
       for (int d = lane; d < w.head_dim; d += 32) score += to_float(query[d]) * to_float(key[d]);
@@ -64,18 +52,18 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence,
   for (int row = warp; row < count; row += kWarps) {
     if (!takes_prompts(w, table_row, head_of(row))) continue;
     float* scores = shared.scores + row * prompts;
-    float largest = -INFINITY, sum = 0.f;
-    for (int p = lane; p < prompts; p += 32) largest = fmaxf(largest, scores[p]);
-    largest = warp_max(largest);
-    for (int p = lane; p < prompts; p += 32) sum += fast_exp2(scores[p] - largest);
-    sum = warp_sum(sum);
-    const float weight = prompt_weight(w, table_row, head_of(row)) / sum;
-    for (int p = lane; p < prompts; p += 32) scores[p] = weight * fast_exp2(scores[p] - largest);
+    float m = -INFINITY, l = 0.f;
+    for (int j = lane; j < prompts; j += 32) m = fmaxf(m, scores[j]);
+    m = warp_max(m);
+    for (int j = lane; j < prompts; j += 32) l += fast_exp2(scores[j] - m);
+    l = warp_sum(l);
+    const float weight = prompt_weight(w, table_row, head_of(row)) / l;
+    for (int j = lane; j < prompts; j += 32) scores[j] = weight * fast_exp2(scores[j] - m);
   }
   __syncthreads();
 }
 
-// Query rows first .. first + count from shared.merged and the merged states, with the weighed prompts, to
+// Query rows first .. first + count, from shared.merged and the merged states, with the weighed prompts, to
 // out and lse.
 template <class T>
 __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, int kv_head, int first,
@@ -86,7 +74,7 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
   const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
   for (int row = 0; row < count; ++row) {
     const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-    const float largest = states[2 * row], sum = states[2 * row + 1];
+    const float m = states[2 * row], l = states[2 * row + 1];
     const int taken = prompts && takes_prompts(w, table_row, head) ? prompts : 0;
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
       float prompt = 0.f;
@@ -96,27 +84,67 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
               weighted_sum(shared.scores + row * prompts, elements + table + d, w.prompt_value.token, taken);
         });
       }
-      const float out = (sum == 0.f ? 0.f : shared.merged[row * shared.merged_stride + d] / sum) + prompt;
-      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>(out);
+      const float acc = shared.merged[row * shared.merged_stride + d];
+      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>((l == 0.f ? 0.f : acc / l) + prompt);
     }
     if (threadIdx.x == 0) {
       const int64_t at = (sequence * w.num_heads_q + head) * w.seqlen_q + token;
-      w.lse[at] = sum == 0.f ? -INFINITY : largest * kLn2 + logf(sum);
+      w.lse[at] = l == 0.f ? -INFINITY : m * kLn2 + logf(l);
     }
   }
 }
 
-// Place of a query row's partial results among all: [B, Hkv, T * group, splits].
+// The place of a query row's partial result among all: [B, Hkv, T * group, splits].
 __device__ __forceinline__ int64_t partial_index(const DecodeWork& w, int sequence, int kv_head, int row,
                                                  int split) {
   return ((static_cast<int64_t>(sequence) * w.num_heads_kv + kv_head) * w.query_rows + row) * w.splits +
          split;
 }
 
-// What the warps of a block found becomes one. Each warp has left its states (maximum and sum of every row)
-// in shared memory; `each_vector(factor_of, add)` calls add(row, d, factor_of(row), four values) for the
-// weighted values that a lane holds. The warps add in turns, in the order of the keys, so the result has the
-// same bits every time.
+// Computes rows of shared.merged again that are not finite, each with the keys that it sees alone. Where the
+// rows of a block see different keys, a hidden one has the weight 0 in the products, and 0 * NaN and 0 * inf
+// are NaN. Every warp looks at all of a row, so all take the same branch. Slow, and for such values alone.
+template <class T>
+__device__ __forceinline__ void repeat_rows(const DecodeWork& w, const Share& share, const Shared<T>& shared,
+                                            const float* states) {
+  constexpr int kOfThread = 256 / kThreads;  // dimensions, at most
+  const auto head_dim = static_cast<int>(w.head_dim), lane = static_cast<int>(threadIdx.x) % 32;
+  for (int row = 0; row < share.rows; ++row) {
+    float* merged = shared.merged + row * shared.merged_stride;
+    float special = 0.f;
+    for (int d = lane; d < head_dim; d += 32) special = is_finite(merged[d]) ? special : 1.f;
+    if (warp_max(special) == 0.f) continue;
+    __syncthreads();  // all have looked
+    const T* query = shared.queries + row * shared.query_stride;
+    const float pivot = states[2 * row] == -INFINITY ? 0.f : states[2 * row];
+    const Visible seen = share.visible(w, row);
+    float acc[kOfThread] = {};
+    for (int key = max(seen.begin, share.begin); key < seen.end; ++key) {
+      const CacheRow at = locate(w, share.sequence, key);
+      const T* key_row = row_at(w, w.key_cache, share.kv_head, at, shared.new_keys);
+      const T* value_row = row_at(w, w.value_cache, share.kv_head, at, shared.new_values);
+      float score = 0.f;
+      for (int d = lane; d < head_dim; d += 32) score += to_float(query[d]) * to_float(key_row[d]);
+      const float p = fast_exp2(__fmul_rn(warp_sum(score), w.scale * kLog2E) - pivot);
+#pragma unroll
+      for (int i = 0; i < kOfThread; ++i) {
+        const int d = static_cast<int>(threadIdx.x) + i * kThreads;
+        if (d < head_dim) acc[i] += p * to_float(value_row[d]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int d = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (d < head_dim) merged[d] = acc[i];
+    }
+    __syncthreads();
+  }
+}
+
+// The results of the warps of a block become one. Each warp has left its states (m and l of every row) in
+// shared memory. `each_vector(factor_of, add)` calls add(row, d, factor_of(row), four values) for the parts
+// of acc that a lane holds. The warps add in turns, in the order of the keys, so the result has the same bits
+// every time.
 template <class T, int ROWS, class EachVector>
 __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Share& share,
                                                  const Shared<T>& shared, const EachVector& each_vector) {
@@ -125,21 +153,21 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
   float* merged_states = shared.states + kWarps * ROWS * 2;
   __syncthreads();
   for (int row = static_cast<int>(threadIdx.x); row < ROWS; row += kThreads) {
-    float largest = -INFINITY, sum = 0.f;
-    for (int v = 0; v < kWarps; ++v) largest = fmaxf(largest, shared.states[(v * ROWS + row) * 2]);
+    float m = -INFINITY, l = 0.f;
+    for (int v = 0; v < kWarps; ++v) m = fmaxf(m, shared.states[(v * ROWS + row) * 2]);
     for (int v = 0; v < kWarps; ++v) {
       const float* state = shared.states + (v * ROWS + row) * 2;
-      if (state[1] != 0.f) sum += state[1] * fast_exp2(state[0] - largest);
+      if (state[1] != 0.f) l += state[1] * fast_exp2(state[0] - m);
     }
-    merged_states[2 * row] = largest;
-    merged_states[2 * row + 1] = sum;
+    merged_states[2 * row] = m;
+    merged_states[2 * row + 1] = l;
   }
   __syncthreads();
   for (int turn = 0; turn < kWarps; ++turn) {
     if (warp == turn) {
       const auto factor_of = [&](int row) {
-        const float largest = merged_states[2 * row], own = shared.states[(warp * ROWS + row) * 2];
-        return largest == -INFINITY ? 0.f : fast_exp2(own - largest);
+        const float m = merged_states[2 * row], own = shared.states[(warp * ROWS + row) * 2];
+        return m == -INFINITY ? 0.f : fast_exp2(own - m);
       };
       each_vector(factor_of, [&](int row, int d, float factor, float4 values) {
         float4& to = *reinterpret_cast<float4*>(shared.merged + row * shared.merged_stride + d);
@@ -150,6 +178,7 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
     }
     __syncthreads();
   }
+  if (w.seqlen_q > 1) repeat_rows(w, share, shared, merged_states);  // one token sees all keys of its share
   const int b = share.sequence.index;
   if (w.splits == 1) {
     weigh_prompts(w, b, share.kv_head, share.first_row, share.rows, shared);

@@ -16,20 +16,20 @@ inline DecodeWork decode_work(const DecodeParams& params, const DecodePlan& plan
   w.query_rows = static_cast<int>(w.seqlen_q) * w.group;
   w.row_blocks = plan.row_blocks;
   w.splits = plan.num_splits;
-  w.by_page = Divider::by(w.block_table ? w.page_size : 1);
+  w.by_page = Divider::by(w.block_table.given ? w.page_size : 1);
   w.partials = workspace;
   w.states = workspace + w.num_sequences * w.num_heads_kv * w.query_rows * w.splits * w.head_dim;
   return w;
 }
 
 inline SharedLayout attention_shared(const DecodeWork& w, const DecodePlan& plan) {
-  const int element_bytes = w.query.dtype == DType::kFloat32 ? 4 : 2;
+  const auto element_bytes = static_cast<int>(size_of(w.query.dtype));
   return {plan.rows_per_block, static_cast<int>(w.head_dim), element_bytes, static_cast<int>(w.prompt_length),
           static_cast<int>(w.seqlen_new)};
 }
 
 inline int combine_shared_bytes(const DecodeWork& w) {
-  const int element_bytes = w.query.dtype == DType::kFloat32 ? 4 : 2;
+  const auto element_bytes = static_cast<int>(size_of(w.query.dtype));
   const SharedLayout layout(1, static_cast<int>(w.head_dim), element_bytes, static_cast<int>(w.prompt_length),
                             0);
   return layout.bytes + w.splits * 4;
@@ -47,11 +47,11 @@ bool launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t 
     LAUNCH((kernel), grid, dim3(kThreads), shared_bytes, stream, w);
     return true;
   };
-  if (plan.rows_per_block == 1) return attend(decode_on_cuda_cores<T, D, 1>);
+  if (plan.rows_per_block == 1) return attend(zinit_decode_cuda_cores<T, D, 1>);
   if constexpr (sizeof(T) == 2) {
-    if (plan.tensor_cores) return attend(decode_on_tensor_cores<T, D>);
+    if (plan.tensor_cores) return attend(zinit_decode_tensor_cores<T, D>);
   }
-  return attend(decode_on_cuda_cores<T, D, kCudaCoreRows>);
+  return attend(zinit_decode_cuda_cores<T, D, kCudaCoreRows>);
 }
 
 template <class T>
@@ -59,28 +59,15 @@ void launch_combine(const DecodeWork& w, cudaStream_t stream) {
   if (w.splits == 1 || w.query_rows == 0) return;
   const dim3 grid(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
                   static_cast<unsigned>(w.num_sequences));
-  LAUNCH_BEHIND((decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w), stream, w);
-}
-
-template <class T>
-bool launch_attention_of(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
-  switch (w.head_dim) {
-    case 64:
-      return launch_attention<T, 64>(w, plan, stream);
-    case 80:
-      return launch_attention<T, 80>(w, plan, stream);
-    case 96:
-      return launch_attention<T, 96>(w, plan, stream);
-    case 128:
-      return launch_attention<T, 128>(w, plan, stream);
-    default:
-      return launch_attention<T, 256>(w, plan, stream);
-  }
+  LAUNCH_PROGRAMMATIC_DEPENDENT((zinit_decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w),
+                                stream, w);
 }
 
 template <class T>
 void launch_decode(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
-  if (launch_attention_of<T>(w, plan, stream)) launch_combine<T>(w, stream);
+  with_head_dim(w.head_dim, [&]<int D>() {
+    if (launch_attention<T, D>(w, plan, stream)) launch_combine<T>(w, stream);
+  });
 }
 
 extern template void launch_decode<bf16>(const DecodeWork&, const DecodePlan&, cudaStream_t);

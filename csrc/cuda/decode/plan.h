@@ -1,18 +1,19 @@
-// How a decode call is cut into blocks: pure functions of what the host knows. The lengths live on the
-// device, so the capacity of the cache stands for them, and a captured CUDA graph keeps its plan.
+// How a decode call is cut into blocks: pure functions of what the host knows, without torch. The lengths are
+// known to the device alone, so the capacity of the cache stands for them, and a captured CUDA graph keeps
+// its plan.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 namespace zinit::cuda {
 
-constexpr int kSplitsAtMost = 128;
-constexpr int kNewTokensAtMost = 16;
+constexpr int kMaxSplits = 128;
+constexpr int kMaxNewTokens = 16;
 
 // Query rows that share one reading of the keys: the heads of a group times the new tokens.
 constexpr int kTensorCoreRows = 16;     // rows of an mma
-constexpr int kRowsForTensorCores = 4;  // fewer are done by the CUDA cores: most of an mma would be padding
-constexpr int kCudaCoreRows = 4;        // or 1; float32 is always theirs
+constexpr int kRowsForTensorCores = 4;  // fewer go to the CUDA cores: most of an mma would be padding
+constexpr int kCudaCoreRows = 4;        // or 1; float32 always goes to the CUDA cores
 
 struct DecodePlan {
   bool tensor_cores;
@@ -21,16 +22,15 @@ struct DecodePlan {
   int num_splits;
 };
 
-// Splits of the keys, so that blocks cover the chip: the fewest that leave at most a tenth of it idle in the
-// last wave, or else those that leave the least. Every split costs a partial result, so none is shorter than
-// 128 keys or a page.
+// Splits of the keys, so that the blocks cover the chip: the fewest that leave at most a tenth of it idle in
+// the last wave, or else those that leave the least idle. Every split costs a partial result, so none is
+// shorter than 128 keys or a page.
 inline int choose_num_splits(int multiprocessors, int64_t num_sequences, int64_t num_heads_kv,
                              int64_t row_blocks, int64_t capacity, int64_t page_size) {
   constexpr int64_t kBlocksPerMultiprocessor = 2, kKeysWorthASplit = 128;
   const int64_t blocks = std::max<int64_t>(num_sequences * num_heads_kv * row_blocks, 1);
   const int64_t slots = std::max(multiprocessors, 1) * kBlocksPerMultiprocessor;
-  const int64_t most =
-      std::clamp<int64_t>(capacity / std::max(kKeysWorthASplit, page_size), 1, kSplitsAtMost);
+  const int64_t most = std::clamp<int64_t>(capacity / std::max(kKeysWorthASplit, page_size), 1, kMaxSplits);
   const auto busy = [&](int64_t splits) {
     const int64_t waves = (blocks * splits + slots - 1) / slots;
     return static_cast<double>(blocks * splits) / static_cast<double>(waves * slots);
@@ -49,9 +49,9 @@ inline DecodePlan plan_decode(int multiprocessors, int64_t num_sequences, int64_
   DecodePlan plan;
   plan.tensor_cores = half_precision && query_rows >= kRowsForTensorCores;
   plan.rows_per_block = plan.tensor_cores ? kTensorCoreRows : query_rows == 1 ? 1 : kCudaCoreRows;
-  // without a query there is still a block that appends
+  // without a query there is still one block, which appends
   plan.row_blocks = static_cast<int>(std::max<int64_t>((query_rows - 1) / plan.rows_per_block + 1, 1));
-  plan.num_splits = static_cast<int>(std::clamp<int64_t>(num_splits, 1, kSplitsAtMost));
+  plan.num_splits = static_cast<int>(std::clamp<int64_t>(num_splits, 1, kMaxSplits));
   if (num_splits == 0) {
     plan.num_splits =
         choose_num_splits(multiprocessors, num_sequences, num_heads_kv, plan.row_blocks, capacity, page_size);
@@ -59,7 +59,7 @@ inline DecodePlan plan_decode(int multiprocessors, int64_t num_sequences, int64_
   return plan;
 }
 
-// Floats between the splits and their combination: per query row and split an output and its maximum and sum.
+// Floats between the splits and their combination: acc, m and l of each query row and split.
 inline int64_t workspace_floats(const DecodePlan& plan, int64_t num_sequences, int64_t num_heads_q,
                                 int64_t seqlen_q, int64_t head_dim) {
   return plan.num_splits == 1 ? 0 : num_sequences * num_heads_q * seqlen_q * plan.num_splits * (head_dim + 2);

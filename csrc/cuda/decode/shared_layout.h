@@ -1,4 +1,5 @@
-// Where a decode block keeps what, for the kernels, for their launcher, and for whoever asks on the host.
+// What lies where in a decode block's shared memory: for the kernels, for their launcher, and for Python
+// (_C_host).
 #pragma once
 #include "../block.h"
 
@@ -12,13 +13,11 @@ namespace zinit::cuda {
 
 // The dynamic shared memory of a block, in bytes from its start.
 struct SharedLayout {
-  int query_stride;   // elements: 64 bytes past a multiple of 128, so that an mma's fragments meet no bank
-                      // twice
-  int queries;        // T [ROWS, query_stride], rotated, zeros behind D
-  int merged_stride;  // floats: 8 past D, so that at most two of eight lanes with four floats each meet a
-                      // bank
+  int query_stride;   // elements: 64 bytes past a multiple of 128: an mma's fragments meet no bank twice
+  int queries;        // T [ROWS, query_stride], rotated, zeros from D on
+  int merged_stride;  // floats: 8 past D: of eight lanes with four floats each, at most two meet a bank
   int merged;         // float [ROWS, merged_stride]
-  int states;         // float [kWarps + 1, ROWS, 2]: of each warp, and merged
+  int states;         // float [kWarps + 1, ROWS, 2]: m and l, of each warp and merged
   int scores;         // float [ROWS, P]
   int new_keys;       // T [T_new, D], rotated
   int new_values;     // T [T_new, D]

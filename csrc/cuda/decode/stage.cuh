@@ -1,11 +1,11 @@
-// What happens before a block attends: rotary embedding, queries into shared memory, new keys into it and the
+// What happens before a block attends: queries, rotated, into shared memory; new keys into it and into the
 // cache.
 #pragma once
 #include "work.cuh"
 
 namespace zinit::cuda {
 
-// Query rows first .. first + count of a key head, zeros up to `rows` rows and behind D.
+// Query rows first .. first + count of a key head; zeros up to `rows` rows and from D on.
 template <class T>
 __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequence& s, int kv_head, int first,
                                               int count, int rows, const Shared<T>& shared) {
@@ -16,15 +16,15 @@ __device__ __forceinline__ void stage_queries(const DecodeWork& w, const Sequenc
     T elements[kAtOnce] = {};
     if (row < count && d < w.head_dim) {
       const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-      rotate(w, row_of<T>(w.query, s.index, head, token), d, s.length + (w.rotate_by_token ? token : 0),
+      rotate(w, row_of<T>(w.query, s.index, head, token), d, s.length + (w.rotary.by_token ? token : 0),
              elements);
     }
     memcpy(static_cast<void*>(shared.queries + i), static_cast<const void*>(elements), sizeof elements);
   }
 }
 
-// New keys and values into shared memory, for the blocks that see them, and into the cache, by the one that
-// appends. No block reads them from the cache: it may be another that writes there.
+// New keys and values: into shared memory in every block that sees them, into the cache in the block that
+// appends. No block reads them from the cache, because another block may be writing there.
 template <class T>
 __device__ __forceinline__ void stage_new_tokens(const DecodeWork& w, const Share& share,
                                                  const Shared<T>& shared) {
@@ -41,26 +41,22 @@ __device__ __forceinline__ void stage_new_tokens(const DecodeWork& w, const Shar
   }
 }
 
-// A tile of keys: lane l knows where key l % KEYS and its value lie, in the cache or among the new ones in
-// shared memory, and tells the others. Behind the last key of the share that one stands again, to get no
-// weight: loads that are all wanted need no zeros in their place. With them ptxas took each key out of its
-// registers before it asked for the values, and a tile waited for memory several times.
+// A tile of keys. Lane l knows where key l % KEYS and its value lie, in the cache or among the new ones in
+// shared memory, and tells the other lanes. Slots past the last key of the share repeat that key and get the
+// weight 0, so every load is unpredicated. With predicated loads ptxas unpacked each key before it issued the
+// loads of the values, and a tile waited for memory several times.
 template <class T, int KEYS>
 class KeyTile {
  public:
   __device__ __forceinline__ KeyTile(const DecodeWork& w, const Share& share, const Shared<T>& shared)
       : w_(w), share_(share), shared_(shared) {}
 
-  // Ahead of use: the block table is read while the tile before is computed.
+  // Called one tile ahead: the block table is read while the tile before is computed.
   __device__ __forceinline__ void find(int first) {
     const int key = max(min(first + static_cast<int>(threadIdx.x) % KEYS, share_.end - 1), 0);
     const CacheRow at = locate(w_, share_.sequence, key);
-    const auto place = [&](const View& cache, const T* new_rows) {
-      return at.page < 0 ? new_rows + at.slot * w_.head_dim
-                         : row_of<T>(cache, at.page, share_.kv_head, at.slot);
-    };
-    key_ = place(w_.key_cache, shared_.new_keys);
-    value_ = place(w_.value_cache, shared_.new_values);
+    key_ = row_at(w_, w_.key_cache, share_.kv_head, at, shared_.new_keys);
+    value_ = row_at(w_, w_.value_cache, share_.kv_head, at, shared_.new_values);
   }
   __device__ __forceinline__ const T* key(int i) const { return told(key_, i); }
   __device__ __forceinline__ const T* value(int i) const { return told(value_, i); }

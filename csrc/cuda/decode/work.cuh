@@ -9,11 +9,11 @@ namespace zinit::cuda {
 
 struct DecodeWork : CacheWork {
   int group;       // Hq / Hkv
-  int query_rows;  // T * group; row r is token r / group and head r % group of its key head
+  int query_rows;  // T * group; row r is token r / group, head r % group of its key head
   int row_blocks;
   int splits;
-  float* partials;  // [B, Hkv, T * group, splits, D]: sums of weighted values
-  float* states;    // [B, Hkv, T * group, splits, 2]: maximum (base 2) and sum of weights
+  float* partials;  // [B, Hkv, T * group, splits, D]: acc (the letters are explained in tiles/softmax.cuh)
+  float* states;    // [B, Hkv, T * group, splits, 2]: m (base 2) and l
 };
 
 // Which keys the query of a token sees.
@@ -31,7 +31,8 @@ struct Visible {
   __device__ bool holds(int key) const { return key >= begin && key < end; }
 };
 
-// One block: some query rows of one key head of one sequence, and a share of the keys that any of them sees.
+// One block: some query rows of one key head of one sequence, against a share of the keys that any of them
+// sees.
 struct Share {
   Sequence sequence;
   int kv_head, first_row, rows, split;
@@ -53,7 +54,7 @@ struct Share {
             appends};
   }
   __device__ bool sees_new_keys() const { return end > sequence.length; }
-  // What one of its rows sees of its keys.
+  // What one of its rows sees of the share's keys.
   __device__ Visible visible(const DecodeWork& w, int row) const {
     const Visible all(w, sequence, (first_row + row) / w.group);
     return {all.begin, min(all.end, end)};
@@ -68,9 +69,16 @@ struct CacheRow {
 
 __device__ __forceinline__ CacheRow locate(const DecodeWork& w, const Sequence& s, int key) {
   if (key >= s.length) return {-1, key - s.length};
-  if (!w.block_table) return {s.index, key};
+  if (!w.block_table.given) return {s.index, key};
   const int page = w.by_page.quotient(key);
   return {max(page_of(w, s.index, page), 0), key - page * static_cast<int>(w.page_size)};
+}
+
+// The key or value there.
+template <class T>
+__device__ __forceinline__ const T* row_at(const DecodeWork& w, const View& cache, int kv_head, CacheRow at,
+                                           const T* new_rows) {
+  return at.page < 0 ? new_rows + at.slot * w.head_dim : row_of<T>(cache, at.page, kv_head, at.slot);
 }
 
 template <class T>

@@ -1,5 +1,5 @@
-// New keys and values into the cache, by a launch before the one that reads them: of the blocks of that one,
-// each needs them all, and none could wait for another.
+// New keys and values into the cache, by a launch of its own: every block of the attending launch needs them
+// all, and no block could wait for another one to write them.
 #pragma once
 #include "../cache.cuh"
 
@@ -8,7 +8,7 @@ namespace zinit::cuda {
 constexpr int kTokensPerBlock = 16;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) append_tokens(const CacheWork w) {
+__global__ void __launch_bounds__(kThreads) zinit_append(const CacheWork w) {
   const Sequence sequence(w, static_cast<int>(blockIdx.z));
   const auto kv_head = static_cast<int>(blockIdx.y), head_dim = static_cast<int>(w.head_dim);
   const int first = static_cast<int>(blockIdx.x) * kTokensPerBlock;

@@ -1,6 +1,8 @@
-// Attention of many queries: one block owns some queries of a head and walks over the keys that they see; the
-// prompts are the last tile, of a softmax of their own.
+// Attention of many queries: one block owns some queries of a head and walks over the keys that they see. The
+// prompts are the last tile, with a softmax of their own. The letters m, l, acc, p and alpha are those of
+// tiles/softmax.cuh.
 #pragma once
+#include "repeat.cuh"
 #include "stage.cuh"
 
 namespace zinit::cuda {
@@ -10,10 +12,10 @@ template <class Shape, int COLUMNS>
 __device__ __forceinline__ void mask_scores(const PrefillWork& w, const QueryBlock& block, int first,
                                             float scale, float (&scores)[Shape::kRowTiles][COLUMNS][4]) {
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of_result<Shape>(m, half), begin = block.begin(w, row), end = block.end(w, row);
+      const int row = row_of_result<Shape>(t, half), begin = block.begin(w, row), end = block.end(w, row);
 #pragma unroll
       for (int n = 0; n < COLUMNS; ++n) {
 #pragma unroll
@@ -21,19 +23,19 @@ __device__ __forceinline__ void mask_scores(const PrefillWork& w, const QueryBlo
           const int key = first + n * 8 + lane_index() % 4 * 2 + i;
           float score = -INFINITY;
           if (key >= begin && key < end) {
-            score = scores[m][n][half * 2 + i] * scale;
-            if (w.key_bias) score += w.key_bias[block.batch * w.seqlen_k + key] * kLog2E;
+            score = scores[t][n][half * 2 + i] * scale;
+            if (w.key_bias.given) score += w.key_bias.data[block.batch * w.seqlen_k + key] * kLog2E;
           }
-          scores[m][n][half * 2 + i] = score;
+          scores[t][n][half * 2 + i] = score;
         }
       }
     }
   }
 }
 
-// Two blocks on a multiprocessor: while one waits for its softmax, the other's products are computed.
+// Two blocks on a multiprocessor: while one is in its softmax, the tensor cores work for the other.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 2) prefill_attention(const PrefillWork w) {
+__global__ void __launch_bounds__(kThreads, 2) zinit_prefill(const PrefillWork w) {
   using Shape = PrefillShape<D>;
   DYNAMIC_SHARED(memory);
   const PrefillShared<T, Shape> shared(memory);
@@ -57,49 +59,73 @@ __global__ void __launch_bounds__(kThreads, 2) prefill_attention(const PrefillWo
   stage(0);
 
   const float scale = w.scale * kLog2E;
-  typename Shape::Output out = {};
+  typename Shape::Output acc = {};
   Softmax<Shape> softmax;
   for (int tile = 0; tile < tiles; ++tile) {
     wait_for_copies<0>();
-    __syncthreads();  // this tile is there, and the one before is done with
+    __syncthreads();  // this tile has landed, and nobody needs the one before
     stage(tile + 1);
     const int first = begin + tile * Shape::kKeys;
     float scores[Shape::kRowTiles][Shape::kKeys / 8][4];
     multiply_keys<T, Shape>(scores, shared.queries, shared.keys(tile));
-    // the scale is part of the exponent's multiplication where nothing else has to be done to the scores
-    const bool whole =
-        first >= seen_by_all_from && first + Shape::kKeys <= seen_by_all_to && !w.key_bias && scale >= 0.f;
+    // where nothing else has to be done to the scores, the scale is part of the exponent's multiply-add
+    const bool whole = first >= seen_by_all_from && first + Shape::kKeys <= seen_by_all_to &&
+                       !w.key_bias.given && scale >= 0.f;
     if (!whole) mask_scores<Shape>(w, block, first, scale, scores);
-    typename Shape::Rows correction;
-    softmax.add(scores, whole ? scale : 1.f, correction);
-    multiply_rows<Shape>(out, correction);
-    add_values<T, Shape>(out, scores, shared.values(tile));
+    typename Shape::Rows alpha;
+    softmax.add(scores, whole ? scale : 1.f, alpha);
+    multiply_rows<Shape>(acc, alpha);
+    add_values<T, Shape>(acc, scores, shared.values(tile));
   }
   wait_for_copies<0>();
   __syncthreads();
 
   typename Shape::Rows inverse;
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = row_sum(softmax.sum[m][half]);
-      inverse[m][half] = sum == 0.f ? 0.f : 1.f / sum;
-      const int row = row_of_result<Shape>(m, half);
+      const float l = row_sum(softmax.l[t][half]);
+      inverse[t][half] = l == 0.f ? 0.f : 1.f / l;
+      const int row = row_of_result<Shape>(t, half);
       if (lane_index() % 4 == 0 && row < block.count) {
         const int64_t head = static_cast<int64_t>(block.batch) * w.num_heads_q + block.head;
         w.lse[head * w.total_q + block.first_q + block.first + row] =
-            sum == 0.f ? -INFINITY : softmax.largest[m][half] * kLn2 + logf(sum);
+            l == 0.f ? -INFINITY : softmax.m[t][half] * kLn2 + logf(l);
       }
     }
   }
-  multiply_rows<Shape>(out, inverse);
+  multiply_rows<Shape>(acc, inverse);
   if (branch.is_wanted()) {
-    add_prompts<T, Shape>(w, branch, shared.queries, shared.keys(tiles), shared.values(tiles), out);
+    add_prompts<T, Shape>(w, branch, shared.queries, shared.keys(tiles), shared.values(tiles), acc);
   }
-  write_rows<false, T, Shape>(out, shared.queries, block.count, [&](int row) {
+  write_rows<false, T, Shape>(acc, shared.queries, block.count, [&](int row) {
     return row_of<T>(w.out, block.batch, block.head, block.first_q + block.first + row);
   });
+  if (begin == seen_by_all_from && end == seen_by_all_to) return;  // all queries see the same keys
+#pragma unroll
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float special = 0.f;
+#pragma unroll
+      for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
+        if (!is_finite(acc[t][n][half * 2]) || !is_finite(acc[t][n][half * 2 + 1])) special = 1.f;
+      }
+      special = row_max(special);
+      for (int lane = 0; lane < 32; lane += 4) {  // each of them has a row
+        if (__shfl_sync(kAllLanes, special, lane) == 0.f) continue;
+        const int row = warp_index() * Shape::kWarpRows + t * 16 + half * 8 + lane / 4;
+        const float m = __shfl_sync(kAllLanes, softmax.m[t][half], lane);
+        const float scale_of_row = __shfl_sync(kAllLanes, inverse[t][half], lane);
+        if (row >= block.count) continue;
+        __syncwarp();  // the row that is written again has been written
+        RowAgain<T, Shape> again(w, block, row);
+        again.attend(m);
+        again.finish(scale_of_row, branch);
+      }
+    }
+  }
 }
 
 }  // namespace zinit::cuda

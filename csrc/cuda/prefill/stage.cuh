@@ -1,10 +1,10 @@
-// From global into shared memory: a block's queries, its tiles of keys and values.
+// A block's queries and its tiles of keys and values, from global into shared memory.
 #pragma once
 #include "work.cuh"
 
 namespace zinit::cuda {
 
-constexpr int kStages = 2;  // tiles of keys at once: one is computed with, the next on its way
+constexpr int kStages = 2;  // tiles of keys at once: one is in use, the next in flight
 
 template <class T, class Shape>
 struct PrefillShared {
@@ -22,7 +22,7 @@ struct PrefillShared {
 template <class T, class Shape>
 __device__ __forceinline__ void stage_queries(const PrefillWork& w, const QueryBlock& block, T* queries) {
   const int first = block.first_q + block.first;
-  if (!w.rotary_cos) {
+  if (!w.rotary.given) {
     return each_vector<Shape>(Shape::kQueries, [&](int row, int d) {
       const bool wanted = row < block.count;
       const T* from = row_of<T>(w.query, block.batch, block.head, first + (wanted ? row : 0)) + d;
@@ -34,13 +34,14 @@ __device__ __forceinline__ void stage_queries(const PrefillWork& w, const QueryB
     T elements[8] = {};
     if (row < block.count) {
       rotate(w, row_of<T>(w.query, block.batch, block.head, token), d,
-             block.rotary_start + (w.rotate_by_token ? token : 0), elements);
+             block.rotary_start + (w.rotary.by_token ? token : 0), elements);
     }
     memcpy(queries + row * Shape::kStride + d, static_cast<const void*>(elements), sizeof elements);
   });
 }
 
-// Keys first .. first + kKeys, zeros from `end` on and where the bias masks: what stands there may be NaN.
+// Keys first .. first + kKeys; zeros from `end` on and where the bias is -inf, because the memory there may
+// hold NaN.
 template <class T, class Shape>
 __device__ __forceinline__ void stage_keys(const PrefillWork& w, const QueryBlock& block, int first, int end,
                                            T* keys, T* values) {
@@ -48,17 +49,11 @@ __device__ __forceinline__ void stage_keys(const PrefillWork& w, const QueryBloc
     int key = first + row;
     bool wanted = key < end;
     if (!wanted) key = first;
-    if (w.key_bias) wanted = wanted && w.key_bias[block.batch * w.seqlen_k + key] != -INFINITY;
-    int64_t batch = block.batch;
-    int slot = block.first_k + key;
-    if (w.block_table) {
-      const int page = w.by_page.quotient(key);
-      batch = max(page_of(w, block.sequence, page), 0);
-      slot = key - page * static_cast<int>(w.page_size);
-    }
+    if (w.key_bias.given) wanted = wanted && w.key_bias.data[block.batch * w.seqlen_k + key] != -INFINITY;
+    const KeyPlace at = block.locate(w, key);
     const int to = row * Shape::kStride + d;
-    copy_async(keys + to, row_of<T>(w.key_cache, batch, block.kv_head, slot) + d, wanted);
-    copy_async(values + to, row_of<T>(w.value_cache, batch, block.kv_head, slot) + d, wanted);
+    copy_async(keys + to, row_of<T>(w.key_cache, at.batch, block.kv_head, at.slot) + d, wanted);
+    copy_async(values + to, row_of<T>(w.value_cache, at.batch, block.kv_head, at.slot) + d, wanted);
   });
 }
 

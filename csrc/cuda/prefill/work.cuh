@@ -9,13 +9,19 @@ namespace zinit::cuda {
 template <int D>
 using PrefillShape = TileShape<D, D <= 128 ? 2 : 1, D <= 64 ? 64 : 32>;  // what fits into 255 registers
 
-constexpr int kFarthest = kRowsAtMost;  // as good as unlimited
+constexpr int kUnlimited = kMaxRows;  // of a window: reaches past every key
 
 struct PrefillWork : CacheWork {
   int64_t total_q, total_k;
   int group;                    // Hq / Hkv
-  int reach_left, reach_right;  // the windows, kFarthest where unlimited
+  int reach_left, reach_right;  // the windows, kUnlimited where they are
   bool prompt_vectors;
+};
+
+// Where a key of a sequence lies.
+struct KeyPlace {
+  int64_t batch;  // of the tensor, or the page
+  int slot;
 };
 
 struct QueryBlock {
@@ -33,15 +39,16 @@ struct QueryBlock {
     b.kv_head = b.head / w.group;
     b.batch = b.sequence, b.first_q = b.first_k = b.rotary_start = 0;
     b.queries = static_cast<int>(w.seqlen_q), b.keys = static_cast<int>(w.seqlen_k);
-    if (w.cu_seqlens_q) {
-      const PackedRows q(w.cu_seqlens_q, b.sequence, w.total_q), k(w.cu_seqlens_k, b.sequence, w.total_k);
+    if (w.cu_seqlens_q.given) {
+      const PackedRows q(w.cu_seqlens_q.data, b.sequence, w.total_q);
+      const PackedRows k(w.cu_seqlens_k.data, b.sequence, w.total_k);
       b.batch = 0, b.first_q = q.first, b.queries = q.count, b.first_k = k.first, b.keys = k.count;
-    } else if (w.cache_seqlens) {
+    } else if (w.cache_seqlens.given) {
       const Sequence s(w, b.sequence);
       b.keys = s.total, b.rotary_start = s.length;
     }
     b.offset = b.keys - b.queries;
-    // the last queries see the most keys: they begin, so that no long block comes last
+    // the last queries see the most keys, so they come first: no long block is left for the end
     const int blocks = (b.queries + queries_at_most - 1) / queries_at_most;
     b.first = (blocks - 1 - static_cast<int>(blockIdx.x)) * queries_at_most;
     b.count = min(b.queries - b.first, queries_at_most);
@@ -55,6 +62,11 @@ struct QueryBlock {
   }
   __device__ int end(const PrefillWork& w, int row) const {
     return min(first + row + offset + w.reach_right + 1, keys);
+  }
+  __device__ __forceinline__ KeyPlace locate(const PrefillWork& w, int key) const {
+    if (!w.block_table.given) return {batch, first_k + key};
+    const int page = w.by_page.quotient(key);
+    return {max(page_of(w, sequence, page), 0), key - page * static_cast<int>(w.page_size)};
   }
 };
 

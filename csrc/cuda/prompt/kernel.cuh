@@ -27,7 +27,7 @@ struct PromptShared {
 
 // All that a block reads is on its way at once: queries, output, prompts.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) add_prompts_to_output(const PromptWork w) {
+__global__ void __launch_bounds__(kThreads) zinit_add_prompts(const PromptWork w) {
   using Shape = PromptShape<D>;
   DYNAMIC_SHARED(memory);
   const PromptShared<T, Shape> shared(memory);
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) add_prompts_to_output(const PromptWo
   if (!branch.is_wanted()) return;
 
   int batch = sequence, first = 0, count = static_cast<int>(w.seqlen_q);
-  if (w.cu_seqlens_q) {
-    const PackedRows rows(w.cu_seqlens_q, sequence, w.total_q);
+  if (w.cu_seqlens_q.given) {
+    const PackedRows rows(w.cu_seqlens_q.data, sequence, w.total_q);
     batch = 0, first = rows.first, count = rows.count;
   }
   const int skipped = static_cast<int>(blockIdx.x) * Shape::kQueries;

@@ -1,4 +1,5 @@
-// The door to the kernel of the prompt branch alone; limits as in prefill.h, of query and out.
+// The entry to the kernel of the prompt branch alone. The caller guarantees for query and out what prefill.h
+// says.
 #pragma once
 #include "../../params.h"
 #include "../stream.h"

@@ -50,13 +50,13 @@ __device__ __forceinline__ void score_prompts(float (&scores)[Shape::kRowTiles][
                                               const T* keys, int count, float scale) {
   multiply_keys<T, Shape>(scores, queries, keys);
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool exists = n * 8 + lane_index() % 4 * 2 + i % 2 < count;
-        scores[m][n][i] = exists ? scores[m][n][i] * scale : -INFINITY;
+        scores[t][n][i] = exists ? scores[t][n][i] * scale : -INFINITY;
       }
     }
   }
@@ -82,35 +82,35 @@ __device__ __forceinline__ void add_prompts(const AttentionParams& w, const Prom
   for (int first = 0; first < branch.prompts; first += Shape::kKeys) {
     if (first > 0) restage(first);
     const int count = min(branch.prompts - first, Shape::kKeys);
-    for (int p = 0; p < count; p += 16) {
+    for (int j = 0; j < count; j += 16) {
       typename Shape::Rows unused;
-      score_prompts<T, Shape>(scores, queries, keys + p * Shape::kStride, count - p, scale);
+      score_prompts<T, Shape>(scores, queries, keys + j * Shape::kStride, count - j, scale);
       softmax.add(scores, 1.f, unused);
     }
   }
   typename Shape::Rows weights;
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) weights[m][half] = branch.weight / row_sum(softmax.sum[m][half]);
+    for (int half = 0; half < 2; ++half) weights[t][half] = branch.weight / row_sum(softmax.l[t][half]);
   }
   const int last = (branch.prompts - 1) / Shape::kKeys * Shape::kKeys;
   for (int first = last; first >= 0; first -= Shape::kKeys) {  // from the one that is still there
     if (first < last) restage(first);
     const int count = min(branch.prompts - first, Shape::kKeys);
-    for (int p = 0; p < count; p += 16) {
-      score_prompts<T, Shape>(scores, queries, keys + p * Shape::kStride, count - p, scale);
+    for (int j = 0; j < count; j += 16) {
+      score_prompts<T, Shape>(scores, queries, keys + j * Shape::kStride, count - j, scale);
 #pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
+      for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            scores[m][n][i] = weights[m][i / 2] * fast_exp2(scores[m][n][i] - softmax.largest[m][i / 2]);
+            scores[t][n][i] = weights[t][i / 2] * fast_exp2(scores[t][n][i] - softmax.m[t][i / 2]);
           }
         }
       }
-      add_values<T, Shape>(out, scores, values + p * Shape::kStride);
+      add_values<T, Shape>(out, scores, values + j * Shape::kStride);
     }
   }
 }

@@ -37,8 +37,8 @@ __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.
 
 // The tile's row that a lane's result belongs to.
 template <class Shape>
-__device__ __forceinline__ int row_of_result(int m, int half) {
-  return warp_index() * Shape::kWarpRows + m * 16 + half * 8 + lane_index() / 4;
+__device__ __forceinline__ int row_of_result(int t, int half) {
+  return warp_index() * Shape::kWarpRows + t * 16 + half * 8 + lane_index() / 4;
 }
 
 // f(row, first element) for each 16-byte vector of rows [0, rows) that this thread copies. Not unrolled: with
@@ -60,26 +60,26 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[Shape::kRowTiles][
   const T* query = queries + (warp_index() * Shape::kWarpRows + lane % 16) * Shape::kStride + lane / 16 * 8;
   const T* key = keys + (lane / 16 * 8 + lane % 8) * Shape::kStride + lane / 8 % 2 * 8;
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.f;
+      for (int i = 0; i < 4; ++i) scores[t][n][i] = 0.f;
     }
   }
 #pragma unroll
   for (int d = 0; d < Shape::kHeadDim; d += 16) {
     uint32_t a[Shape::kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m) load_matrices(a[m], query + m * 16 * Shape::kStride + d);
+    for (int t = 0; t < Shape::kRowTiles; ++t) load_matrices(a[t], query + t * 16 * Shape::kStride + d);
 #pragma unroll
     for (int n = 0; n < COLUMNS; n += 2) {
       uint32_t b[4];
       load_matrices(b, key + n * 8 * Shape::kStride + d);
 #pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        mma_m16n8k16<T>(scores[m][n], a[m], b[0], b[1]);
-        mma_m16n8k16<T>(scores[m][n + 1], a[m], b[2], b[3]);
+      for (int t = 0; t < Shape::kRowTiles; ++t) {
+        mma_m16n8k16<T>(scores[t][n], a[t], b[0], b[1]);
+        mma_m16n8k16<T>(scores[t][n + 1], a[t], b[2], b[3]);
       }
     }
   }
@@ -96,11 +96,11 @@ __device__ __forceinline__ void add_values(typename Shape::Output& out,
   for (int n = 0; n < COLUMNS; n += 2) {
     uint32_t a[Shape::kRowTiles][4];  // a result's layout is that of the next product's left side
 #pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
+    for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float* pair = &weights[m][n + i / 2][i % 2 * 2];
-        a[m][i] = pack<T>(pair[0], pair[1]);
+        const float* pair = &weights[t][n + i / 2][i % 2 * 2];
+        a[t][i] = pack<T>(pair[0], pair[1]);
       }
     }
 #pragma unroll
@@ -108,9 +108,9 @@ __device__ __forceinline__ void add_values(typename Shape::Output& out,
       uint32_t b[4];
       load_matrices_transposed(b, value + n * 8 * Shape::kStride + d);
 #pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        mma_m16n8k16<T>(out[m][d / 8], a[m], b[0], b[1]);
-        mma_m16n8k16<T>(out[m][d / 8 + 1], a[m], b[2], b[3]);
+      for (int t = 0; t < Shape::kRowTiles; ++t) {
+        mma_m16n8k16<T>(out[t][d / 8], a[t], b[0], b[1]);
+        mma_m16n8k16<T>(out[t][d / 8 + 1], a[t], b[2], b[3]);
       }
     }
   }
@@ -120,11 +120,11 @@ template <class Shape>
 __device__ __forceinline__ void multiply_rows(typename Shape::Output& out,
                                               const typename Shape::Rows& factors) {
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[m][n][i] *= factors[m][i / 2];
+      for (int i = 0; i < 4; ++i) out[t][n][i] *= factors[t][i / 2];
     }
   }
 }
@@ -136,13 +136,13 @@ __device__ __forceinline__ void write_rows(const typename Shape::Output& out, T*
                                            const RowPointer& row) {
   __syncwarp();  // other lanes have read what is overwritten
 #pragma unroll
-  for (int m = 0; m < Shape::kRowTiles; ++m) {
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      T* at = tile + row_of_result<Shape>(m, half) * Shape::kStride + lane_index() % 4 * 2;
+      T* at = tile + row_of_result<Shape>(t, half) * Shape::kStride + lane_index() % 4 * 2;
 #pragma unroll
       for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-        float low = out[m][n][half * 2], high = out[m][n][half * 2 + 1];
+        float low = out[t][n][half * 2], high = out[t][n][half * 2 + 1];
         if constexpr (ADDS) low += to_float(at[n * 8]), high += to_float(at[n * 8 + 1]);
         *reinterpret_cast<uint32_t*>(at + n * 8) = pack<T>(low, high);
       }

@@ -1,32 +1,34 @@
-// One strip of queries (in lanes) against one block of keys: which part of the score tile exists, and its
-// masks.
+// One strip of queries (one to a lane) against one block of keys: which part of the score tile exists, and
+// its masks.
 #pragma once
-#include "sequence.inl"
+#include "../params.h"
+#include "gemm.h"
+#include "sequence.h"
 
 namespace zinit::cpu {
 namespace {
 
-// Beyond this a float32 is too coarse a thing to subtract from an exponent: its rounding reaches 0.1 % of
-// every weight of the row, and at 2^30 whole powers of 2.
+// A float32 beyond this is too coarse to be subtracted from an exponent: its rounding reaches 0.1 % of every
+// weight of the row, and at 2^30 whole powers of 2.
 constexpr float kCoarse = 1 << 14;
 
-// How scores become exponents of 2: (s - pivot) * factor, or where pivot * factor is not coarse the cheaper
-// s * factor - pivot * factor. With a key bias (or scale <= 0, where the largest product is not the largest
-// score) the tile is first rewritten as s * scale + bias, clamped to finite unless the key is hidden: a huge
-// negative bias stays a number.
+// How scores become exponents of 2: (s - m) * factor. Where m * factor is not coarse, s * factor - m * factor
+// is cheaper. With a key bias, or with scale <= 0, where the largest product is not the largest score, the
+// tile is first rewritten as s * scale + bias. It is clamped to finite numbers unless the key is hidden, so a
+// huge negative bias stays a number.
 struct ScoreScale {
   bool biased;
   float scale;      // what the rewriting multiplies with
   float remaining;  // what a score of the tile still lacks: scale, or 1 once rewritten
   float factor;     // the same for an exponent of 2
-  explicit ScoreScale(const AttentionParams& p)
-      : biased(p.key_bias != nullptr || !(p.scale > 0)),
-        scale(p.scale),
+  explicit ScoreScale(const AttentionParams& w)
+      : biased(w.key_bias.given || !(w.scale > 0)),
+        scale(w.scale),
         remaining(biased ? 1.f : scale),
         factor(remaining * kLog2E) {}
 };
 
-// The keys of a block (numbered from its start) that one vector of queries needs: some lane sees [begin,
+// The keys of a block, numbered from its start, that one vector of queries needs: some lane sees [begin,
 // end), and every lane sees [full_begin, full_end) within it.
 struct Extent {
   int64_t begin = 0, end = 0, full_begin = 0, full_end = 0;
@@ -67,19 +69,19 @@ template <class Tile>
 inline void score_tile(const typename Tile::Unit* rows, int64_t row_units,
                        const typename Tile::Unit* transposed, int64_t steps, const Extent extents[2],
                        float* scores, int64_t score_row) {
-  const Product<Tile> p{rows, row_units, 1, transposed, kStrip};
+  const Product<Tile> product{rows, row_units, 1, transposed, kStrip};
   const Overwrite into{scores, score_row};
   const Extent &low = extents[0], &high = extents[1];
   const int64_t both_begin = max(low.begin, high.begin), both_end = min(low.end, high.end);
   if (both_begin < both_end) {
-    product_rows<Tile, 2>(p, into, both_begin, both_end, 0, steps);
+    product_rows<Tile, 2>(product, into, both_begin, both_end, 0, steps);
     for (int v = 0; v < 2; ++v) {
-      product_rows<Tile, 1>(p, into, extents[v].begin, both_begin, v * kLanes, steps);
-      product_rows<Tile, 1>(p, into, both_end, extents[v].end, v * kLanes, steps);
+      product_rows<Tile, 1>(product, into, extents[v].begin, both_begin, v * kLanes, steps);
+      product_rows<Tile, 1>(product, into, both_end, extents[v].end, v * kLanes, steps);
     }
   } else {
     for (int v = 0; v < 2; ++v) {
-      product_rows<Tile, 1>(p, into, extents[v].begin, extents[v].end, v * kLanes, steps);
+      product_rows<Tile, 1>(product, into, extents[v].begin, extents[v].end, v * kLanes, steps);
     }
   }
 }
@@ -114,8 +116,8 @@ inline void mask_column(const Visibility& visible, int64_t first, const Extent& 
   mask(e.full_end, e.end);
 }
 
-// The key range of every group of kRows queries, in units along the keys: what a product over the keys has to
-// visit.
+// The keys that every group of kRows queries sees, in units along the keys: what a product over the keys has
+// to visit.
 template <class Tile>
 inline void query_group_ranges(const Visibility& visible, int64_t first, int64_t queries, int64_t block,
                                int64_t count, Range* ranges) {

@@ -1,10 +1,13 @@
-// What the matrix products are made of. A *unit* is the 4 bytes that one multiply-accumulate consumes from
-// each operand: one float (FloatTile), or two bfloat16 neighbours along the reduction (Bf16Tile, where
-// AVX512_BF16 is there). The kernels are written once on units; only packing and a few element-wise stores
-// know which it is.
+// What the matrix products are made of. A unit is the 4 bytes that one multiply-accumulate consumes from each
+// operand: one float (FloatTile), or two bfloat16 neighbours along the reduction (Bf16Tile, with
+// AVX512_BF16). The kernels are written once on units. Only packing and a few element-wise stores know which
+// of the two it is.
 //
-// Packed forms of a [rows, D] operand, zero-padded to whole vectors and pairs:
-//   rows        [row][D / kPack] units      reduced along D, its row broadcast
+// The instruction behind Bf16Tile (vdpbf16ps) counts numbers below 2^-126 as 0: bfloat16 inputs, products and
+// sums. Extremes finds the results that this can have changed; they are computed again with FloatTile.
+//
+// Packed forms of a [rows, D] operand, padded with zeros to whole vectors and pairs:
+//   rows        [row][D / kPack] units      reduced along D, one unit of a row broadcast at a time
 //   transposed  [D / kPack][strip] units    reduced along D, its rows in lanes
 //   lanes       [row / kPack][D] units      reduced along the rows, D in lanes
 #pragma once
@@ -15,7 +18,7 @@ namespace zinit::cpu {
 namespace {
 
 constexpr int kLanes = Vec::kLanes;
-constexpr int kStrip = 2 * kLanes;  // queries that are worked on together, one per lane
+constexpr int kStrip = 2 * kLanes;  // queries that are worked on together, one to a lane
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -31,17 +34,25 @@ struct Rows {
   Rows from(int64_t i) const { return {data + i * stride, stride}; }
 };
 
-// Calls f with a Rows of the element type that dtype names.
+// f.operator()<T>() for the element type T that `dtype` names. What names none ends the process: the bindings
+// let no other number through.
 template <class F>
-inline void visit_rows(void* data, int64_t stride, DType dtype, F f) {
+inline void with_dtype(DType dtype, F f) {
   switch (dtype) {
     case DType::kFloat32:
-      return f(Rows<float>{static_cast<float*>(data), stride});
+      return f.template operator()<float>();
     case DType::kBFloat16:
-      return f(Rows<BFloat16>{static_cast<BFloat16*>(data), stride});
+      return f.template operator()<BFloat16>();
     case DType::kFloat16:
-      return f(Rows<Float16>{static_cast<Float16*>(data), stride});
+      return f.template operator()<Float16>();
   }
+  __builtin_trap();
+}
+
+// f(rows) with Rows of the element type that `dtype` names.
+template <class F>
+inline void visit_rows(void* data, int64_t stride, DType dtype, F f) {
+  with_dtype(dtype, [&]<class T>() { f(Rows<T>{static_cast<T*>(data), stride}); });
 }
 
 // Lanes d .. d + kLanes of a row of length D, zero from D on.
@@ -58,7 +69,7 @@ inline void store_columns(const float* from, Vec scale, int64_t D, T* row) {
   if (d < D) store_first(row + d, D - d, load(from + d) * scale);
 }
 
-// A key whose bias is -inf takes part in nothing: it is packed as zeros, so that NaN in padding does not
+// A key whose bias is -inf takes part in nothing. It is packed as zeros, so that NaN in padding does not
 // spread.
 inline bool hidden(const float* bias, int64_t j) { return bias != nullptr && bias[j] == -kInfinity; }
 
@@ -66,12 +77,18 @@ struct FloatTile {
   using Unit = float;
   using UnitVec = Vec;
   static constexpr int kPack = 1;
+  static constexpr bool kFlushes = false;
 
   static Vec load_units(const Unit* p) { return load(p); }
   static Vec multiply_add(Unit a, Vec b, Vec sum) { return fma(broadcast(a), b, sum); }
+  template <class T>
+  static void store_result(T* to, Vec x) {
+    store(to, x);
+  }
 
   template <class T>
-  static void pack_rows(Rows<T> from, int64_t rows, int64_t D, const float* bias, Unit* to) {
+  [[gnu::always_inline]] static void pack_rows(Rows<T> from, int64_t rows, int64_t D, const float* bias,
+                                               Unit* to) {
     const int64_t width = round_up(D, kLanes);
     for (int64_t i = 0; i < rows; ++i, to += width) {
       const bool zero = hidden(bias, i);
@@ -80,7 +97,8 @@ struct FloatTile {
     }
   }
   template <class T>
-  static void pack_lanes(Rows<T> from, int64_t rows, int64_t D, const float* bias, Unit* to) {
+  [[gnu::always_inline]] static void pack_lanes(Rows<T> from, int64_t rows, int64_t D, const float* bias,
+                                                Unit* to) {
     pack_rows(from, rows, D, bias, to);
   }
   template <class T>
@@ -105,10 +123,20 @@ struct Bf16Tile {
   using Unit = uint32_t;
   using UnitVec = __m512bh;
   static constexpr int kPack = 2;
+  static constexpr bool kFlushes = true;
 
   static UnitVec load_units(const Unit* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Vec multiply_add(Unit a, UnitVec b, Vec sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b)};
+  }
+
+  template <class T>
+  static void store_result(T* to, Vec x) {
+    if constexpr (sizeof(T) == 2) {  // out has the dtype of the query, bfloat16
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow_operand(x));
+    } else {
+      store(to, x);
+    }
   }
 
   static __m256i load_narrow(const BFloat16* row, int64_t d, int64_t D) {
@@ -117,7 +145,7 @@ struct Bf16Tile {
   }
   template <class T>
   static __m256i load_narrow(const T* row, int64_t d, int64_t D) {
-    return narrow(load_columns(row, d, D), BFloat16{});
+    return narrow_operand(load_columns(row, d, D));
   }
   // Two rows, one above the other, as units.
   static __m512i interleave(__m256i low, __m256i high) {
@@ -125,7 +153,8 @@ struct Bf16Tile {
   }
 
   template <class T>
-  static void pack_rows(Rows<T> from, int64_t rows, int64_t D, const float* bias, Unit* to) {
+  [[gnu::always_inline]] static void pack_rows(Rows<T> from, int64_t rows, int64_t D, const float* bias,
+                                               Unit* to) {
     const int64_t width = round_up(D, kLanes) / 2;
     for (int64_t i = 0; i < round_up(rows, 2); ++i, to += width) {
       const bool zero = i >= rows || hidden(bias, i);
@@ -136,7 +165,8 @@ struct Bf16Tile {
     }
   }
   template <class T>
-  static void pack_lanes(Rows<T> from, int64_t rows, int64_t D, const float* bias, Unit* to) {
+  [[gnu::always_inline]] static void pack_lanes(Rows<T> from, int64_t rows, int64_t D, const float* bias,
+                                                Unit* to) {
     const int64_t width = round_up(D, kLanes);
     for (int64_t i = 0; i < rows; i += 2, to += width) {
       const bool zero = hidden(bias, i), last = i + 1 >= rows || hidden(bias, i + 1);
@@ -183,12 +213,12 @@ struct Bf16Tile {
   }
   // One row of it as units reduced along the queries.
   static void store_query_pairs(Unit* to, Vec row) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(row, BFloat16{}));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow_operand(row));
   }
 };
 #endif
 
-// bfloat16 units where the processor multiplies them and q, k, v are bfloat16; floats otherwise.
+// f(Tile): bfloat16 units where the processor multiplies them and q, k, v are bfloat16, floats otherwise.
 template <class F>
 inline void with_tile([[maybe_unused]] const View& query, F f) {
 #if defined(__AVX512BF16__)

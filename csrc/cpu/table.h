@@ -1,8 +1,9 @@
 // Included by each isa_*.cpp: all kernels, compiled for its instruction set, and their table.
-#include "backward.inl"
-#include "backward_reduce.inl"
-#include "decode.inl"
-#include "forward.inl"
+#include "backward.h"
+#include "backward_reduce.h"
+#include "decode.h"
+#include "forward.h"
+#include "kernels.h"
 
 namespace zinit::cpu {
 
@@ -12,9 +13,9 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .forward = {forward_items, forward_scratch, forward_run},
     .backward = {backward_items, backward_scratch, backward_run},
     .backward_reduce = {backward_reduce_items, backward_reduce_scratch, backward_reduce_run},
-    .decode_append = kAppendStage,
-    .decode_attend = kAttendStage,
-    .decode_combine = kCombineStage,
+    .decode_append = {append_items, append_scratch, append_run},
+    .decode_attend = {attend_items, decode_scratch, attend_run},
+    .decode_combine = {combine_items, decode_scratch, combine_run},
 };
 
 }  // namespace zinit::cpu

@@ -1,9 +1,9 @@
-// The matrix product all of forward and backward are made of, on packed units (tiles.inl):
+// The matrix product that all of forward and backward are made of, on packed units (tiles.h):
 //   c[r][lane] (+)= sum_k a[r, k] * b[k][lane]
 // a is read one unit at a time and broadcast, with any two strides, so that a [keys][queries] tile serves as
 // it is and transposed; b and c have their lanes contiguous. No transposes, no horizontal sums.
 #pragma once
-#include "tiles.inl"
+#include "tiles.h"
 
 namespace zinit::cpu {
 namespace {
@@ -26,15 +26,15 @@ struct Range {
   int64_t begin, end;
 };
 
-// Where a product goes, a vector at a time: c = ab, c += ab, c = row_scale * c + ab.
+// Where a product goes, one vector at a time: c = ab, c += ab, or c = row_scale * c + ab.
 struct Overwrite {
   float* c;
   int64_t c_row;
   void operator()(int64_t row, int64_t lane, Vec sum) const { store(c + row * c_row + lane, sum); }
 };
 
-// c comes last: adding each term to what is there already would round it to the size of c, an error of up to
-// 3 times eager's with 128 prompts.
+// c is added last. Adding each term to it would round the term to the size of c, an error of up to 3 times
+// eager's with 128 prompts.
 struct Add {
   float* c;
   int64_t c_row;
@@ -54,10 +54,11 @@ struct ScaleAndAdd {
   }
 };
 
-// An `Into` that has `also` takes a second sum, over that range. Going on with the first one instead would
-// round it to the size of both: up to 1.8 times the error with 128 prompts.
+// An `Into` that has `also` takes a second sum, over that range, and tells what it noted about the results.
+// Going on with the first sum instead would round it to the size of both: up to 1.8 times the error with 128
+// prompts.
 template <class Tile, class Into, int ROWS, int VECS>
-[[gnu::always_inline]] inline void micro_kernel(const Product<Tile>& p, const Into& into, int64_t row,
+[[gnu::always_inline]] inline void micro_kernel(const Product<Tile>& product, const Into& into, int64_t row,
                                                 int64_t lane, Range range) {
   Vec sum[ROWS][VECS];
 #pragma GCC unroll 16
@@ -66,16 +67,18 @@ template <class Tile, class Into, int ROWS, int VECS>
     for (int v = 0; v < VECS; ++v) sum[r][v] = broadcast(0.f);
   }
   const auto reduce = [&](Range over) __attribute__((always_inline)) {
-    const typename Tile::Unit* a = p.a + row * p.a_row + over.begin * p.a_step;
-    const typename Tile::Unit* b = p.b + lane + over.begin * p.b_step;
-    for (int64_t k = over.begin; k < over.end; ++k, a += p.a_step, b += p.b_step) {
+    const typename Tile::Unit* a = product.a + row * product.a_row + over.begin * product.a_step;
+    const typename Tile::Unit* b = product.b + lane + over.begin * product.b_step;
+    for (int64_t k = over.begin; k < over.end; ++k, a += product.a_step, b += product.b_step) {
       typename Tile::UnitVec column[VECS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) column[v] = Tile::load_units(b + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < VECS; ++v) sum[r][v] = Tile::multiply_add(a[r * p.a_row], column[v], sum[r][v]);
+        for (int v = 0; v < VECS; ++v) {
+          sum[r][v] = Tile::multiply_add(a[r * product.a_row], column[v], sum[r][v]);
+        }
       }
     }
   };
@@ -88,11 +91,13 @@ template <class Tile, class Into, int ROWS, int VECS>
       for (int v = 0; v < VECS; ++v) first[r][v] = sum[r][v], sum[r][v] = broadcast(0.f);
     }
     reduce(into.also);
+    typename Into::Seen seen;
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) into(row + r, lane + v * kLanes, first[r][v], sum[r][v]);
+      for (int v = 0; v < VECS; ++v) into(row + r, lane + v * kLanes, first[r][v], sum[r][v], seen);
     }
+    into.seen->note(seen);
   } else {
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -103,24 +108,24 @@ template <class Tile, class Into, int ROWS, int VECS>
 }
 
 template <class Tile, class Into, int ROWS, int VECS>
-[[gnu::noinline]] void full_kernel(const Product<Tile>& p, const Into& into, int64_t row, int64_t lane,
+[[gnu::noinline]] void full_kernel(const Product<Tile>& product, const Into& into, int64_t row, int64_t lane,
                                    Range range) {
-  micro_kernel<Tile, Into, ROWS, VECS>(p, into, row, lane, range);
+  micro_kernel<Tile, Into, ROWS, VECS>(product, into, row, lane, range);
 }
 
 // `rows` <= ROWS of them.
 template <class Tile, int VECS, int ROWS, class Into>
-inline void group_kernel(const Product<Tile>& p, const Into& into, int64_t row, int64_t rows, int64_t lane,
-                         Range range) {
+inline void group_kernel(const Product<Tile>& product, const Into& into, int64_t row, int64_t rows,
+                         int64_t lane, Range range) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return group_kernel<Tile, VECS, ROWS - 1>(p, into, row, rows, lane, range);
+    if (rows < ROWS) return group_kernel<Tile, VECS, ROWS - 1>(product, into, row, rows, lane, range);
   }
-  full_kernel<Tile, Into, ROWS, VECS>(p, into, row, lane, range);
+  full_kernel<Tile, Into, ROWS, VECS>(product, into, row, lane, range);
 }
 
 // Rows row_begin .. row_end, one or two vectors of lanes from `lane` on, the whole reduction.
 template <class Tile, int VECS, class Into>
-inline void product_rows(const Product<Tile>& p, const Into& into, int64_t row_begin, int64_t row_end,
+inline void product_rows(const Product<Tile>& product, const Into& into, int64_t row_begin, int64_t row_end,
                          int64_t lane, int64_t steps) {
   for (int64_t row = row_begin; row < row_end;) {
     const int64_t left = row_end - row;
@@ -128,25 +133,34 @@ inline void product_rows(const Product<Tile>& p, const Into& into, int64_t row_b
     const int64_t rows = left >= 2 * kMaxRows || left == kMaxRows ? kMaxRows
                          : left < kMaxRows                        ? left
                                                                   : (left + 1) / 2;
-    group_kernel<Tile, VECS, kMaxRows>(p, into, row, rows, lane, {0, steps});
+    group_kernel<Tile, VECS, kMaxRows>(product, into, row, rows, lane, {0, steps});
     row += rows;
   }
 }
 
-// All rows and `lanes` lanes (a multiple of kLanes); rows g * kRows .. are reduced over ranges[g] only.
+// All rows, and `lanes` lanes (a multiple of kLanes). Rows g * kRows .. are reduced over ranges[g] alone.
 template <class Tile, class Into>
-inline void product_ranges(const Product<Tile>& p, const Into& into, int64_t rows, int64_t lanes,
+inline void product_ranges(const Product<Tile>& product, const Into& into, int64_t rows, int64_t lanes,
                            const Range* ranges) {
   int64_t lane = 0;
   for (; lane + kStrip <= lanes; lane += kStrip) {
     for (int64_t row = 0, g = 0; row < rows; row += kRows, ++g) {
-      group_kernel<Tile, 2, kRows>(p, into, row, min(kRows, rows - row), lane, ranges[g]);
+      group_kernel<Tile, 2, kRows>(product, into, row, min(kRows, rows - row), lane, ranges[g]);
     }
   }
   if (lane < lanes) {
     for (int64_t row = 0, g = 0; row < rows; row += kRows, ++g) {
-      group_kernel<Tile, 1, kRows>(p, into, row, min(kRows, rows - row), lane, ranges[g]);
+      group_kernel<Tile, 1, kRows>(product, into, row, min(kRows, rows - row), lane, ranges[g]);
     }
+  }
+}
+
+// One row of it.
+template <class Tile, class Into>
+inline void product_of_row(const Product<Tile>& product, const Into& into, int64_t row, int64_t lanes,
+                           const Range* ranges) {
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    full_kernel<Tile, Into, 1, 1>(product, into, row, lane, ranges[row / kRows]);
   }
 }
 

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from . import arguments, dispatch, fast_path
 from .dispatch import Explanation
+from .ported import check_keywords
+from .typed_options import CacheOptions, SdpaOptions, VarlenOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# For type checkers: a call without return_lse=True returns one tensor, so `out.sum()` needs no cast. The options
-# stand once in a TypedDict, not once in every overload; test_api_types.py compares them with the real signatures.
-
-
-class _SdpaOptions(TypedDict, total=False):
-    attn_mask: Tensor | None
-    is_causal: bool
-    window_size: tuple[int, int] | None
-    scale: float | None
-    gate_activation: str
-    prompt_index: Tensor | None
-    backend: str
-
-
-class _FlashOptions(TypedDict, total=False):
-    softmax_scale: float | None
-    window_size: tuple[int, int] | None
-    gate_activation: str
-    prompt_index: Tensor | None
-    backend: str
-
-
-class _VarlenOptions(_FlashOptions, total=False):
-    causal: bool
-
-
-class _CacheRequired(TypedDict):
-    prompt_k: Tensor | None
-    prompt_v: Tensor | None
-    gate: Tensor | float | None
-    cache_seqlens: Tensor | int
-    causal: bool
-
-
-class _CacheOptions(_CacheRequired, _FlashOptions, total=False):
-    block_table: Tensor | None
-    rotary_cos: Tensor | None
-    rotary_sin: Tensor | None
-    rotary_interleaved: bool | None
-    num_splits: int
 
 
 @overload
@@ -66,7 +27,7 @@ def zero_init_attention(
     gate: Tensor | float | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[_SdpaOptions],
+    **options: Unpack[SdpaOptions],
 ) -> Tensor: ...
 @overload
 def zero_init_attention(
@@ -78,7 +39,7 @@ def zero_init_attention(
     gate: Tensor | float | None = None,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_SdpaOptions],
+    **options: Unpack[SdpaOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def zero_init_attention(
@@ -90,7 +51,7 @@ def zero_init_attention(
     gate: Tensor | float | None = None,
     *,
     return_lse: bool,
-    **options: Unpack[_SdpaOptions],
+    **options: Unpack[SdpaOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention(
     query: Tensor,
@@ -108,6 +69,7 @@ def zero_init_attention(
     prompt_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **ported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention on [B, H, T, D] tensors, shaped like `F.scaled_dot_product_attention`.
 
@@ -141,6 +103,9 @@ def zero_init_attention(
         return_lse: also return the token branch's log-sum-exp, float32 [B, Hq, T], in natural logarithms, -inf
             for a query without keys. It is differentiable.
         backend: "auto" (see `explain`), or a name. A named backend raises where it cannot run the call.
+        ported: other keywords of `F.scaled_dot_product_attention` and of flash-attn's functions, for calls ported
+            from them. Those that change nothing are accepted (dropout_p=0.0, enable_gqa, deterministic); for any
+            other value the TypeError says what to do here.
 
     Returns:
         out [B, Hq, T, D] in the query's dtype, stored token-major, or (out, lse). A query whose keys are all
@@ -152,6 +117,8 @@ def zero_init_attention(
         RuntimeError: prompt_index names a row that is not in the table, on the native CPU kernels. (The other
             backends raise ValueError on a CPU. On a device nothing is checked that would stall it.)
     """
+    if ported:
+        check_keywords("zero_init_attention", ported)
     given = (
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
         prompt_index,
@@ -176,7 +143,7 @@ def zero_init_attention_varlen(
     max_seqlen_k: int,
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[_VarlenOptions],
+    **options: Unpack[VarlenOptions],
 ) -> Tensor: ...
 @overload
 def zero_init_attention_varlen(
@@ -192,7 +159,7 @@ def zero_init_attention_varlen(
     max_seqlen_k: int,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_VarlenOptions],
+    **options: Unpack[VarlenOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def zero_init_attention_varlen(
@@ -208,7 +175,7 @@ def zero_init_attention_varlen(
     max_seqlen_k: int,
     *,
     return_lse: bool,
-    **options: Unpack[_VarlenOptions],
+    **options: Unpack[VarlenOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention_varlen(
     q: Tensor,
@@ -222,6 +189,7 @@ def zero_init_attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] | None = (-1, -1),
@@ -229,6 +197,7 @@ def zero_init_attention_varlen(
     prompt_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **ported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention on packed sequences, shaped like `flash_attn_varlen_func`.
 
@@ -246,7 +215,11 @@ def zero_init_attention_varlen(
         softmax_scale: default D ** -0.5.
         causal, window_size: aligned to the bottom right, as in flash-attn. Query i of T sees the keys j of S with
             i + S - T - left <= j <= i + S - T + right. causal sets right to 0; -1 means no limit.
-        gate_activation, return_lse, backend: as for `zero_init_attention`.
+        block_table: int32 [B, max_pages]. With it k and v are pages [num_pages, page_size, Hkv, D], and sequence b
+            has the first cu_seqlens_k[b + 1] - cu_seqlens_k[b] keys of its pages. They are gathered into packed
+            tensors, one copy of each, and a GPU waits for their number. For decoding
+            `zero_init_attention_with_kvcache` reads pages in place.
+        gate_activation, return_lse, backend, ported: as for `zero_init_attention`.
 
     Returns:
         out [total_q, Hq, D]; with return_lse also lse, float32 [Hq, total_q].
@@ -256,8 +229,10 @@ def zero_init_attention_varlen(
         RuntimeError: wrong values in cu_seqlens or prompt_index, on the native CPU kernels. (The other backends
             raise ValueError on a CPU. On a device nothing is checked that would stall it.)
     """
+    if ported:
+        check_keywords("zero_init_attention_varlen", ported)
     call = arguments.from_varlen(
-        q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
         softmax_scale, causal, window_size, gate_activation, prompt_index,
     )  # fmt: skip
     try:
@@ -278,7 +253,7 @@ def zero_init_attention_with_kvcache(
     v: Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[_CacheOptions],
+    **options: Unpack[CacheOptions],
 ) -> Tensor: ...
 @overload
 def zero_init_attention_with_kvcache(
@@ -289,7 +264,7 @@ def zero_init_attention_with_kvcache(
     v: Tensor | None = None,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_CacheOptions],
+    **options: Unpack[CacheOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def zero_init_attention_with_kvcache(
@@ -300,7 +275,7 @@ def zero_init_attention_with_kvcache(
     v: Tensor | None = None,
     *,
     return_lse: bool,
-    **options: Unpack[_CacheOptions],
+    **options: Unpack[CacheOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def zero_init_attention_with_kvcache(
     q: Tensor,
@@ -313,6 +288,7 @@ def zero_init_attention_with_kvcache(
     prompt_v: Tensor | None,
     gate: Tensor | float | None,
     cache_seqlens: Tensor | int,
+    cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
@@ -325,6 +301,7 @@ def zero_init_attention_with_kvcache(
     prompt_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **ported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Zero-initialised attention of new queries against a KV cache, shaped like `flash_attn_with_kvcache`.
 
@@ -335,16 +312,19 @@ def zero_init_attention_with_kvcache(
     Args:
         q: [B, T, Hq, D], the T new queries of each sequence: 1 to decode, more for chunked prefill or for
             speculative decoding.
-        k_cache, v_cache: [B, S, Hkv, D], or with block_table pages [num_pages, page_size, Hkv, D]. They are read
-            through their strides. On a CPU a cache that is head-major in memory ([B, Hkv, S, D], passed
-            transposed) is faster.
+        k_cache, v_cache: [B, S, Hkv, D], with cache_batch_idx [B_cache, S, Hkv, D], or with block_table pages
+            [num_pages, page_size, Hkv, D]. They are read through their strides. On a CPU a cache that is head-major
+            in memory ([B, Hkv, S, D], passed transposed) is faster.
         k, v: [B, T_new, Hkv, D] to append, or None. All of them have the dtype of q.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], or None for no prompts.
         gate, prompt_index: as for `zero_init_attention`. None for no prompts. A gate [1, Hq] costs 1 us less than
             [Hq].
         cache_seqlens: int32 [B], or one int: the keys in the cache before this call. The slots behind them may
             hold anything, NaN too.
-        block_table: int32 [B, max_pages], the pages of each sequence. Entries behind its last page are not read.
+        cache_batch_idx: int32 [B], the row of the caches for each sequence; default row b. If two sequences that
+            append share a row, the row holds the new keys of one of them, as in flash-attn.
+        block_table: int32 [B, max_pages], the pages of each sequence; not together with cache_batch_idx. Entries
+            behind its last page are not read.
         rotary_cos, rotary_sin: [positions, rotary_dim / 2]. They rotate k, and q, at positions cache_seqlens + t;
             q without causal and window at cache_seqlens, as in flash-attn. More positions are not needed.
         rotary_interleaved: True pairs the dimensions (2i, 2i + 1), False (i, i + rotary_dim / 2). It must be
@@ -352,7 +332,7 @@ def zero_init_attention_with_kvcache(
         causal, window_size: aligned to the bottom right, as for `zero_init_attention_varlen`. causal must be
             given: flash-attn's default is False, this function's was True.
         num_splits: how many pieces the keys of a sequence are split into; 0 chooses. It changes rounding only.
-        softmax_scale, gate_activation, backend: as for `zero_init_attention_varlen`.
+        softmax_scale, gate_activation, backend, ported: as for `zero_init_attention_varlen`.
 
     Returns:
         out [B, T, Hq, D]; with return_lse also lse, float32 [B, Hq, T].
@@ -362,9 +342,11 @@ def zero_init_attention_with_kvcache(
         RuntimeError: a length, page or prompt row is out of range, on the native CPU kernels. (The other backends
             raise ValueError on a CPU. On a device nothing is checked that would stall it.) Nothing is written then.
     """
+    if ported:
+        check_keywords("zero_init_attention_with_kvcache", ported)
     given = (
-        q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, block_table, rotary_cos, rotary_sin,
-        rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
+        q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, cache_batch_idx, block_table, rotary_cos,
+        rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]
@@ -439,5 +421,6 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         function, canonical = zero_init_attention, arguments.from_sdpa
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
+    check_keywords(function.__name__, bound.arguments.pop("ported"))
     return_lse, backend = bound.arguments.pop("return_lse"), bound.arguments.pop("backend")
     return dispatch.explain(canonical(**bound.arguments), return_lse, backend)

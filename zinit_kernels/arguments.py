@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checks
 from .call import CacheCall, Call, PromptCall, has_values
 from .checks import BRANCH, CACHED, PACKED_BRANCH, VARLEN, WHOLE
+from .pages import gather_pages
 from .prompts_and_masks import classify_mask, dense_rows, from_causal_bias, prompt_table
 
 
@@ -106,6 +107,7 @@ def from_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    block_table: Tensor | None,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int] | None,
@@ -122,8 +124,11 @@ def from_varlen(
         gate=gate,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
         prompt_index=prompt_index,
     )
+    if block_table is not None:
+        k, v = gather_pages(q, k, v, cu_seqlens_k, block_table)
     q, k, v = _under_autocast(q, k, v)
     checks.check_tensor("q", q, 3, "[total_q, Hq, D]")
     checks.check_tensor("k", k, 3, "[total_k, Hkv, D]", like=q)
@@ -193,6 +198,7 @@ def from_cache(
     prompt_v: Tensor | None,
     gate: Tensor | float | None,
     cache_seqlens: Tensor | int,
+    cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
@@ -220,17 +226,27 @@ def from_cache(
         prompt_v=prompt_v,
         gate=gate,
         cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
         block_table=block_table,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         prompt_index=prompt_index,
     )
     layout = "[B, S, Hkv, D]" if block_table is None else "[num_pages, page_size, Hkv, D]"
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError(
+                "cache_batch_idx and block_table both say where a sequence's keys are: pass one of them, "
+                "cache_batch_idx for contiguous caches [B_cache, S, Hkv, D], block_table for pages"
+            )
+        layout = "[B_cache, S, Hkv, D]"
     checks.check_tensor("q", q, 4, "[B, T, Hq, D]")
     checks.check_tensor("k_cache", k_cache, 4, layout, like=q)
     checks.check_tensor("v_cache", v_cache, 4, layout, like=q)
     batch, _, _, head_dim = q.shape
     blocks, slots, heads_kv, _ = k_cache.shape
+    if cache_batch_idx is not None:  # each sequence has one page, a row of the caches
+        block_table = checks.as_rows("cache_batch_idx", cache_batch_idx, batch, blocks, "k_cache")[:, None]
     if block_table is None:
         checks.check_shape("k_cache", k_cache, (batch, slots, heads_kv, head_dim), free=(1, 2))
     else:

@@ -24,7 +24,7 @@ def check_values(call: AnyCall) -> None:
 
     On a device they would stall it, so there they run only with ZINIT_CHECK=1; without it, kernels clamp.
     """
-    if not has_values(call.query) or (call.query.device.type != "cpu" and not _ON_DEVICES_TOO):
+    if not may_look_at(call.query):
         return
     if call.prompt_index is not None and call.prompt_key is not None and len(call.prompt_index):
         low, high, rows = int(call.prompt_index.min()), int(call.prompt_index.max()), call.prompt_key.shape[0]
@@ -44,6 +44,11 @@ def check_values(call: AnyCall) -> None:
         _check_cumulative(
             "cu_seqlens_k", call.cu_seqlens_k, call.key.shape[2], call.max_seqlen_k, "max_seqlen_k"
         )
+
+
+def may_look_at(tensor: Tensor) -> bool:
+    """Whether a check may read the tensor: it has values, and no device stalls for them (ZINIT_CHECK=1: it may)."""
+    return has_values(tensor) and (tensor.device.type == "cpu" or _ON_DEVICES_TOO)
 
 
 def _check_cache_values(call: CacheCall) -> None:
@@ -277,6 +282,19 @@ def as_int32(name: str, tensor: Tensor, dims: int) -> Tensor:
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must fit into int32, got {low if low < -(2**31) else high}")
     return tensor.to(torch.int32).contiguous()
+
+
+def as_rows(name: str, rows: Tensor, count: int, available: int, of: str) -> Tensor:
+    """`count` numbers of rows of a tensor that has `available` ones, as int32; their values are checked on a CPU."""
+    rows = as_int32(name, rows, 1)
+    check_shape(name, rows, (count,))
+    if may_look_at(rows) and count:
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= available:
+            raise ValueError(
+                f"{name} must lie in 0 .. {available - 1}, the rows of {of}, got {low if low < 0 else high}"
+            )
+    return rows
 
 
 def as_int(name: str, number: SupportsIndex) -> int:

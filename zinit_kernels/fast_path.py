@@ -136,6 +136,7 @@ def attention_with_cache(
     prompt_v: Tensor | None,
     gate: Any,
     cache_seqlens: Any,
+    cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
@@ -149,7 +150,7 @@ def attention_with_cache(
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of the arguments of `zero_init_attention_with_kvcache`, or None."""
     try:
-        if causal is None or not _is_open() or type(num_splits) is not int:
+        if causal is None or cache_batch_idx is not None or not _is_open() or type(num_splits) is not int:
             return None
         keys, values, gates = _with_rows(prompt_k, prompt_v, gate)
         tensors = (
@@ -190,8 +191,8 @@ def attention_with_cache(
     except RuntimeError as error:
         _refuse(
             error, arguments.from_cache, q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens,
-            block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, num_splits,
-            gate_activation, prompt_index,
+            cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal,
+            window_size, num_splits, gate_activation, prompt_index,
         )  # fmt: skip
 
 

@@ -10,14 +10,14 @@ import typing_extensions
 from torch import Tensor
 
 import zinit_kernels
-from zinit_kernels import api
+from zinit_kernels import api, ported
 
 # the names that api.py imports for type checkers alone
 NAMES = {**vars(api), "Unpack": typing_extensions.Unpack}
 OPTIONS = {
-    "zero_init_attention": "_SdpaOptions",
-    "zero_init_attention_varlen": "_VarlenOptions",
-    "zero_init_attention_with_kvcache": "_CacheOptions",
+    "zero_init_attention": "SdpaOptions",
+    "zero_init_attention_varlen": "VarlenOptions",
+    "zero_init_attention_with_kvcache": "CacheOptions",
 }
 
 
@@ -39,7 +39,10 @@ def test_the_typed_options_are_the_keywords_of_the_signature(name):
         required.add("causal")
         assert types.pop("causal") == bool | None
         types["causal"] = bool
-    assert hints(options) == {parameter.name: types[parameter.name] for parameter in keywords}
+    own = {parameter.name: types[parameter.name] for parameter in keywords}
+    typed = hints(options)
+    assert {option: typed[option] for option in own} == own
+    assert typed.keys() - own.keys() <= ported.KEYWORDS[name].keys()
     assert options.__required_keys__ == required
 
 

@@ -171,6 +171,14 @@ def test_takes_the_fast_path_with_a_cache(fast_only, name):
     assert out.shape == given["q"].shape and (given["k_cache"]._version > version) == (given["k"] is not None)
 
 
+def test_a_cache_with_row_numbers_is_not_taken(long_only):
+    with pytest.raises(pytest.fail.Exception, match="fast path"):  # it would be taken without them
+        zero_init_attention_with_kvcache(**cached())
+    rows = torch.arange(3, dtype=torch.int32)
+    out = zero_init_attention_with_kvcache(**cached(cache_batch_idx=rows))
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["q", "prompt_k", "gate"])
 def test_takes_the_fast_path_with_a_cache_and_records_nothing(fast_only, name):
     given = cached()

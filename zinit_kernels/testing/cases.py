@@ -236,6 +236,7 @@ class CacheCase:
     append: bool = True
     capacity: int = 128
     page_size: int = 0  # 0: contiguous
+    cache_rows: tuple[int, ...] = ()  # of each sequence, in contiguous caches of more rows; (): row b
     head_major: bool = False
     rotary_dim: int = 0
     rotary_interleaved: bool = False
@@ -266,6 +267,9 @@ CACHE_CASES = [
     CacheCase("paged", page_size=16, capacity=128, heads_q=8, heads_kv=2),
     CacheCase("paged_chunk", page_size=32, seqlen_q=19, seqlens=(31, 32, 33)),
     CacheCase("paged_head_major", page_size=16, head_major=True, seqlens=(15, 17, 111)),
+    CacheCase("batch_idx", cache_rows=(4, 0, 2), heads_q=8, heads_kv=2),
+    CacheCase("batch_idx_rotary", cache_rows=(1, 3, 0), rotary_dim=64, seqlen_q=3, head_major=True, capacity=111),
+    CacheCase("batch_idx_prefill", cache_rows=(2, 0), seqlen_q=45, seqlens=(0, 37), window=(30, 0)),
     CacheCase("rotary", rotary_dim=64, seqlen_q=3),
     CacheCase("rotary_interleaved", rotary_dim=32, rotary_interleaved=True, seqlen_q=2, heads_q=8, heads_kv=4),
     CacheCase("rotary_paged_bidirectional", rotary_dim=64, page_size=16, causal=False, seqlen_q=2),
@@ -293,7 +297,7 @@ def make_cache_arguments(
     batch, heads_kv, head_dim = len(case.seqlens), case.heads_kv, case.head_dim
     page_size = case.page_size or case.capacity
     pages_each = -(-case.capacity // page_size)
-    num_blocks = batch * pages_each + (3 if case.page_size else 0)
+    num_blocks = batch * pages_each + (3 if case.page_size or case.cache_rows else 0)
     shape = (
         (num_blocks, heads_kv, page_size, head_dim)
         if case.head_major
@@ -304,6 +308,8 @@ def make_cache_arguments(
         caches = [cache.transpose(1, 2) for cache in caches]
     order = torch.randperm(num_blocks, generator=random) if case.page_size else torch.arange(num_blocks)
     table = order[: batch * pages_each].reshape(batch, pages_each)
+    if case.cache_rows:
+        table = torch.tensor(case.cache_rows)[:, None]
     for sequence, seqlen in enumerate(case.seqlens):
         for cache in caches:
             for position in range(seqlen):
@@ -320,6 +326,7 @@ def make_cache_arguments(
         "k_cache": caches[0],
         "v_cache": caches[1],
         "cache_seqlens": torch.tensor(case.seqlens, dtype=torch.int32),
+        "cache_batch_idx": table[:, 0].to(torch.int32) if case.cache_rows else None,
         "block_table": block_table if case.page_size else None,
         "causal": case.causal,
         "window_size": case.window,

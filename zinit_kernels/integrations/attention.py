@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from ..api import zero_init_attention, zero_init_attention_with_kvcache
 from ..projected import in_transform
+from .added_prompts import with_added
 from .architectures import architecture_of
 from .prompts import Prompts, Table, prompt_branch, recall, tabulate
 from .scope import Scope
@@ -168,7 +169,8 @@ def _prompts(module: nn.Module, given: Prompts | None, served: bool) -> Prompts 
     if found is None:
         return None
     prompt, gate = found
-    return Prompts((prompt,), (gate,), adapter.gate_activation, adapter.projection)
+    own_prompts = Prompts((prompt,), (gate,), adapter.gate_activation, adapter.projection)
+    return with_added(adapter, own_prompts, packed=served)
 
 
 def _decode(

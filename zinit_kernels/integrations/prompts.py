@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ class Prompts(NamedTuple):
     gates: Sequence[Tensor]  # one per adapter, 1 or Hq values, raw
     gate_activation: str
     projection: Projection
-    rows: Tensor | None = None  # int32 [B]: the adapter of each row, -1 = none
+    rows: Tensor | None = None  # int32 [B]: the adapter (or entry of the table) of each row, -1 = none
+    # [N, P or 1, C]: what is added to the one adapter's prompts, in per_sample_prompts. With rows the table has its own
+    # prompts first, then the N sums; without, N is 1 and the sum is all there is.
+    added: Tensor | None = None
 
     def gate(self, query: Tensor) -> Tensor:
         """[1 or Hq], or with several adapters [N, Hq]; on the query's device, where not every adapter needs to be."""
@@ -42,7 +45,8 @@ class Prompts(NamedTuple):
         if len(rows) == batch:
             return rows
         if batch % len(self.rows):
-            raise ValueError(f"{len(self.rows)} adapter names do not go evenly into a batch of {batch} rows")
+            what = "adapter names" if self.added is None else "rows of per_sample_prompts"
+            raise ValueError(f"{len(self.rows)} {what} do not go evenly into a batch of {batch} rows")
         return rows.repeat_interleave(batch // len(self.rows))
 
     def at_rest(self) -> bool:
@@ -73,13 +77,13 @@ def recall(module: nn.Module, prompts: Prompts, query: Tensor, keys: int) -> Tab
     """
     if query.shape[2] != 1 or keys == 1:
         return None
-    return _kept_tables.recall(module, (query.dtype, prompts.projection), _sources(module, prompts))
+    return _kept_tables.recall(module, _settings(query, prompts), _sources(module, prompts))
 
 
 def tabulate(module: nn.Module, prompts: Prompts, query: Tensor) -> Table:
     """The table by the module's own projections, kept for `recall`."""
     is_kept = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    made_of = stamp((query.dtype, prompts.projection), _sources(module, prompts)) if is_kept else None
+    made_of = stamp(_settings(query, prompts), _sources(module, prompts)) if is_kept else None
     key, value = _project(module, prompts, query)
     table = Table(key, value, prompts.gate(query))
     if not is_kept:
@@ -92,6 +96,11 @@ def tabulate(module: nn.Module, prompts: Prompts, query: Tensor) -> Table:
     return table
 
 
+def _settings(query: Tensor, prompts: Prompts) -> tuple[Any, ...]:
+    """What a table depends on beside tensors."""
+    return query.dtype, prompts.projection, prompts.rows is None
+
+
 def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # said again by sources_of, for less
         return None
@@ -100,7 +109,8 @@ def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
         child = module._modules.get(name) if name else None
         if child is not None:
             used.append(child)
-    return sources_of((*prompts.prompts, *prompts.gates), used)
+    added = () if prompts.added is None else (prompts.added,)
+    return sources_of((*prompts.prompts, *prompts.gates, *added), used)
 
 
 def _key_norm(module: nn.Module, projection: Projection) -> nn.Module | None:
@@ -109,7 +119,11 @@ def _key_norm(module: nn.Module, projection: Projection) -> nn.Module | None:
 
 def _project(module: nn.Module, prompts: Prompts, query: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [N, P, Hkv, D]."""
-    tables = (prompt.reshape(-1, *prompt.shape[-2:]) for prompt in prompts.prompts)
+    tables = [prompt.reshape(-1, *prompt.shape[-2:]) for prompt in prompts.prompts]
+    if prompts.added is not None:
+        own = tables[0].to(query.device)
+        sums = own + prompts.added.to(query.device, own.dtype)
+        tables = [sums] if prompts.rows is None else [own, sums]
     projection = prompts.projection
     # the modules are called, their weights never touched: quantised ones have no weight to multiply with
     hidden = torch.cat([table.to(query.device, query.dtype) for table in tables])
@@ -144,7 +158,10 @@ def prompt_branch(
     if index is not None:
         row = index.clamp(min=0)
         prompt_key, prompt_value = prompt_key[row], prompt_value[row]
-        weight = weight[row] * (index >= 0)[:, None, None, None]
+        weight = (
+            weight if len(weight) == 1 else weight[row]
+        )  # one adapter's gates are the same for all its rows
+        weight = weight * (index >= 0)[:, None, None, None]
     grouped = query.unflatten(1, (prompt_key.shape[1], -1))  # [B, Hkv, Hq / Hkv, T, D]
     scores = (scale * grouped @ prompt_key[:, :, None].mT).float()
     if softcap is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .adapter_folder import load_adapter, save_adapter
+from .added_prompts import serving_added
 from .architectures import ARCHITECTURES, ENCODER, NORMED, SPLIT, Projection
 from .layers import (
     ZeroInitPrompts,
@@ -33,6 +34,7 @@ from .layers import (
     sizes,
     tokens_of,
 )
+from .per_sample import per_sample_prompts
 from .serving import serving
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "disable_zero_init_attention",
     "load_adapter",
     "parameter_groups",
+    "per_sample_prompts",
     "remove_zero_init_attention",
     "save_adapter",
     "summary",
@@ -139,7 +142,7 @@ def continuous_batching(model: Any) -> Iterator[None]:
     Within it the model attends by "sdpa", and "sdpa" is this package's attention function, which hands modules without
     prompts to transformers' own. Contexts of one model or of several may overlap. Models of
     `integrations.peft.accelerate` are served too. A context that is entered in a block of
-    `disable_zero_init_attention` serves the base.
+    `disable_zero_init_attention` serves the base, and one in a block of `per_sample_prompts` its one entry.
 
     Raises:
         ValueError: no prompts in the model.
@@ -149,7 +152,7 @@ def continuous_batching(model: Any) -> Iterator[None]:
     without = disabled_here(model)
     served_without.append(without)
     try:
-        with serving(model):
+        with serving_added(tokens_of(model)), serving(model):
             yield
     finally:
         served_without.remove(without)

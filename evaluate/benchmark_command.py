@@ -37,6 +37,12 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--adapter", type=Path, help="an adapter's file or folder; without it the base answers"
     )
+    parser.add_argument(
+        "--encoder", type=Path, help="folder of the image encoder that the adapter was trained with"
+    )
+    parser.add_argument(
+        "--feature-cache", type=Path, help="folder for the features of images (default: in memory)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="questions asked at once (default: 8)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the base's")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
@@ -82,10 +88,14 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+    for name in ("encoder", "feature_cache"):
+        needs = "adapter" if name == "encoder" else "encoder"
+        if getattr(options, name) is not None and getattr(options, needs) is None:
+            raise UserError(f"--{name.replace('_', '-')} belongs to --{needs}, which was not given.")
     items = _questions(benchmark, options.data)
     asked = {
         "benchmark": benchmark.name,
-        "model": models.identity(options.base, options.adapter),
+        "model": models.identity(options.base, options.adapter, options.encoder),
         "max_new_tokens": options.max_new_tokens,
         "dtype": options.dtype or "the base's",
     }
@@ -99,6 +109,8 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
             benchmark.brief,
             options.dtype,
             options.device,
+            options.encoder,
+            options.feature_cache,
         )
 
     try:

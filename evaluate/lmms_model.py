@@ -20,8 +20,9 @@ class ZeroInit(lmms):
     """Answers greedily. A picture that several questions of a batch are about is encoded once.
 
     Args:
-        base, adapter: as for `python -m evaluate`. batch_size: questions answered at once. max_new_tokens: where a task
-            does not say. brief: ask for a single word or phrase, as the authors' template for MME does.
+        base, adapter, encoder: as for `python -m evaluate`. batch_size: questions answered at once.
+        max_new_tokens: where a task does not say. brief: ask for a single word or phrase, as the authors' template for
+            MME does.
 
     Raises:
         UserError: a base or an adapter that cannot be loaded, or a question with an image for an adapter without a
@@ -34,6 +35,7 @@ class ZeroInit(lmms):
         self,
         base: str,
         adapter: str | None = None,
+        encoder: str | None = None,
         batch_size: int | str = 8,
         device: str | None = None,
         dtype: str | None = None,
@@ -44,13 +46,13 @@ class ZeroInit(lmms):
         super().__init__()
         if options:
             raise ValueError(
-                f"the model zinit has no option {min(options)}; it has base, adapter, dtype and brief"
+                f"the model zinit has no option {min(options)}; it has base, adapter, encoder, dtype and brief"
             )
         is_brief = str(brief).lower() == "true"
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
         self.answerer = models.load(
             Path(base), None if adapter is None else Path(adapter), self.max_new_tokens, is_brief, dtype,
-            device or default_device(),
+            device or default_device(), None if encoder is None else Path(encoder),
         )  # fmt: skip
 
     def generate_until(self, requests: list[Any]) -> list[str]:

@@ -1,35 +1,46 @@
-"""The model that answers: a LLaMA with an adapter, as `zinit generate` runs it."""
+"""The model that answers: a LLaMA with an adapter, as `zinit generate` runs it, with or without a visual part."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .question import Item
+from .question import Item, Picture
 from .shared import (
     DTYPES,
-    Adapter,
     Llama,
+    LlamaAdapter,
     Tokenizer,
     UserError,
+    VisualAdapter,
+    about_images,
     format_prompt,
     generate,
     load_adapter,
     load_base,
     load_tokenizer,
     open_device,
+    open_source,
 )
 
 BRIEF = "using a single word or phrase"  # what the authors' MME template adds
 _READ = 1 << 20
 
 
-def identity(base: Path, adapter: Path | None) -> dict[str, Any]:
-    """What tells a model's answers from another's: the names and sizes of the base's files, the adapter's content."""
-    return {"base": _folder_digest(base), "adapter": None if adapter is None else _content_digest(adapter)}
+def identity(base: Path, adapter: Path | None, encoder: Path | None = None) -> dict[str, Any]:
+    """What tells a model's answers from another's: the names and sizes of the files of base and encoder, and the
+    adapter's content.
+    """
+    return {
+        "base": _folder_digest(base),
+        "adapter": None if adapter is None else _content_digest(adapter),
+        "encoder": None if encoder is None else _folder_digest(encoder),
+    }
 
 
 def _files(path: Path) -> list[Path]:
@@ -59,8 +70,10 @@ def prompt_of(question: str, brief: bool) -> str:
     return prompt.replace("completes the request.", f"completes the request {BRIEF}.", 1) if brief else prompt
 
 
-class TextAnswerer:
-    """A LLaMA with an adapter that has no visual part: it answers questions without an image, greedily.
+class LlamaAnswerer:
+    """A LLaMA with an adapter. It answers greedily; questions about images need an adapter with a visual part.
+
+    An image is encoded once in a run, and projected once for all questions of a batch that are about it.
 
     Args:
         max_new_tokens: of an answer. brief: ask for a single word or phrase.
@@ -70,7 +83,7 @@ class TextAnswerer:
         self,
         model: Llama,
         tokenizer: Tokenizer,
-        adapter: Adapter | None,
+        adapter: LlamaAdapter | None,
         identity: Mapping[str, Any],
         max_new_tokens: int,
         brief: bool,
@@ -78,10 +91,13 @@ class TextAnswerer:
         self.model, self.tokenizer, self.adapter, self.identity = model, tokenizer, adapter, identity
         self.max_new_tokens, self.brief = max_new_tokens, brief
         self.eos_ids = [*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+        self._files: dict[str, str] = {}  # of pictures that a table holds
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def answer(self, items: Sequence[Item]) -> list[str]:
-        """Raises UserError for a question with an image, and for one that does not fit the model's context."""
-        if seen := next((item for item in items if item.pictures), None):
+        """Raises UserError for a question with an image that the adapter cannot see, and for one that is too long."""
+        seen = next((item for item in items if item.pictures), None)
+        if seen is not None and not isinstance(self.adapter, VisualAdapter):
             raise UserError(
                 f"question {seen.id} has an image, and this adapter has no visual part: name a multi-modal adapter."
             )
@@ -97,20 +113,46 @@ class TextAnswerer:
         found = generate(
             self.model,
             prompts,
-            self.adapter,
+            about_images(
+                self.adapter, [[self._file(picture) for picture in item.pictures] for item in items]
+            ),
             max_new_tokens=self.max_new_tokens,
             temperature=0,
             eos_ids=self.eos_ids,
         )
         return [self.tokenizer.decode(tokens).strip() for tokens in found]
 
+    def _file(self, picture: Picture) -> str:
+        """The picture's file; one that a table holds is written into a temporary folder."""
+        if picture.path is not None:
+            return str(picture.path)
+        if picture.key not in self._files:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zinit-pictures-")
+            path = Path(self._folder.name) / str(len(self._files))
+            path.write_bytes(picture.read())
+            self._files[picture.key] = str(path)
+        return self._files[picture.key]
+
 
 def load(
-    base: Path, adapter: Path | None, max_new_tokens: int, brief: bool, dtype: str | None, device: str
-) -> TextAnswerer:
+    base: Path,
+    adapter: Path | None,
+    max_new_tokens: int,
+    brief: bool,
+    dtype: str | None,
+    device: str,
+    encoder: Path | None = None,
+    feature_cache: Path | None = None,
+) -> LlamaAnswerer:
     """The model of the command line. Raises UserError where it cannot be loaded."""
     place = open_device(device)
     model = load_base(base, DTYPES.get(dtype or ""), place).freeze()
     tokenizer = load_tokenizer(base).check_vocabulary(model.config.vocab_size)
-    found = None if adapter is None else load_adapter(adapter, model.config, base=model).to(place)
-    return TextAnswerer(model, tokenizer, found, identity(base, adapter), max_new_tokens, brief)
+    found = None if adapter is None else load_adapter(adapter, model)
+    if encoder is not None:
+        if not isinstance(found, VisualAdapter):
+            raise UserError(f"--encoder is of no use: {adapter or 'the base alone'} has no visual part.")
+        options = Namespace(encoder=encoder, feature_cache=feature_cache, convert_images=True)
+        found.source = open_source(options, found, place)
+    found = None if found is None else found.to(place)
+    return LlamaAnswerer(model, tokenizer, found, identity(base, adapter, encoder), max_new_tokens, brief)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__ == "evaluate":
-    from model.adapter_files import load_adapter
+    from model.adapter import LlamaAdapter
     from model.errors import UserError, note, run_program, warn
-    from model.llama import Adapter, Llama
+    from model.llama import Llama, about_images
     from model.loading import DTYPES, default_device, load_base, open_device
     from model.program import interruptible, program
     from model.progress import Show, messages, progress
@@ -19,10 +19,13 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
     from model.sampling import generate
     from model.tokenizer import Tokenizer, load_tokenizer
+    from model.vision.adapter import VisualAdapter
+    from model.vision.files import load_adapter
+    from model.vision.options import open_source
 else:
-    from ..model.adapter_files import load_adapter
+    from ..model.adapter import LlamaAdapter
     from ..model.errors import UserError, note, run_program, warn
-    from ..model.llama import Adapter, Llama
+    from ..model.llama import Llama, about_images
     from ..model.loading import DTYPES, default_device, load_base, open_device
     from ..model.program import interruptible, program
     from ..model.progress import Show, messages, progress
@@ -30,12 +33,16 @@ else:
     from ..model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
     from ..model.sampling import generate
     from ..model.tokenizer import Tokenizer, load_tokenizer
+    from ..model.vision.adapter import VisualAdapter
+    from ..model.vision.files import load_adapter
+    from ..model.vision.options import open_source
 
 __all__ = [
-    "Adapter", "DTYPES", "Llama", "Show", "Tokenizer", "UserError", "check_text", "command_name",
-    "default_device", "format_prompt", "generate", "held", "interruptible", "json_values", "load_adapter",
-    "load_base", "load_tokenizer", "make_directory", "messages", "note", "open_device", "program", "progress",
-    "read_records", "read_text", "refuse_unwritable", "run_program", "warn", "write_file", "writing",
+    "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images",
+    "check_text", "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
+    "json_values", "load_adapter", "load_base", "load_tokenizer", "make_directory", "messages", "note",
+    "open_device", "open_source", "program", "progress", "read_records", "read_text", "refuse_unwritable",
+    "run_program", "warn", "write_file", "writing",
 ]  # fmt: skip
 
 

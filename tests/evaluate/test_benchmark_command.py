@@ -88,9 +88,9 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, mon
     lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
     (out / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # killed within the third answer
     asked = []
-    answer = models.TextAnswerer.answer
+    answer = models.LlamaAnswerer.answer
     monkeypatch.setattr(
-        models.TextAnswerer,
+        models.LlamaAnswerer,
         "answer",
         lambda self, items: (asked.extend(i.id for i in items), answer(self, items))[1],
     )
@@ -103,14 +103,14 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, mon
 
 
 def test_ctrl_c_keeps_what_is_answered(place, whole, tmp_path, monkeypatch, capsys):
-    answer = models.TextAnswerer.answer
+    answer = models.LlamaAnswerer.answer
 
     def interrupted(self, items):
         signal.raise_signal(signal.SIGINT)
         return answer(self, items)
 
     with monkeypatch.context() as patched:
-        patched.setattr(models.TextAnswerer, "answer", interrupted)
+        patched.setattr(models.LlamaAnswerer, "answer", interrupted)
         assert run(*command(place, tmp_path / "out")) == 130
     assert "2 of 5 questions are answered; the same command goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "out" / "result.json").exists()

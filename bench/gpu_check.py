@@ -28,6 +28,8 @@ from typing import NamedTuple, TextIO
 import torch
 from rich.console import Console
 
+from zinit_kernels.console import Parser
+
 from .ledger import chips
 from .machine import ROOT, folder_name, why_failed
 from .problem import COMPILED
@@ -173,7 +175,7 @@ def said(text: str, log: TextIO, console: Console, style: str = "yellow") -> Non
 
 def main() -> int:
     known = dict.fromkeys(step.part for step in (*steps(Path()), tune(Path())))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.gpu_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -30,8 +30,8 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
     dtype: weights are rounded to it first, so that with bfloat16 a base has one fingerprint in float32, bfloat16 and
     (from float16 files) float16. None: as they are.
 
-    A CRC-32 of each weight, all of them hashed by SHA-256: the weights are read once, at 4.2 GB/s a thread (SHA-256
-    of their bytes: 1.8), which for 7 billion bfloat16 numbers is 1.6 s on two cores.
+    A CRC-32 of each weight, all of them hashed by SHA-256. Weights are read at 4.2 GB per second and thread (SHA-256 of
+    their bytes: 1.8), so 7 billion bfloat16 numbers take 1.7 s on two cores.
     """
     digest = hashlib.sha256()
     for name in _FACTS:

@@ -3,6 +3,7 @@
 python -m model.generate --base DIR --adapter FILE --instruction "Name three primary colours."
 python -m model.generate --base DIR --prompts-file prompts.txt --batch-size 16
 python -m model.generate --base DIR --adapter FILE --encoder DIR --image cat.jpg --instruction "What is it?"
+python -m model.generate --base model.Q4_K_M.gguf --message "Name three primary colours."
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from zinit_kernels.console import Parser
 
+from .chat import encode_chat
 from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
@@ -73,7 +75,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program_name("generate"), description="Generate with a LLaMA and an adapter.")
     parser.add_argument(
-        "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's"
+        "--base", type=Path, required=True, help="checkpoint folder, Hugging Face's or Meta's, or a GGUF file"
     )
     parser.add_argument(
         "--adapter",
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to go on from, as it is")
     asked.add_argument("--instruction", help="an instruction, put into the Alpaca template")
+    asked.add_argument("--message", help="a message, put into the model's own chat template")
     asked.add_argument(
         "--prompts-file", type=Path, help="one prompt a line; answers come as one JSON object a line"
     )
@@ -123,7 +126,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[str, ..
     """The prompts asked for, by whichever option, and the images that each is about."""
     if arguments.input and arguments.instruction is None:
         raise UserError("--input belongs to --instruction, which was not given.")
-    for name in ("prompt", "instruction", "input"):
+    for name in ("prompt", "instruction", "input", "message"):
         if getattr(arguments, name) is not None:
             check_text(getattr(arguments, name), name, "the command line")
     images = tuple(map(str, arguments.image))
@@ -137,7 +140,7 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[str, ..
     elif arguments.instruction is not None:
         texts = [format_prompt(arguments.instruction, arguments.input)]
     else:
-        texts = [arguments.prompt]
+        texts = [arguments.message if arguments.prompt is None else arguments.prompt]
     return texts, [images] * len(texts)
 
 
@@ -159,11 +162,17 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
     return model, tokenizer, adapter.to(device)
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """The prompts in tokens: what the tokenizer puts before a text, and no end of sequence behind it."""
+def _encode(texts: Sequence[str], tokenizer: Tokenizer, context: int, chat: bool) -> list[list[int]]:
+    """The prompts in tokens: what the tokenizer puts before a text, and no end of sequence behind it.
+
+    chat: each text is a message for the chat template.
+    """
     prompts = []
     for index, text in enumerate(texts):
-        prompts.append(tokenizer.encode(text, eos=False, limit=context + 1))
+        if chat:
+            prompts.append(encode_chat(tokenizer, [{"role": "user", "content": text}], context + 1))
+        else:
+            prompts.append(tokenizer.encode(text, eos=False, limit=context + 1))
         if len(prompts[-1]) > context:
             raise UserError(f"prompt {index} is longer than the model's context of {context} tokens.")
     return prompts
@@ -190,7 +199,7 @@ def main(command_line: list[str] | None = None) -> None:
     _check_options(arguments)
     texts, images = _asked(arguments)
     model, tokenizer, adapter = _load(arguments)
-    prompts = _encode(texts, tokenizer, model.config.max_seq_len)
+    prompts = _encode(texts, tokenizer, model.config.max_seq_len, arguments.message is not None)
     sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_request(model, prompts, **sampling, seed=arguments.seed)
     if (

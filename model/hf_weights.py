@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from zinit_kernels.checkpoints.adapter import CheckpointError, some
@@ -20,8 +21,8 @@ _DERIVED = re.compile(
 )  # a table that some files carry and that is computed here
 
 
-def read(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The configuration, and the weights by their names without "model."."""
+def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """The configuration, and the weights by their names without "model.". They keep the files' dtype."""
     generation = directory / "generation_config.json"
     config = LlamaConfig.from_hf(
         read_json(directory / "config.json"), read_json(generation) if generation.is_file() else None

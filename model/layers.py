@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import LlamaConfig
+from .rope_scaling import RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -91,23 +92,27 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
+def rotary_frequencies(
+    head_dim: int, rope_theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The angle by which each pair of a head's numbers turns from one position to the next, float32 [D/2]."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequency = 1.0 / rope_theta**exponent
+    if scaling is None:
+        return frequency
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    # full turns within the original context
+    turns = scaling.original_max_seq_len * frequency / (2 * torch.pi)
+    band = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / band).clamp(0, 1)
+    return (1 - keep) * stretched + keep * frequency
+
+
 def rotary_table(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, float32 [..., D/2] for positions [...]."""
-    exponent = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    )
-    frequency = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
-    if scaling is not None:
-        stretched = frequency / scaling.factor
-        if scaling.kind == "linear":
-            frequency = stretched
-        else:
-            # full turns within the original context
-            turns = scaling.original_max_seq_len * frequency / (2 * torch.pi)
-            band = scaling.high_freq_factor - scaling.low_freq_factor
-            keep = ((turns - scaling.low_freq_factor) / band).clamp(0, 1)
-            frequency = (1 - keep) * stretched + keep * frequency
+    frequency = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
     angle = positions.float()[..., None] * frequency
     return angle.cos(), angle.sin()
 

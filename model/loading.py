@@ -2,13 +2,14 @@
 
 Files are memory-mapped, and tensors become parameters without a copy wherever the file has them in the wanted dtype
 and order: the model is built on the meta device and the loaded tensors are assigned. Names are checked strictly. Each
-format is a module with a function `read`, which returns the configuration and the weights under our names.
+format is a module with a function `read`, which takes a path and the wanted dtype, and returns the configuration and
+the weights under our names. A format that computes its weights makes them of the wanted dtype at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,13 +20,16 @@ from torch.overrides import TorchFunctionMode
 from zinit_kernels.checkpoints import CheckpointError, write_atomically
 from zinit_kernels.checkpoints.adapter import some
 
-from . import hf_weights, meta_weights
+from . import gguf_weights, hf_weights, meta_weights
+from .config import LlamaConfig
 from .errors import UserError
 from .llama import Llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Read = Callable[[Path, torch.dtype | None], tuple[LlamaConfig, dict[str, Tensor]]]
 # The file that tells a format -> how such a folder is read
-_FORMATS = {"config.json": hf_weights.read, "params.json": meta_weights.read}
+_FORMATS = {"config.json": hf_weights.read, "params.json": meta_weights.read, "*.gguf": gguf_weights.read}
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # of the first two
 
 
 def default_device() -> str:
@@ -47,14 +51,18 @@ def open_device(name: str) -> torch.device:
 def load_base(
     directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Llama:
-    """The model of a checkpoint folder, Hugging Face's or Meta's. dtype None = the file's.
+    """The model of a checkpoint folder, Hugging Face's or Meta's, or of a GGUF file or a folder with one.
+
+    dtype None = the file's; float32 for the quantised weights of a GGUF file.
 
     On the CPU and in the file's dtype the weights stay memory-mapped: they are read as they are used, and the page
     cache may drop them again. Raises UserError; OSError if a file cannot be read.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: --base takes the folder of a checkpoint.")
+    if not directory.exists() or (not directory.is_dir() and directory.suffix.lower() != ".gguf"):
+        raise UserError(
+            f"{directory} is not a directory: --base takes the folder of a checkpoint, or a GGUF file."
+        )
     try:
         return _load(directory, dtype, device)
     except CheckpointError as error:
@@ -62,10 +70,7 @@ def load_base(
 
 
 def _load(directory: Path, dtype: torch.dtype | None, device: torch.device | str) -> Llama:
-    read = next((read for name, read in _FORMATS.items() if (directory / name).is_file()), None)
-    if read is None:
-        raise UserError(f"{directory} has neither config.json (Hugging Face) nor params.json (Meta).")
-    config, weights = read(directory)
+    config, weights = _reader(directory)(directory, dtype)
     present = {name.split(".")[1] for name in weights if name.startswith("layers.")}
     if config.num_layers > len(present):  # before as many are built
         raise UserError(
@@ -81,6 +86,18 @@ def _load(directory: Path, dtype: torch.dtype | None, device: torch.device | str
         del weights[name]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _reader(path: Path) -> Read:
+    if path.is_file():
+        return gguf_weights.read
+    found = [read for pattern, read in _FORMATS.items() if any(path.glob(pattern))]
+    if not found:
+        raise UserError(
+            f"{path} has neither config.json (Hugging Face) nor params.json (Meta), nor a GGUF file."
+        )
+    # GGUF files often lie beside the config.json of the model that they were made of
+    return found[0] if any(any(path.glob(pattern)) for pattern in _WEIGHTS) else found[-1]
 
 
 def save_base(model: Llama, directory: str | Path) -> None:

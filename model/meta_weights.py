@@ -37,8 +37,8 @@ _LAYER_NAMES = {
 _DERIVED = ("rope.freqs",)  # a table that some files carry and that is computed here
 
 
-def read(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The configuration, and the weights by our names, with the rotary pairs in our order."""
+def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """The configuration, and the weights by our names, with the rotary pairs in our order, in the files' dtype."""
     params = read_json(directory / "params.json")
     shards = [open_tensors(path) for path in _shards(directory)]
     names = [name for name in shards[0] if name not in _DERIVED]
@@ -58,7 +58,7 @@ def read(directory: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
                 raise UserError(
                     f"{directory}: {name} has {weight.shape[0]} rows, no multiple of head_dim {config.head_dim}."
                 )
-            weight = _to_half_split(weight, config.head_dim)
+            weight = to_half_split(weight, config.head_dim)
         weights[ours] = weight
     return config, weights
 
@@ -112,6 +112,6 @@ def _our_name(name: str) -> tuple[str, int | None]:
     return _NAMES.get(name, (name, None))
 
 
-def _to_half_split(weight: Tensor, head_dim: int) -> Tensor:
+def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of q or k from Meta's interleaved rotary pairs (0, 1), (2, 3), ... to pairs (i, i + D/2)."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,5 @@
-"""Text to token ids and back: tokenizer.json through the tokenizers library, tokenizer.model through sentencepiece.
+"""Text to token ids and back: tokenizer.json and GGUF files through the tokenizers library, tokenizer.model through
+sentencepiece.
 
 The ids are those of transformers' AutoTokenizer for the same folder, beginning- and end-of-sequence tokens included,
 with one difference: the name of a special token inside a text ("</s>") is text and never becomes the token, as under
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, warn
+from .gguf_file import find_gguf, read_gguf
+from .gguf_tokenizer import describe_tokenizer
 from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 # The special tokens of the LLaMA family, for a tokenizer whose files name none
@@ -45,6 +48,8 @@ class Tokenizer:
     byte_ids: Mapping[int, int] = field(default_factory=dict)  # byte -> its id, under byte fallback
     local: bool = True  # the ids of a text's beginning do not depend on its end
     rows: int | None = None  # of the model's embedding, once `check_vocabulary` has seen it
+    special_ids: Mapping[str, int] = field(default_factory=dict)  # of the tokens that no text holds, by name
+    chat_template: str | None = None  # Jinja: how a conversation becomes a text; chat.py renders it
 
     def encode(
         self, text: str, bos: bool | None = None, eos: bool | None = None, limit: int | None = None
@@ -144,16 +149,20 @@ class Tokenizer:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model.
+    """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model, else a GGUF file's.
 
     tokenizer_config.json, special_tokens_map.json, added_tokens.json and config.json beside it are read as
-    AutoTokenizer reads them.
+    AutoTokenizer reads them. A GGUF file has all of that in itself; the ids are llama.cpp's.
     """
     directory = Path(directory)
+    if directory.is_file():
+        return _from_gguf(directory)
     if (directory / "tokenizer.json").is_file():
         return _from_json(directory / "tokenizer.json", read_tokenizer_config(directory))
     if (directory / "tokenizer.model").is_file():
         return _from_sentencepiece(directory / "tokenizer.model", read_tokenizer_config(directory))
+    if gguf := find_gguf(directory):
+        return _from_gguf(gguf)
     advice = "put the model's tokenizer there"
     for name, format in _OTHER_FORMATS.items():
         if (directory / name).is_file():
@@ -191,7 +200,34 @@ def _from_json(path: Path, config: TokenizerConfig) -> Tokenizer:
         next((known[name] for name in ([named] if given else usual) if name in known), None)
         for (given, named), usual in ((config.bos, _BOS_TOKENS), (config.eos, _EOS_TOKENS))
     )
+    byte_fallback = '"ByteFallback"' in content or config.is_llama_tokenizer
+    return _wrapped(tokenizer, path, bos_id, eos_id, own_size, byte_fallback, config.chat_template)
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    described = _guarded(
+        lambda: describe_tokenizer(read_gguf(path)), f"{path} describes a tokenizer that cannot be made"
+    )
+    tokenizer, *ids, byte_fallback, chat_template = described
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+    return _wrapped(tokenizer, path, *ids, None, byte_fallback, chat_template)
+
+
+def _wrapped(
+    tokenizer: Any,
+    path: Path,
+    bos_id: int | None,
+    eos_id: int | None,
+    own_size: int | None,
+    byte_fallback: bool,
+    chat_template: str | None,
+) -> Tokenizer:
+    """A tokenizer of the tokenizers library as a `Tokenizer`."""
+    import tokenizers
+
+    known = tokenizer.get_vocab()
     prefix, suffix = _around(tokenizer, path)
+    added = tokenizer.get_added_tokens_decoder()
     return Tokenizer(
         max(known.values(), default=-1) + 1,
         bos_id,
@@ -204,8 +240,10 @@ def _from_json(path: Path, config: TokenizerConfig) -> Tokenizer:
         prefix,
         suffix,
         own_size,
-        _byte_ids(known) if '"ByteFallback"' in content or config.is_llama_tokenizer else {},
+        _byte_ids(known) if byte_fallback else {},
         not isinstance(tokenizer.model, tokenizers.models.Unigram),
+        special_ids={token.content: id for id, token in added.items() if token.special and token.content},
+        chat_template=chat_template,
     )
 
 
@@ -276,9 +314,14 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
         () if eos_id is None or not config.add_eos else (eos_id,),
         size,
         _byte_ids({piece: id for piece, id in known.items() if processor.is_byte(id)}),
-        all(
-            processor.get_score(id).is_integer() for id in range(size)
-        ),  # BPE's scores are ranks, Unigram's logarithms
+        # BPE's scores are ranks, Unigram's logarithms
+        all(processor.get_score(id).is_integer() for id in range(size)),
+        special_ids={
+            name: id
+            for name, id in (known | added).items()
+            if (processor.is_control(id) if id < size else name not in ordinary)
+        },
+        chat_template=config.chat_template,
     )
 
 

@@ -34,6 +34,7 @@ class TokenizerConfig:
     is_llama_tokenizer: bool  # the class LlamaTokenizer makes the normaliser and the decoder itself
     legacy: bool
     add_prefix_space: bool
+    chat_template: str | None
 
 
 def read_tokenizer_config(directory: Path) -> TokenizerConfig:
@@ -72,7 +73,22 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         is_llama_tokenizer=is_llama and model.get("model_type") != "mistral",
         legacy=bool(told.get("legacy", False)),
         add_prefix_space=told.get("add_prefix_space") is None or bool(told["add_prefix_space"]),
+        chat_template=_chat_template(told.get("chat_template"), directory),
     )
+
+
+def _chat_template(value: Any, directory: Path) -> str | None:
+    """The template that a file of its own or tokenizer_config.json has; the one named "default" of several."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text.") from None
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
 
 
 def _name(value: Any, kind: str, directory: Path) -> Any:

@@ -360,7 +360,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe, default = Recipe(), "(default: %(default)s)"
     # fmt: off
     files = parser.add_argument_group("files")
-    files.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face or Meta checkpoint folder")
+    files.add_argument("--base", type=Path, required=True, metavar="DIR",
+                       help="Hugging Face or Meta checkpoint folder, or a GGUF file")
     files.add_argument("--data", action="extend", nargs="+", required=True, metavar="FILE", help="JSON list or JSONL "
                        "of objects with instruction, output and perhaps input, and with --encoder of records about "
                        "images; of several files all count: FILE:0.5 takes each of its samples every other epoch, "

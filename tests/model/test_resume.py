@@ -136,6 +136,27 @@ def test_every_field_is_checked(tmp_path, state, kind, digest):
         load(path, {"run": run})
 
 
+def test_only_the_digest_knows_another_number(tmp_path, state):
+    """A whole file, whose own checksums are right, with one prompt a little off."""
+    path = tmp_path / "checkpoint.pt"
+    state["adapter"]["prompts"] = state["adapter"]["prompts"] * (1 + 2**-20)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="its content does not fit its digest"):
+        load(path, state)
+
+
+def test_more_steps_than_the_run_has_are_refused(tmp_path, state):
+    """Whatever the optimizer says it did: a run that is "done" would train nothing and say nothing."""
+    path = tmp_path / "checkpoint.pt"
+    del state["digest"]
+    state["step"] = 7
+    for moments in state["optimizer"]["state"].values():
+        moments["step"] = torch.tensor(7.0)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="7 steps are done, and the run has 6"):
+        load(path, state)
+
+
 def test_a_field_more_or_less_is_refused(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
     for damaged in (state | {"more": 1}, {k: v for k, v in state.items() if k != "adapter"}, [1], 3):

@@ -224,7 +224,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_left_out(tmp_path, sentencepie
     assert tokenizer.decode([319, *ids, 300, -1]) == TEXT
     word_tokenizer(tmp_path, 300)
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode([319, *tokenizer.encode(TEXT), tokenizer.vocab_size, 10**9]) == TEXT
+    assert tokenizer.decode([319, -1, *tokenizer.encode(TEXT), tokenizer.vocab_size, 10**9, 1 << 40]) == TEXT
 
 
 @pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])

@@ -63,7 +63,7 @@ class LlamaAdapter(nn.Module):
         row = attention.layer_index - self.layers[0]
         if not 0 <= row < len(self.layers):
             return None
-        projections = (attention.k_proj, attention.v_proj)
+        projections = projections_of(attention)
         # the projections are this model's own, without anything that a hook would have to observe
         sources = sources_of(self.parameters(), projections, hooks_observe=True)
         prompt = self._kept.recall(attention, None, sources)
@@ -83,11 +83,17 @@ class LlamaAdapter(nn.Module):
         return Prompt(key, value, gate, self.config.gate_activation)
 
 
+def projections_of(attention: Attention) -> tuple[nn.Module, nn.Module]:
+    """The key and value projections that prompts go through: those of a layer with deltas without them."""
+    key, value = attention.k_proj, attention.v_proj
+    return getattr(key, "plain", key), getattr(value, "plain", value)
+
+
 def project_prompts(prompts: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
     """The keys and values [..., Hkv, D] of prompts [..., C], by a layer's own projections."""
     prompts = prompts.to(attention.k_proj.weight.dtype)
     key, value = (
         project(prompts).unflatten(-1, (-1, attention.config.head_dim))
-        for project in (attention.k_proj, attention.v_proj)
+        for project in projections_of(attention)
     )
     return key, value

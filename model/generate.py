@@ -28,7 +28,7 @@ from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
 from .tokenizer import Tokenizer, load_tokenizer
 from .vision.adapter import VisualAdapter
-from .vision.files import load_adapter
+from .vision.files import open_adapter
 from .vision.options import add_encoder_options, check_options, open_source
 from .vision.records import read_image_prompts
 
@@ -152,7 +152,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | No
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     if arguments.adapter is None:
         return model, tokenizer, None
-    adapter = load_adapter(arguments.adapter, model, arguments.prompt_length, arguments.gate_activation)
+    model, adapter = open_adapter(
+        arguments.adapter, model, arguments.prompt_length, arguments.gate_activation
+    )
     if arguments.encoder is not None:
         if not isinstance(adapter, VisualAdapter):
             raise UserError(

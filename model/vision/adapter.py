@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
-from ..adapter import LlamaAdapter, project_prompts
+from ..adapter import LlamaAdapter, project_prompts, projections_of
 from ..config import AdapterConfig, LlamaConfig
 from ..errors import UserError
 from ..llama import Attention, Prompt
@@ -133,7 +133,7 @@ class SeeingAdapter:
         row = attention.layer_index - self.adapter.layers[0]
         if not 0 <= row < len(self.adapter.layers):
             return None
-        projections = (attention.k_proj, attention.v_proj)
+        projections = projections_of(attention)
         tensors = [*self.adapter.parameters(), *([] if self.visual is None else [self.visual])]
         sources = sources_of(tensors, projections, hooks_observe=True)
         prompt = self._kept.recall(attention, None, sources)

@@ -24,6 +24,8 @@ from ..errors import UserError
 from ..llama import Llama
 from .adapter import VisualAdapter
 from .config import FeatureConfig, VisualConfig, from_json, to_json
+from .official_v2 import EXTRAS_FORMAT as OFFICIAL_V2
+from .official_v2 import open_official_v2
 
 EXTRAS_FORMAT = "vision"
 _PARTS = ("projection.", "standardise.")
@@ -61,13 +63,32 @@ def load_adapter(
 
     The arguments and errors are those of `model.adapter_files.load_adapter`.
     """
-    checkpoint = read_checkpoint(path, prompt_length, gate_activation)
+    return _adapter(path, read_checkpoint(path, prompt_length, gate_activation), base, prompt_length)
+
+
+def _adapter(
+    path: str | Path, checkpoint: AdapterCheckpoint, base: Llama, prompt_length: int | None
+) -> LlamaAdapter:
     if checkpoint.extras_format == EXTRAS_FORMAT:
         return _visual(path, checkpoint, base, prompt_length)
     config = check_checkpoint(path, checkpoint, base.config, prompt_length, base)
     adapter = LlamaAdapter(base.config, config, torch.Generator())
     fill_adapter(adapter, checkpoint)
     return adapter
+
+
+def open_adapter(
+    path: str | Path, base: Llama, prompt_length: int | None = None, gate_activation: str | None = None
+) -> tuple[Llama, LlamaAdapter]:
+    """The adapter of a file and the model that it belongs to: the base, or, for a published LLaMA-Adapter V2, the base
+    with the file's biases, LoRA factors and norms.
+
+    The arguments and errors are those of `model.adapter_files.load_adapter`.
+    """
+    checkpoint = read_checkpoint(path, prompt_length, gate_activation)
+    if checkpoint.extras_format == OFFICIAL_V2:
+        return open_official_v2(path, checkpoint, base)
+    return base, _adapter(path, checkpoint, base, prompt_length)
 
 
 def _visual(

@@ -83,6 +83,11 @@ def identify(path: str | os.PathLike[str], told: Told) -> tuple[str, AdapterChec
             _checked(checkpoint, file.path)
             _check_told(said, file.path, told.prompt_length, told.num_heads)
             return name, checkpoint
+    if official.is_imagebind(file):
+        raise CheckpointError(
+            f"{file.path} is an ImageBind-LLM: one prompt a layer ({official.PREFIX_QUERY}), to which a feature of "
+            "ImageBind is added; it is not read here, as no encoder of transformers gives that feature"
+        )
     raise CheckpointError(
         f"{file.path} is no adapter in a known format ({', '.join(FORMATS)}): it holds {some(file.tensors)}"
     )

@@ -39,6 +39,7 @@ from .writing import torch_bytes
 PROMPT_LENGTH = 10  # of every published adapter
 _LONGEST_CONFIG = 10_000  # values; the published ones have three
 _QUERY = "adapter_query.weight"
+PREFIX_QUERY = "prefix_query.weight"
 _V1_BASE = re.compile(  # what a training file holds besides: the whole base
     r"(tok_embeddings|norm|output)\.weight|rope\.freqs|layers\.\d+\.("
     r"attention\.w[qkvo]|feed_forward\.w[123]|attention_norm|ffn_norm)\.weight"
@@ -56,6 +57,11 @@ def recognise_v1(file: File) -> bool:
 
 def recognise_v2(file: File) -> bool:
     return _QUERY in file.tensors and any(name.startswith("llama.layers.") for name in file.tensors)
+
+
+def is_imagebind(file: File) -> bool:
+    """Whether it is the sibling of V2 that hears and sees by ImageBind."""
+    return PREFIX_QUERY in file.tensors and any(name.startswith("image_bind") for name in file.tensors)
 
 
 def read_v1(file: File, told: Told) -> AdapterCheckpoint:

@@ -1,5 +1,6 @@
 """One model, several threads: each call has its own adapters, or the base, whatever the others ask for meanwhile."""
 
+import _thread
 import asyncio
 import copy
 import threading
@@ -173,11 +174,34 @@ def test_what_backward_recomputes_is_what_forward_computed():
             seen.append(scope.values())
             return gradient
 
-    x = torch.ones(1, requires_grad=True)
+    x, done = torch.ones(1, requires_grad=True), threading.Event()
+
+    def backward():
+        InBackward.apply(x).sum().backward()
+        done.set()
+
     with Elsewhere() as elsewhere, scope.holding("block"):
-        elsewhere(lambda: InBackward.apply(x).sum().backward())  # backward, in a thread without blocks
-        assert seen == [("block",)] and elsewhere(scope.values) == ()
+        elsewhere(backward)  # in a thread of Python's, which has no block
+        done.clear()
+        _thread.start_new_thread(backward, ())  # one that threading does not know, like those of PyTorch
+        assert done.wait(60) and seen == [(), ("block",)] and elsewhere(scope.values) == ()
         assert elsewhere(scope.values, True) == ("block",)  # a replica of nn.DataParallel
+
+
+def test_what_backward_recomputes_in_one_thread_while_another_asks_for_the_base():
+    model, inputs = prompted("Llama").train(), inputs_of("Llama")
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def gradients():
+        model.zero_grad()
+        outputs(model, inputs).square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with Elsewhere() as elsewhere, zinit.disable_zero_init_attention(model):
+        found = elsewhere(gradients)
+    assert len(expected) == 4 and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_adapter_names_in_a_replica_are_refused(peft_model):

@@ -20,6 +20,12 @@ class _Entry(Generic[_Value]):
         self.value = value
 
 
+def _is_autograds_thread() -> bool:
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return isinstance(threading.current_thread(), threading._DummyThread)
+
+
 class Scope(Generic[_Value]):
     """The values of the blocks that a call stands in, outermost first.
 
@@ -56,8 +62,9 @@ class Scope(Generic[_Value]):
     def values(self, moved: bool = False) -> tuple[_Value, ...]:
         """The values in force for the calling code.
 
-        PyTorch moves some calls to threads of its own: what backward recomputes to autograd's thread of the device, and
-        the replicas of nn.DataParallel (`moved`). Those have no blocks; the ones of all threads hold for them.
+        PyTorch moves some calls to threads of its own: what backward recomputes to autograd's thread of the device,
+        which Python did not start, and the replicas of nn.DataParallel (`moved`). Those threads have no blocks; the
+        ones of all threads hold for them.
         """
         if not self._all:  # nobody is in a block, in any thread
             return ()
@@ -65,6 +72,6 @@ class Scope(Generic[_Value]):
             values: tuple[_Value, ...] = getattr(self._thread, "values", ())
             return values
         entries = self._here.get()
-        if not entries and self._all and (moved or torch._C._current_graph_task_id() != -1):
+        if not entries and (moved or _is_autograds_thread()):
             entries = tuple(self._all)
         return tuple(entry.value for entry in entries if entry in self._all)

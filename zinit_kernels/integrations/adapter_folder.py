@@ -14,7 +14,7 @@ from .. import checkpoints
 from ..checkpoints.files import inside
 from ..checkpoints.json_files import read_json
 from .architectures import FIRST_ARCHITECTURES, architecture_of
-from .layers import Layer, attach, attention_layers, plain_name, required_adapters, sizes
+from .layers import Layer, attach, attention_layers, plain_name, required_adapters, sizes, values_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _CONFIG = "adapter.json"
@@ -37,9 +37,10 @@ def save_adapter(model: Any, folder: str | Path) -> None:
         if not rows:  # prompts were added to a part of the model only
             files[stack] = None
             continue
+        prompts, gates = zip(*(values_of(adapter) for _, adapter in rows), strict=True)
         checkpoint = checkpoints.AdapterCheckpoint(
-            prompts=torch.stack([adapter.prompt.detach() for _, adapter in rows]),
-            gates=torch.stack([adapter.gate.detach() for _, adapter in rows]),
+            prompts=torch.stack(prompts),
+            gates=torch.stack(gates),
             gate_activation=rows[0][1].gate_activation,
             layers=tuple(layer.place for layer, _ in rows),
             num_layers=lengths[stack],

@@ -17,7 +17,7 @@ or a graph; there the tokens go through the fused kernel, whose output differs f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from ..api import zero_init_attention, zero_init_attention_with_kvcache
 from ..projected import in_transform
 from .added_prompts import with_added
 from .architectures import architecture_of
-from .prompts import Prompts, Table, prompt_branch, recall, tabulate
+from .prompts import Prompts, Table, adapter_names_of, projects_by_row, prompt_branch, recall, tabulate
 from .scope import Scope
 from .usage import asks_for_weights, mark_used
 
@@ -98,6 +98,8 @@ def attention_forward(
     if at_rest and not torch.is_grad_enabled():
         return _token_branch(*tokens)
 
+    if not kept and projects_by_row(module, prompts.projection):
+        prompts = prompts.by_row(query)
     table = kept or tabulate(module, prompts, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
@@ -163,6 +165,8 @@ def _prompts(module: nn.Module, given: Prompts | None, served: bool) -> Prompts 
         return given
     if given is not None:
         raise ValueError("the layer has PEFT's prompts and zero-init prompts too: take one of them away")
+    if own._forward_pre_hooks and (names := adapter_names_of(own)):
+        return _prompts_of_rows(own, names, served)
     # a call, not attributes: offloaded and wrapped parameters are there only during one
     adapter: Any = own
     found = adapter(served) if own._forward_hooks or own._forward_pre_hooks else adapter.forward(served)
@@ -171,6 +175,19 @@ def _prompts(module: nn.Module, given: Prompts | None, served: bool) -> Prompts 
     prompt, gate = found
     own_prompts = Prompts((prompt,), (gate,), adapter.gate_activation, adapter.projection)
     return with_added(adapter, own_prompts, packed=served)
+
+
+def _prompts_of_rows(wrapper: Any, names: Sequence[str], served: bool) -> Prompts | None:
+    """In PEFT's wrapper (modules_to_save), for rows of these adapters; one without prompts has those of before."""
+    saved = dict(wrapper.modules_to_save.items())
+    copies = [saved.get(name, wrapper.original_module) for name in names]
+    distinct = [copy for copy in dict.fromkeys(copies) if copy.is_on]
+    if not distinct:
+        return None
+    rows = [distinct.index(copy) if copy in distinct else -1 for copy in copies]
+    prompts, gates = zip(*(copy(served) for copy in distinct), strict=True)
+    index = torch.tensor(rows, dtype=torch.int32)
+    return Prompts(prompts, gates, distinct[0].gate_activation, distinct[0].projection, index)
 
 
 def _decode(

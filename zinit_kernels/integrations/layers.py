@@ -83,6 +83,22 @@ class Layer(NamedTuple):
     attention: Any
 
 
+def used_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules, without the copies that a wrapper of PEFT's (modules_to_save) keeps beside the one in use."""
+    unused: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in unused:
+            unused.update(module.children())
+            continue
+        yield name, module
+        if {"original_module", "modules_to_save"} <= module._modules.keys():
+            wrapper: Any = module
+            copies = dict(wrapper.modules_to_save.items())
+            active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)
+            used = copies.get(active, wrapper.original_module)
+            unused.update(part for part in (wrapper.original_module, *copies.values()) if part is not used)
+
+
 def attention_layers(model: nn.Module) -> list[Layer]:
     """Every self-attention of a known architecture, bottom to top in each stack.
 
@@ -91,34 +107,68 @@ def attention_layers(model: nn.Module) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    layers = [_layer(name, module) for name, module in model.named_modules() if is_adaptable(module)]
+    layers = [_layer(name, module) for name, module in used_modules(model) if is_adaptable(module)]
     if not layers:
         raise ValueError(missing_row(model))
     return layers
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[Layer, ZeroInitPrompts]]:
-    """The layers with prompts, and those in use."""
-    for name, module in model.named_modules():
+    """The layers with prompts, and the prompts in use there."""
+    for name, module in used_modules(model):
         if "zinit" in module._modules and (adapter := _in_use(module._modules["zinit"])) is not None:
             yield _layer(name, module), adapter
 
 
 def required_adapters(model: nn.Module) -> list[tuple[Layer, ZeroInitPrompts]]:
     found = list(adapters(model))
+    if not found and any(True for _ in peft_layers(model)):
+        raise ValueError(
+            "the model has PEFT's adaption prompts, which are PEFT's to save and to take away: save_pretrained, "
+            "delete_adapter"
+        )
     if not found:
-        raise ValueError("the model has no zero-init prompts; call add_zero_init_attention(model) first")
+        raise ValueError(
+            "the model has no zero-init prompts; call add_zero_init_attention(model) first, or load_adapter(model, "
+            "folder), where some were saved"
+        )
     return found
+
+
+def peft_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers with PEFT's adaption prompts (of its active adapter), accelerated or not."""
+    for name, module in used_modules(model):
+        if "adaption_gate" in module._parameters:
+            yield name, module
 
 
 def tokens_of(model: nn.Module) -> frozenset[int]:
     """Of every adapter, those not in use included: a call might switch to one."""
-    return frozenset(module.token for module in model.modules() if isinstance(module, ZeroInitPrompts))
+    tokens: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, ZeroInitPrompts):
+            tokens.add(module.token)
+        elif hasattr(type(module), "zinit_tokens"):  # an accelerated PEFT model
+            own: Any = module
+            tokens |= own.zinit_tokens()
+    return frozenset(tokens)
 
 
 def disabled_here(model: nn.Module) -> frozenset[int]:
     """Of the adapters of the model that the calling code does without."""
     return tokens_of(model) & frozenset().union(*disabled.values())
+
+
+def values_of(layer: nn.Module, prompt: str = "prompt", gate: str = "gate") -> tuple[Tensor, Tensor]:
+    """The parameters of these names. Offloaded ones are loaded for this, by the hook that Accelerate put there."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(layer)
+    try:
+        return getattr(layer, prompt).detach(), getattr(layer, gate).detach()
+    finally:
+        if hook is not None:
+            hook.post_forward(layer, None)
 
 
 def sizes(attention: Any) -> tuple[int, int]:
@@ -132,7 +182,7 @@ def attach(
     """Gives the layers their prompts, in the place of all that the model has; what may fail comes first."""
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, got {dtype}")
-    if any("adaption_gate" in module._parameters for module in model.modules()):
+    if any(True for _ in peft_layers(model)):
         raise ValueError(
             "the model has PEFT's adaption prompts: accelerate(model) of zinit_kernels.integrations.peft is for those"
         )
@@ -183,11 +233,8 @@ def _layer(name: str, attention: nn.Module) -> Layer:
 
 def _in_use(child: nn.Module | None) -> ZeroInitPrompts | None:
     """The prompts that a call of `child` gives: its own, or, in a wrapper (PEFT's modules_to_save), the active ones."""
-    found = [module for module in child.modules() if isinstance(module, ZeroInitPrompts)] if child else []
-    if len(found) > 1:
-        active: Any = child
-        found = [adapter for adapter in found if adapter.prompt is active.prompt]
-    return found[0] if found else None
+    parts = used_modules(child) if child is not None else ()
+    return next((module for _, module in parts if isinstance(module, ZeroInitPrompts)), None)
 
 
 def _device(attention: nn.Module) -> torch.device:

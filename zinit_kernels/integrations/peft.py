@@ -27,6 +27,7 @@ from torch import nn
 
 from .architectures import SPLIT
 from .attention import NAME, attend_by_zinit, mixed
+from .layers import disabled, served_without
 from .prompts import Prompts
 from .serving import attends_by_zinit, serving
 from .usage import begin, ignored, take_used
@@ -39,9 +40,19 @@ class FusedAdaptedAttention(AdaptedAttention):
     """PEFT's layer with its parameters; where the model attends by "zinit", the base's forward with prompts."""
 
     attends_by_zinit = True
+    token: int  # by which disable_zero_init_attention names the layer; nn.DataParallel's replica has the same one
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.token = id(self)  # a copy is a layer of its own
 
     def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         attention = self.model
+        without = disabled.values(getattr(self, "_is_replica", False))
+        if kwargs.get("cache") is not None:  # of continuous batching, which computes in a thread of its own
+            without = (*without, *served_without)
+        if any(self.token in tokens for tokens in without):
+            return attention(**kwargs)
         if not attends_by_zinit(attention.config._attn_implementation):
             return super().forward(**kwargs)
         for layers in mixed.values():
@@ -70,7 +81,7 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
                 "adapter_names is not supported by generate_batch, whose requests share their batches: call generate, "
                 "or set_adapter and generate_batch for the requests of each adapter"
             )
-        with serving(self.model):
+        with serving(self):
             return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
@@ -91,8 +102,15 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
                 f"adapter_names needs the attention implementation {NAME!r}, which accelerate() sets; the model has "
                 f"{self.model.config._attn_implementation!r}"
             )
-        with mixed.holding(self._mixed_layers(adapter_names)):
+        layers = self._mixed_layers(adapter_names)
+        if any(self.zinit_tokens() & tokens for tokens in disabled.values()):
+            layers = dict.fromkeys(layers, _no_prompts)
+        with mixed.holding(layers):
             yield
+
+    def zinit_tokens(self) -> frozenset[int]:
+        """Of the layers of every adapter, those that wait outside the model included."""
+        return frozenset(layer.token for layer in _adapted_layers(self))
 
     def _mixed_layers(self, names: list[str]) -> dict[nn.Module, Callable[[], Prompts | None]]:
         """For every attention that some adapter of this call, or the active one, has prompts for: the call's own."""
@@ -121,6 +139,10 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
         return [getattr(parent, target) for parent in self._parents[name]]
 
 
+def _no_prompts() -> None:
+    return None
+
+
 def _mix(adapted: dict[str, AdaptedAttention], used: list[str], names: list[str]) -> Prompts | None:
     """One layer's prompts for rows of these names; None where no row has any there.
 
@@ -143,7 +165,8 @@ def accelerate(peft_model: _Model) -> _Model:
     and quantised bases work as before; every adapter of the model is included, and those added later. The attention
     implementation becomes "zinit": where the fused kernels do not apply, and in layers without prompts, that is `sdpa`.
     Setting another one with `set_attn_implementation` gives PEFT's own computation back, until `accelerate` is called
-    again. `continuous_batching` of `integrations.transformers` serves these models too.
+    again. `continuous_batching`, `disable_zero_init_attention`, `summary` and `parameter_groups` of
+    `integrations.transformers` know these models too.
 
     Args:
         peft_model: what `get_peft_model(base, AdaptionPromptConfig(...))` returned, on a Llama or Mistral base.
@@ -208,6 +231,10 @@ def _check_class(layer: nn.Module, model_type: str) -> None:
 def _become(layer: nn.Module, kind: type[AdaptedAttention]) -> None:
     """Exchanges the layer's class, and the forward that Accelerate's hooks call, which they keep in the layer."""
     layer.__class__ = kind
+    if kind is FusedAdaptedAttention:
+        layer.__dict__.setdefault("token", id(layer))
+    else:
+        layer.__dict__.pop("token", None)
     if "_old_forward" in vars(layer):
         layer._old_forward = types.MethodType(kind.forward, layer)  # type: ignore[assignment]
 
@@ -222,7 +249,7 @@ def _tuner(peft_model: nn.Module) -> AdaptionPromptModel:
     return tuner
 
 
-def _adapted_layers(tuner: AdaptionPromptModel) -> list[nn.Module]:
+def _adapted_layers(tuner: AdaptionPromptModel) -> list[Any]:
     """Those in the model and those of the adapters that wait outside it."""
     live = [module for module in tuner.modules() if hasattr(module, "adaption_gate")]
     return live + [layer for layers in tuner._cached_adapters.values() for layer in layers]

@@ -49,6 +49,20 @@ class Prompts(NamedTuple):
             raise ValueError(f"{len(self.rows)} {what} do not go evenly into a batch of {batch} rows")
         return rows.repeat_interleave(batch // len(self.rows))
 
+    def by_row(self, query: Tensor) -> Prompts:
+        """The same, with prompts of its own for every row, though some may be equal.
+
+        Where the rows' projections differ: in a call with adapter_names on a base with LoRA.
+        """
+        rows = self.row_index(query)
+        rows = query.new_zeros(query.shape[0], dtype=torch.int32) if rows is None else rows
+        tables = torch.cat(
+            [prompt.reshape(-1, *prompt.shape[-2:]).to(query.device) for prompt in self.prompts]
+        )
+        gates = [self.gates[max(row, 0)] for row in rows.tolist()]
+        own = torch.arange(len(rows), dtype=torch.int32, device=query.device).masked_fill(rows < 0, -1)
+        return self._replace(prompts=(tables[rows.clamp(min=0)],), gates=gates, rows=own)
+
     def at_rest(self) -> bool:
         """Whether every gate is 0; False where looking would cost a synchronisation or a graph, or is not possible."""
         if torch.compiler.is_compiling() or in_transform():
@@ -111,6 +125,24 @@ def _sources(module: nn.Module, prompts: Prompts) -> list[Tensor] | None:
             used.append(child)
     added = () if prompts.added is None else (prompts.added,)
     return sources_of((*prompts.prompts, *prompts.gates, *added), used)
+
+
+def adapter_names_of(module: nn.Module) -> Sequence[str] | None:
+    """The names that PEFT hands to this layer of LoRA's, or of modules_to_save, in a call with adapter_names.
+
+    It does so by a hook for each such layer, for the time of the call.
+    """
+    for hook in module._forward_pre_hooks.values():
+        names: Sequence[str] | None = getattr(hook, "keywords", {}).get("adapter_names")
+        if names is not None:
+            return names
+    return None
+
+
+def projects_by_row(module: nn.Module, projection: Projection) -> bool:
+    """Whether this call projects every row by another adapter."""
+    parts = (module._modules.get(name) for name in projection.modules)
+    return any(part is not None and adapter_names_of(part) for part in parts)
 
 
 def _key_norm(module: nn.Module, projection: Projection) -> nn.Module | None:

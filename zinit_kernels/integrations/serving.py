@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import NAME, attention_forward
+from .layers import disabled_here, served_without
 
 # what continuous batching calls for a model that attends by "sdpa"; the second name before transformers 5.19
 _NAMES = ("sdpa", "paged|sdpa")
@@ -36,13 +37,19 @@ def attends_by_zinit(implementation: str) -> bool:
 
 @contextmanager
 def serving(model: Any) -> Iterator[None]:
-    """Within it the model attends by "sdpa", and "sdpa" asks for prompts. Contexts may overlap, in threads too."""
+    """Within it the model attends by "sdpa", and "sdpa" asks for prompts. Contexts may overlap, in threads too.
+
+    Prompts that are disabled where the context is entered stay out of what it serves.
+    """
     base: nn.Module = model.set_attn_implementation.__self__
+    without = disabled_here(model)
+    served_without.append(without)
     _enter(base)
     try:
         yield
     finally:
         _leave(base)
+        served_without.remove(without)
 
 
 def _enter(base: Any) -> None:

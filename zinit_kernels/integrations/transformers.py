@@ -28,11 +28,11 @@ from .layers import (
     attention_layers,
     detach,
     disabled,
-    disabled_here,
+    peft_layers,
     required_adapters,
-    served_without,
     sizes,
     tokens_of,
+    values_of,
 )
 from .per_sample import per_sample_prompts
 from .serving import serving
@@ -119,7 +119,12 @@ def remove_zero_init_attention(model: _Model) -> _Model:
     """Takes prompts and gates away again, in place; the base's parameters stay frozen.
 
     The attention implementation is again that of before, unless another one than "zinit" was set since.
+
+    Raises:
+        ValueError: the prompts are PEFT's.
     """
+    if any(True for _ in peft_layers(model)):
+        required_adapters(model)
     detach(model)
     return model
 
@@ -129,8 +134,17 @@ def disable_zero_init_attention(model: nn.Module) -> Iterator[None]:
     """The base model, for the calls in this block.
 
     That is for those of the thread, or asyncio task, that entered it: other threads go on with the prompts, those
-    started within the block too. Enter it in the thread that calls the model.
+    started within the block too. Enter it in the thread that calls the model. Models of `integrations.peft.accelerate`
+    can be disabled too.
+
+    Raises:
+        ValueError: PEFT's adaption prompts that were not accelerated.
     """
+    if any(not getattr(type(layer), "attends_by_zinit", False) for _, layer in peft_layers(model)):
+        raise ValueError(
+            "the model has PEFT's adaption prompts: call accelerate(model) of zinit_kernels.integrations.peft first, "
+            "or use PEFT's own model.disable_adapter()"
+        )
     with disabled.holding(tokens_of(model)):
         yield
 
@@ -149,13 +163,8 @@ def continuous_batching(model: Any) -> Iterator[None]:
     """
     if not any(getattr(module, "attends_by_zinit", False) for module in model.modules()):
         required_adapters(model)
-    without = disabled_here(model)
-    served_without.append(without)
-    try:
-        with serving_added(tokens_of(model)), serving(model):
-            yield
-    finally:
-        served_without.remove(without)
+    with serving_added(tokens_of(model)), serving(model):
+        yield
 
 
 def parameter_groups(
@@ -166,6 +175,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two groups for an optimizer: the prompts, and the gates, which are never decayed (towards 0 they switch off).
 
+    PEFT's adaption prompts are found too.
+
     Args:
         learning_rate: the paper's is 9e-3; gate_learning_rate: the same unless given.
         weight_decay: of the prompts; default the paper's.
@@ -173,11 +184,15 @@ def parameter_groups(
     Raises:
         ValueError: no prompts in the model.
     """
-    found = required_adapters(model)
+    prompts = [layer.adaption_prompt for _, layer in peft_layers(model)]
+    gates = [layer.adaption_gate for _, layer in peft_layers(model)]
+    if not prompts:
+        found = required_adapters(model)
+        prompts, gates = [a.prompt for _, a in found], [a.gate for _, a in found]
     return [
-        {"params": [a.prompt for _, a in found], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": prompts, "lr": learning_rate, "weight_decay": weight_decay},
         {
-            "params": [a.gate for _, a in found],
+            "params": gates,
             "lr": learning_rate if gate_learning_rate is None else gate_learning_rate,
             "weight_decay": 0.0,
         },
@@ -207,11 +222,22 @@ class Summary(list[LayerSummary]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """tanh(gate) of every adapted layer: all 0 means the adapter does nothing yet."""
+    """tanh(gate) of every adapted layer: all 0 means the adapter does nothing yet.
+
+    PEFT's adaption prompts, those of the active adapter, are listed too; PEFT applies their one gate as it is.
+    """
     rows = Summary()
+    for name, peft_layer in peft_layers(model):
+        prompt, gate = values_of(peft_layer, "adaption_prompt", "adaption_gate")
+        rows.append(_row(name, prompt[0], gate, "identity"))
     for layer, adapter in adapters(model):
-        gate = adapter.gate.detach().float()
-        gate = gate.tanh() if adapter.gate_activation == "tanh" else gate
-        rms = float(adapter.prompt.detach().float().square().mean().sqrt())
-        rows.append(LayerSummary(layer.name, adapter.prompt.shape[0], gate.tolist(), rms))
+        rows.append(_row(layer.name, *values_of(adapter), adapter.gate_activation))
     return rows
+
+
+def _row(name: str, prompt: torch.Tensor, gate: torch.Tensor, gate_activation: str) -> LayerSummary:
+    gate = gate.detach().float()
+    gate = gate.tanh() if gate_activation == "tanh" else gate
+    return LayerSummary(
+        name, prompt.shape[0], gate.tolist(), float(prompt.detach().float().square().mean().sqrt())
+    )

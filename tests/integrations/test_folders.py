@@ -1,6 +1,7 @@
 """Prompts on disk: by themselves, with their base, for the same model wrapped otherwise, and what is refused."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -100,6 +101,44 @@ def test_prompts_saved_with_the_base_are_read_back(name, activation, shards, tmp
     with zinit.disable_zero_init_attention(model):
         assert torch.equal(outputs(loaded, inputs), outputs(model, inputs))
     assert torch.equal(outputs(zinit.load_adapter(loaded, tmp_path), inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "CLIP"])
+def test_transformers_warning_of_lost_prompts_says_how_to_read_them(name, tmp_path):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(handler)
+    try:
+        for model in (adapted(name), base_model(name)):
+            model.save_pretrained(tmp_path)
+            type(model).from_pretrained(tmp_path)
+    finally:
+        transformers_logger.removeHandler(handler)
+    (warning,) = [text for text in said if ".zinit." in text]
+    assert warning.endswith("load_adapter(model, folder) of zinit_kernels.integrations.transformers reads them from "
+                            "the same folder.")  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"add_zero_init_attention\(model\) first, or load_adapter\(model, folder\)"
+    ):
+        zinit.save_adapter(type(model).from_pretrained(tmp_path), tmp_path / "adapter")
+
+
+def test_prompts_saved_by_peft_beside_its_own_weights(tmp_path):
+    """PEFT loads its own, and leaves the prompts out without a word where the base has none."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["zinit"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(adapted("Llama"), config).eval(), inputs_of("Llama")
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base_model("Llama"), tmp_path).eval()
+    assert not torch.equal(outputs(loaded, inputs), outputs(model, inputs))
+    assert torch.equal(outputs(zinit.load_adapter(loaded, tmp_path), inputs), outputs(model, inputs))
+    for other in (base_model("Llama"), peft.get_peft_model(base_model("Llama"), config)):
+        with pytest.raises(
+            checkpoints.CheckpointError, match="also holds .* of peft .*load them first, by PeftModel"
+        ):
+            zinit.load_adapter(other, tmp_path)
 
 
 def test_a_folder_of_a_model_fits_its_body(tmp_path):

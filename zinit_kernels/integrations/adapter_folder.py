@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,9 @@ def load_adapter(
         source: a folder of `save_adapter`; a folder in which the model's own `save_pretrained`, or Trainer, wrote the
             prompts together with the base; or, for a model with one stack of layers, an adapter file of any format that
             `zinit_kernels.checkpoints` reads, official LLaMA-Adapter and PEFT included. The model may be wrapped
-            otherwise than the saved one (by LoRA, by torch.compile), or be its body, or have another head.
+            otherwise than the saved one (by LoRA, by torch.compile), or be its body, or have another head. Of a folder
+            in which PEFT saved LoRA weights and the prompts (modules_to_save), PEFT loads the weights first:
+            `load_adapter(PeftModel.from_pretrained(model, folder), folder)`.
         dtype: of the parameters. options: `zinit_kernels.checkpoints.load_adapter`'s.
 
     Raises:
@@ -78,7 +81,7 @@ def load_adapter(
     for stack, (path, where) in _saved(source, model, by_stack).items():
         rows = by_stack[stack]
         heads, hidden_size = sizes(rows[0].attention)
-        checkpoint = checkpoints.load_adapter(path, **(options | where))
+        checkpoint = _without_loaded(checkpoints.load_adapter(path, **(options | where)), model, source)
         checkpoint = checkpoint.check_base(hidden_size, len(rows), heads)
         activations.add(checkpoint.gate_activation)
         for row, index in enumerate(checkpoint.layers):
@@ -88,6 +91,29 @@ def load_adapter(
         raise checkpoints.CheckpointError(f"{source}: the stacks differ in their gates' activation")
     attach(model, made, activations.pop(), dtype)
     return model
+
+
+def _without_loaded(
+    checkpoint: checkpoints.AdapterCheckpoint, model: Any, source: Path
+) -> checkpoints.AdapterCheckpoint:
+    """Without what PEFT saved beside the prompts, which must be in the model already.
+
+    Files name a tensor as the model does, but for the name of its adapter: lora_A.weight is lora_A.default.weight.
+    """
+    if checkpoint.extras_format != "peft":
+        return checkpoint
+    own: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        own[key] = tensor
+        for name in getattr(model, "peft_config", {}):
+            own.setdefault(key.replace(f".{name}.", ".", 1), tensor)
+    for key, tensor in checkpoint.extras.items():
+        if key not in own or own[key].is_meta or not torch.equal(tensor.to(own[key]), own[key]):
+            raise checkpoints.CheckpointError(
+                f"{source} also holds {checkpoint.beside_the_formula()}, and the model has no such {key}: load them "
+                "first, by PeftModel.from_pretrained(model, folder)"
+            )
+    return replace(checkpoint, extras={}, extras_format="")
 
 
 def _saved(

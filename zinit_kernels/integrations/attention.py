@@ -187,7 +187,13 @@ def _prompts_of_rows(wrapper: Any, names: Sequence[str], served: bool) -> Prompt
     rows = [distinct.index(copy) if copy in distinct else -1 for copy in copies]
     prompts, gates = zip(*(copy(served) for copy in distinct), strict=True)
     index = torch.tensor(rows, dtype=torch.int32)
-    return Prompts(prompts, gates, distinct[0].gate_activation, distinct[0].projection, index)
+    found = Prompts(prompts, gates, distinct[0].gate_activation, distinct[0].projection, index)
+    if any(with_added(copy, found, packed=served).added is not None for copy in distinct):
+        raise ValueError(
+            "per_sample_prompts is not supported in a call with adapter_names and prompts in modules_to_save: call the "
+            "model once for each adapter"
+        )
+    return found
 
 
 def _decode(

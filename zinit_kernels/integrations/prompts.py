@@ -56,12 +56,19 @@ class Prompts(NamedTuple):
         """
         rows = self.row_index(query)
         rows = query.new_zeros(query.shape[0], dtype=torch.int32) if rows is None else rows
-        tables = torch.cat(
-            [prompt.reshape(-1, *prompt.shape[-2:]).to(query.device) for prompt in self.prompts]
-        )
-        gates = [self.gates[max(row, 0)] for row in rows.tolist()]
+        tables = torch.cat([table.to(query.device) for table in self.tables(query.device)])
+        gates = self.gates if len(self.gates) == 1 else [self.gates[max(row, 0)] for row in rows.tolist()]
         own = torch.arange(len(rows), dtype=torch.int32, device=query.device).masked_fill(rows < 0, -1)
-        return self._replace(prompts=(tables[rows.clamp(min=0)],), gates=gates, rows=own)
+        return self._replace(prompts=(tables[rows.clamp(min=0)],), gates=gates, rows=own, added=None)
+
+    def tables(self, device: torch.device) -> list[Tensor]:
+        """The prompts [., P, C] that the rows choose from, one after the other."""
+        tables = [prompt.reshape(-1, *prompt.shape[-2:]) for prompt in self.prompts]
+        if self.added is None:
+            return tables
+        own = tables[0].to(device)
+        sums = own + self.added.to(device, own.dtype)
+        return [sums] if self.rows is None else [own, sums]
 
     def at_rest(self) -> bool:
         """Whether every gate is 0; False where looking would cost a synchronisation or a graph, or is not possible."""
@@ -151,11 +158,7 @@ def _key_norm(module: nn.Module, projection: Projection) -> nn.Module | None:
 
 def _project(module: nn.Module, prompts: Prompts, query: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [N, P, Hkv, D]."""
-    tables = [prompt.reshape(-1, *prompt.shape[-2:]) for prompt in prompts.prompts]
-    if prompts.added is not None:
-        own = tables[0].to(query.device)
-        sums = own + prompts.added.to(query.device, own.dtype)
-        tables = [sums] if prompts.rows is None else [own, sums]
+    tables = prompts.tables(query.device)
     projection = prompts.projection
     # the modules are called, their weights never touched: quantised ones have no weight to multiply with
     hidden = torch.cat([table.to(query.device, query.dtype) for table in tables])

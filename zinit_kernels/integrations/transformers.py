@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from . import reload_note  # noqa: F401, it has transformers' warning of lost prompts say how to read them
 from .adapter_folder import load_adapter, save_adapter
 from .added_prompts import serving_added
 from .architectures import ARCHITECTURES, ENCODER, NORMED, SPLIT, Projection

@@ -136,7 +136,7 @@ def disable_zero_init_attention(model: nn.Module) -> Iterator[None]:
 
     That is for those of the thread, or asyncio task, that entered it: other threads go on with the prompts, those
     started within the block too. Enter it in the thread that calls the model. Models of `integrations.peft.accelerate`
-    can be disabled too.
+    can be disabled too. With gradient checkpointing, backward belongs in the block too: it computes the layers again.
 
     Raises:
         ValueError: PEFT's adaption prompts that were not accelerated.

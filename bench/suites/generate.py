@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
-from model.generation import generate
 from model.llama import Llama
+from model.sampling import generate
 
 from ..ledger import Row
 from ..machine import device_copy, plain_read, why_failed, why_missing

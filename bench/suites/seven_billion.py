@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 
 from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
-from model.generation import generate
 from model.llama import Llama
 from model.loading import load_base
 from model.loss import answer_loss
+from model.sampling import generate
 
 from ..ledger import BenchError, Row
 from ..measure import in_fresh_process, resident, restart_peak

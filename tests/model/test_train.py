@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_runs import CONFIG, arguments, contents, losses_of, run
 
-from model import generate, train_loop
+from model import generate, train_loop, train_options
 from model import train as program
 from model.adapter_files import load_adapter
 from model.errors import UserError
@@ -187,7 +187,9 @@ def test_several_data_files_count_all(folder, whole_run, tmp_path):
 def test_both_programs_take_the_same_device_unless_told(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     base = ["--base", "base"]
-    assert program._parser().parse_args([*base, "--data", "data", "--out", "out"]).device == device
+    assert (
+        train_options.training_parser().parse_args([*base, "--data", "data", "--out", "out"]).device == device
+    )
     assert generate._parser().parse_args([*base, "--prompt", "Say"]).device == device
 
 

@@ -1,0 +1,115 @@
+"""The options of `model.train`, and what they say: the recipe, and whether the output folder may be written into."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from zinit_kernels.console import Parser
+
+from .errors import UserError, program_name
+from .loading import DTYPES, default_device
+from .mixture import read_share
+from .recipe import Recipe
+from .resume import refuse_missing
+from .run_folder import refuse_occupied, refuse_unwritable
+from .vision.options import add_training_options, check_options
+
+ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
+
+
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, with `paths` and `shares` of the data files. Raises UserError for what has no effect."""
+    options = training_parser().parse_args(arguments)
+    options.paths, options.shares = zip(*map(read_share, options.data), strict=True)
+    check_options(options)
+    return options
+
+
+def check_folder(options: argparse.Namespace) -> None:
+    """Raises UserError unless the output folder is one that this run may write into."""
+    if options.save_every is not None and options.save_every < 1:
+        raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
+    refuse_unwritable(options.out)
+    if options.resume:
+        refuse_missing(options.out / "checkpoint.pt")
+    elif not options.overwrite:
+        refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """How the options say to train."""
+    return Recipe(
+        epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        base_lr=options.base_lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        batch_size=options.batch_size,
+        max_grad_norm=options.clip,
+        projection_lr=1.0 if options.projection_lr is None else options.projection_lr,
+        max_tokens=options.max_tokens,
+        packed=not options.padded,
+        autocast=options.autocast,
+        seed=options.seed,
+    )
+
+
+def training_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = Parser(
+        prog=program_name("train"),
+        description="Trains a LLaMA-Adapter on Alpaca-style data. The defaults are the paper's recipe.",
+    )
+    recipe, default = Recipe(), "(default: %(default)s)"
+    # fmt: off
+    files = parser.add_argument_group("files")
+    files.add_argument("--base", type=Path, required=True, metavar="DIR",
+                       help="Hugging Face or Meta checkpoint folder, or a GGUF file")
+    files.add_argument("--data", action="extend", nargs="+", required=True, metavar="FILE", help="JSON list or JSONL "
+                       "of objects with instruction, output and perhaps input, and with --encoder of records about "
+                       "images; of several files all count: FILE:0.5 takes each of its samples every other epoch, "
+                       "FILE:2 twice an epoch, FILE:n=1000 so many of them an epoch")
+    files.add_argument("--strict", action="store_true", help="refuse data of which a record would be left out or cut")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
+    there = files.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with the run in --out as if it had not "
+                       "stopped: bit for bit with as many threads, the same chip and torch, to rounding otherwise")
+    there.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 "
+                       f"does not say how many prompts a layer has, nor for which base it is {default}")
+    files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
+
+    add_training_options(parser.add_argument_group("images"))
+
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--prompt-length", type=int, help="prompts in each layer (default: 10, or as --init says)")
+    adapter.add_argument("--gate-activation", choices=("tanh", "identity"),
+                         help="of the gates (default: tanh, or as --init says)")
+    adapter.add_argument("--layers", type=int, help="how many of the topmost (default: all but the lowest two)")
+    adapter.add_argument("--init", type=Path, metavar="FILE", help="start from this adapter instead of a new one")
+
+    training = parser.add_argument_group("recipe")
+    training.add_argument("--epochs", type=int, default=recipe.epochs, help=default)
+    training.add_argument("--warmup-epochs", type=float, default=recipe.warmup_epochs, help=default)
+    training.add_argument("--base-lr", type=float, default=recipe.base_lr,
+                          help=f"the learning rate is this times batch size / 256 {default}")
+    training.add_argument("--min-lr", type=float, default=recipe.min_lr, help=f"where it ends {default}")
+    training.add_argument("--weight-decay", type=float, default=recipe.weight_decay, help=default)
+    training.add_argument("--batch-size", type=int, default=recipe.batch_size,
+                          help=f"samples per optimizer step, in as many passes as they need {default}")
+    training.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient to this norm (default: off)")
+    training.add_argument("--validation", type=float, default=0.05, metavar="SHARE",
+                          help=f"of the samples, held back {default}")
+    training.add_argument("--seed", type=int, default=recipe.seed, help=default)
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
+    machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
+    machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
+    machine.add_argument("--autocast", action="store_true", help="compute in bfloat16")
+    machine.add_argument("--dtype", choices=DTYPES, help="of the base's weights (default: the files')")
+    machine.add_argument("--device", default=default_device(), help=default)
+    machine.add_argument("--backend", default="auto", help=f"of the attention kernels {default}")
+    # fmt: on
+    return parser

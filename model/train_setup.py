@@ -1,0 +1,209 @@
+"""What a training run is made of: samples from files of records, an adapter, and what a resumed run must share."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from .adapter import LlamaAdapter
+from .adapter_files import read_checkpoint
+from .config import AdapterConfig, LlamaConfig
+from .data import EncodingReport, Sample, batches, encode, split
+from .errors import UserError, warn
+from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
+from .llama import Llama
+from .mixture import Mixture
+from .progress import progress
+from .recipe import Recipe
+from .records import Record, read_records
+from .resume import machine
+from .tokenizer import load_tokenizer
+from .train_loop import batch_loss
+from .vision.adapter import VisualAdapter
+from .vision.features import Features
+from .vision.files import EXTRAS_FORMAT, load_adapter
+from .vision.options import visual_adapter
+from .vision.records import Found, read_image_records
+from .vision.training import encode_images, prepare_adapter
+
+
+class Samples(NamedTuple):
+    """What a run trains on and validates on."""
+
+    training: list[Sample]  # file after file
+    validation: list[Sample]
+    mixture: Mixture  # which of the training samples an epoch has
+    outcome: str  # a sentence: what became of the records
+
+
+def read_file(options: argparse.Namespace, path: Path) -> Sequence[Record] | Sequence[Found]:
+    """The records of one file; with --encoder they may be about images, which are not looked at yet."""
+    if options.encoder is None:
+        return read_records(path, options.strict)
+    return read_image_records(path, options.images, options.strict)
+
+
+def make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
+    """The adapter to train: a new one, or --init's; with --encoder it has a visual part."""
+    chosen = {"prompt_length": options.prompt_length, "gate_activation": options.gate_activation}
+    init = None
+    if options.init:
+        init = load_adapter(options.init, base, **chosen)
+        if options.layers not in (None, len(init.layers)):
+            raise UserError(f"{options.init} adapts {len(init.layers)} layers, not {options.layers}.")
+    told = {name: value for name, value in chosen.items() if value is not None}
+    config = AdapterConfig(num_layers=options.layers, **told) if init is None else init.config
+    if options.encoder is not None:
+        return visual_adapter(options, base, config, init).to(base.device)
+    if init is not None:
+        return init.to(base.device)
+    generator = torch.Generator().manual_seed(options.seed)
+    return LlamaAdapter(base.config, config, generator).to(base.device)
+
+
+def make_samples(
+    options: argparse.Namespace,
+    found: Sequence[Sequence[Record] | Sequence[Found]],
+    model: LlamaConfig,
+    adapter: LlamaAdapter,
+    console: Console,
+) -> Samples:
+    """The samples of all files. Images are encoded first, and a new visual part takes its statistics from them."""
+    records = [_with_images(options, adapter, file, console) for file in found]
+    samples = _samples(options, records, model)
+    if isinstance(adapter, VisualAdapter):
+        all_records = [record for file in records for record in file]
+        prepare_adapter(adapter, all_records, options.stage, not options.resume and _is_new(options))
+    return samples
+
+
+def _with_images(
+    options: argparse.Namespace,
+    adapter: LlamaAdapter,
+    found: Sequence[Record] | Sequence[Found],
+    console: Console,
+) -> Sequence[Record]:
+    """The records of one file, with all their images encoded."""
+    if not isinstance(adapter, VisualAdapter) or not isinstance(adapter.source, Features):
+        return found
+    with progress(
+        console, len({path for record, _ in found for path in record.images}), transient=True
+    ) as show:
+        return encode_images(
+            found, adapter.source, options.skip_bad_images, lambda done, total: show(done, "images encoded")
+        )
+
+
+def _samples(options: argparse.Namespace, files: Sequence[Sequence[Record]], model: LlamaConfig) -> Samples:
+    data = " and ".join(map(str, options.paths))
+    tokenizer = load_tokenizer(options.base).check_vocabulary(model.vocab_size)
+    if tokenizer.eos_id is None:
+        warn("the tokenizer names no end-of-sequence token: the adapter will not learn where an answer ends.")
+    max_seq_len = min(512, model.max_seq_len) if options.max_seq_len is None else options.max_seq_len
+    if max_seq_len < 2:
+        raise UserError(f"--max-seq-len must be at least 2, got {max_seq_len}.")
+    if max_seq_len > model.max_seq_len:
+        raise UserError(f"--max-seq-len {max_seq_len} is beyond the model's context of {model.max_seq_len}.")
+    if not 0 <= options.validation < 1:
+        raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
+    encoded = [encode(records, tokenizer, max_seq_len) for records in files]
+    report = EncodingReport(max_seq_len, *map(sum, zip(*(counts[1:] for _, counts in encoded), strict=True)))
+    num_records = sum(map(len, files))
+    incomplete = report.truncated + report.dropped + report.untold
+    if options.strict and incomplete:
+        raise UserError(f"--strict: of {num_records} records {report}.")
+    samples = [(file, sample) for file, (part, _) in enumerate(encoded) for sample in part]
+    training, validation = split(samples, options.validation, options.seed)
+    if not training and validation:
+        took = "the only sample" if len(samples) == 1 else f"all {len(samples)} samples"
+        raise UserError(
+            f"--validation {options.validation} took {took} of {data}: pass a smaller share, or 0."
+        )
+    if not training:
+        raise UserError(f"{data} leaves no sample to train on ({report}).")
+    if 2 * incomplete > num_records:
+        whole = num_records - incomplete
+        warn(
+            f"only {whole} of {num_records} answers are whole, and from a cut one the adapter does not learn where "
+            f"an answer ends: raise --max-seq-len (the model's context is {model.max_seq_len})."
+        )
+    in_files = Counter(file for file, _ in training)
+    mixture = Mixture.of([in_files[file] for file in range(len(files))], options.shares)
+    return Samples(
+        [sample for _, sample in training],
+        [sample for _, sample in validation],
+        mixture,
+        f"{num_records} records: {report}",
+    )
+
+
+def _is_new(options: argparse.Namespace) -> bool:
+    """Whether the visual part is a new one, whose features have no statistics yet."""
+    return options.init is None or read_checkpoint(options.init).extras_format != EXTRAS_FORMAT
+
+
+def try_backend(backend: str, base: Llama, adapter: LlamaAdapter, sample: Sample, recipe: Recipe) -> None:
+    """One pass over a single token, so that a backend that cannot run is refused before anything is written."""
+    if backend == "auto":
+        return
+    short = Sample(sample.tokens[:2], 1, sample.images)
+    try:
+        with torch.no_grad():
+            (batch,) = batches([short], recipe.max_tokens, packed=recipe.packed)
+            batch_loss(base, adapter, batch, recipe.autocast)
+    except ValueError as error:
+        raise UserError(f"--backend {backend}: {error}.") from error
+
+
+def run_identity(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    base: Llama,
+    adapter: LlamaAdapter,
+    training: Sequence[Sample],
+    mixture: Mixture,
+) -> dict[str, object]:
+    """What a run that goes on with this one must share with it; "conditions" alone may change, with a warning."""
+    choices = asdict(recipe)
+    # how a step is cut into passes changes its rounding alone, and is what one changes where memory ends
+    conditions = machine(base) | {"max_tokens": choices.pop("max_tokens")}
+    # checkpoints from before there were images have none of these, and text alone must go on with them
+    choices |= {"projection_lr": None, "visual": None, "stage": options.stage}
+    source = None
+    if isinstance(adapter, VisualAdapter):
+        source = adapter.source if isinstance(adapter.source, Features) else None
+        choices["projection_lr"] = recipe.projection_lr
+        choices["visual"] = asdict(adapter.visual_config) | asdict(adapter.feature_config)
+        choices["visual"] |= {"encoder": adapter.encoder_fingerprint, "source": source and source.fingerprint}
+    return {
+        "base model": first_fingerprint(base),  # all that checkpoints of the first version have
+        "base weights": base_fingerprint(base),
+        "dtype": str(base.dtype),
+        "device": base.device.type,
+        "backend": options.backend,
+        "data": data_fingerprint(training, {} if source is None else source.digests),
+        "mixture": None if mixture == Mixture.of(mixture.available) else list(mixture.counts),
+        "adapter": asdict(adapter.config) | {"init": str(options.init)},
+        "conditions": conditions,
+    } | choices
+
+
+def run_summary(
+    recipe: Recipe, base: Llama, adapter: LlamaAdapter, num_training: int, num_validation: int, done: int
+) -> str:
+    """What is about to be trained. num_training: samples an epoch."""
+    trainable = adapter.num_parameters
+    share = trainable / (trainable + sum(parameter.numel() for parameter in base.parameters()))
+    resumed = f", from step {done}" if done else ""
+    return (
+        f"{trainable:,} trainable parameters ({share:.3%}) in layers {adapter.layers[0]} to {adapter.layers[-1]}; "
+        f"{num_training} samples to train on, {num_validation} to validate; {recipe.num_steps(num_training)} steps in "
+        f"{recipe.epochs} epochs{resumed}; learning rate up to {recipe.highest_lr(num_training):.3g}"
+    )

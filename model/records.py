@@ -11,6 +11,7 @@ record without an answer is left out, and counted in one warning.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,13 +31,23 @@ TEMPLATE_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
-# Fields that other trainers read as a part of the conversation, as data of another kind, or as how much a record
-# counts. The template has no place for them, and to train without them would be to train on something else.
+# A field with one of these words in its name is a part of the conversation, data of another kind, or how much a record
+# counts, for other trainers. The template has no place for it, and to train without it would be to train on something
+# else: system_prompt, chat_history, tool_calls, image_path, sampleWeight, ...
 _CHANGES_THE_MEANING = frozenset((
-    "system", "system_prompt", "history", "messages", "conversation", "conversations", "dialog", "dialogue",
-    "context", "prompt", "tools", "functions", "image", "images", "video", "videos", "audio", "audios",
-    "chosen", "rejected", "kto_tag", "weight",
+    "system", "history", "message", "messages", "conversation", "conversations", "dialog", "dialogue", "turns",
+    "context", "prompt", "tool", "tools", "function", "functions", "image", "images", "video", "videos", "audio",
+    "audios", "chosen", "rejected", "kto", "weight", "mask", "shot", "shots", "demonstrations", "persona", "documents",
+    "passages", "knowledge",
 ))  # fmt: skip
+# Unless the name says that the field is about such data: image_id, num_turns, prompt_tokens
+_COUNTS = frozenset(("num", "n", "number", "has", "is"))
+_LABELS = frozenset((
+    "id", "ids", "idx", "index", "key", "hash", "source", "sources", "type", "types", "category", "count", "num",
+    "number", "length", "len", "tokens", "language", "lang", "size", "width", "height", "date", "time", "score",
+    "model", "version", "license",
+))  # fmt: skip
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _NEEDS_AN_ENCODER = ("image", "images", "conversations")  # what `model.vision.records` reads
 _TEXTS = ("instruction", "output", "input")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -329,12 +340,20 @@ def check_fields(
         plain = name.strip().lower()
         if plain in used or plain.removesuffix("s") in used:
             raise UserError(f"{where}: the field {name!r} is not used: is {plain.removesuffix('s')!r} meant?")
-        if plain in _CHANGES_THE_MEANING or plain in also:
+        if changes_the_meaning(name) or plain in also:
             raise UserError(
                 f"{where}: the field {name!r} changes what a record means, and it is not used: {_advice(plain)}, or "
                 "take the field out of the file."
             )
         unused[name] += 1
+
+
+def changes_the_meaning(field: str) -> bool:
+    """Whether a field of this name is one without which a record means something else."""
+    words = [word.lower() for word in _WORD.findall(field)]
+    if len(words) > 1 and (words[0] in _COUNTS or words[-1] in _LABELS):
+        return False
+    return not _CHANGES_THE_MEANING.isdisjoint(words)
 
 
 def _advice(field: str) -> str:

@@ -107,7 +107,19 @@ def test_records_without_an_answer_are_left_out_and_counted(tmp_path, capsys, fi
         read_records(path, strict=True)
 
 
-@pytest.mark.parametrize("field", ["system", "history", "System", "images", "messages", "weight", "context"])
+REFUSED = ["system", "history", "System", "images", "messages", "weight", "context", "kto_tag"]
+OF_THE_KIND = [
+    "chat_history",
+    "image_path",
+    "imageURL",
+    "tool_calls",
+    "sampleWeight",
+    "few-shot",
+    "SYSTEM_PROMPT",
+]
+
+
+@pytest.mark.parametrize("field", REFUSED + OF_THE_KIND)
 def test_fields_that_change_the_meaning_are_refused(tmp_path, field):
     for empty in (None, "", " ", []):
         assert read_records(write(tmp_path / "a.json", json.dumps([GOOD | {field: empty}]))) == RECORDS[:1]
@@ -128,6 +140,15 @@ def test_a_misspelt_field_is_named(tmp_path, field):
     path = write(tmp_path / "a.json", json.dumps([{"instruction": "a", "output": "b", field: "1 2"}]))
     with pytest.raises(UserError, match=f"the field '{field}' is not used: is '{meant}' meant"):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    "field", ["image_id", "num_turns", "promptTokens", "weighted", "is_system", "text", "filesystem"]
+)
+def test_fields_about_such_data_are_not_refused(tmp_path, capsys, field):
+    path = write(tmp_path / "a.json", json.dumps([GOOD | {field: 3}]))
+    assert read_records(path) == RECORDS[:1]
+    assert f"these fields of records are not used: '{field}' (in 1)" in capsys.readouterr().err
 
 
 def test_other_fields_are_named_once(tmp_path, capsys):

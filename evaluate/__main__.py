@@ -18,6 +18,7 @@ from zinit_kernels.console import shown
 from .benchmark_command import run as run_benchmark
 from .benchmarks import all_benchmarks
 from .judge_command import main as run_judge
+from .report import main as run_report
 from .shared import UserError, command_name, run_program
 
 Command = Callable[[Sequence[str]], None]
@@ -45,6 +46,7 @@ def commands() -> dict[str, tuple[str, Command]]:
     found["judge"] = ("two models' answers to open questions, compared by a third model", run_judge)
     for name, (about, *place) in FINE_TUNING.items():
         found[name] = (about, partial(_fine_tune, *place))
+    found["report"] = ("docs/results.md from the ledgers of this checkout", run_report)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from zinit_kernels.console import Parser
 
 from . import models
-from .answers import ANSWERS, answers_in
+from .answers import ANSWERS, answers_in, digest
 from .asking import Interrupted, ask
 from .question import Benchmark, Item, Table
 from .shared import (
@@ -20,9 +20,11 @@ from .shared import (
     command_name,
     default_device,
     json_values,
+    make_directory,
     messages,
     program,
     read_text,
+    refuse_unwritable,
     write_file,
 )
 from .tables import as_json, show, with_quoted
@@ -57,7 +59,9 @@ def _parser(benchmark: Benchmark) -> Parser:
     parser.add_argument(
         "--out", type=Path, help="folder for the answers and figures; the same command goes on there"
     )
-    parser.add_argument("--answers", type=Path, help="score these answers instead of asking a model")
+    parser.add_argument(
+        "--answers", type=Path, help="score these answers instead of asking a model; --out keeps the figures"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -78,7 +82,12 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
     options = _parser(benchmark).parse_args(arguments)
     if options.answers is not None:
         items, answers = _given(benchmark, options.data, options.answers)
-        show(_tables(benchmark, items, answers))
+        tables = _tables(benchmark, items, answers)
+        if options.out is not None:
+            _write_new(
+                options.out, as_json(tables, {"benchmark": benchmark.name, "questions": digest(items)})
+            )
+        show(tables)
         return
     for name in ("data", "base", "out"):
         if getattr(options, name) is None:
@@ -121,6 +130,16 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
     tables = _tables(benchmark, items, answers)
     write_file(options.out / RESULT, as_json(tables, asked))
     show(tables)
+
+
+def _write_new(out: Path, content: bytes) -> None:
+    """The figures of somebody's answers, into a folder that has none."""
+    refuse_unwritable(out)
+    make_directory(out)
+    path = out / RESULT
+    if path.exists() and path.read_bytes() != content:
+        raise UserError(f"{path} holds other figures: name another folder for --out.")
+    write_file(path, content)
 
 
 def _questions(benchmark: Benchmark, data: Path) -> list[Item]:

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ledgers import table_of
 from ..question import Cell, Table
 from ..scorers import base_to_novel
 from ..shared import UserError
@@ -17,7 +18,7 @@ from .checkpoint import load_model, load_tokenizer
 from .command import Defaults, command, interruptible_compare, parser_of, plan_of, report, run_of
 from .image_sets import LAYOUT, Images, ImageSet, find_sets, read_set
 from .pixels import DEFAULT_SIZE, Pixels, forward
-from .protocol import Task, table_of
+from .protocol import Task
 
 METHODS = ("frozen", "bias", "one-softmax", "random-gates", "lora", "zero-init")
 _EVALUATED_AT_ONCE = 64
@@ -138,7 +139,7 @@ def main(arguments: list[str]) -> None:
     for data in sets:
         task = BaseToNovel(options.base, data, options.template, options.shots, options.image_size)
         entries = interruptible_compare(task, plan, options.out, run, data.name)
-        tables.append(table_of(task, plan, entries))
+        tables.append(table_of(task.title, entries, run))
         for method in plan.methods:
             tests = [e["figures"] for e in entries if (e["method"], e["kind"]) == (method, "test")]
             score = base_to_novel.score([(figures["base"], figures["novel"]) for figures in tests])

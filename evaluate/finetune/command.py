@@ -12,13 +12,14 @@ from typing import Any
 from zinit_kernels.console import Parser
 
 from ..asking import Interrupted
+from ..ledgers import Entry, table_of
 from ..models import identity
 from ..question import Quoted, Table
 from ..shared import UserError, command_name, messages, program, write_file
 from ..tables import as_json, show, with_quoted
 from .checkpoint import quiet
 from .methods import ABOUT, LEARNING_RATES, Size
-from .protocol import Plan, Task, compare, table_of
+from .protocol import Plan, Task, compare
 
 RESULT = "result.json"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -137,12 +138,12 @@ def finish(
 ) -> None:
     """Compares, and shows the table. Exits with status 130 after Ctrl-C."""
     entries = interruptible_compare(task, plan, options.out, run)
-    report([with_quoted(table_of(task, plan, entries), quoted)], options.out, run)
+    report([with_quoted(table_of(task.title, entries, run), quoted)], options.out, run)
 
 
 def interruptible_compare(
     task: Task, plan: Plan, out: Path, run: Mapping[str, Any], name: str = ""
-) -> list[dict[str, Any]]:
+) -> list[Entry]:
     """`compare`; exits with status 130 after Ctrl-C."""
     try:
         return compare(task, plan, out, run, name)

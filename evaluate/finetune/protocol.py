@@ -25,10 +25,9 @@ from torch import nn
 import zinit_kernels
 
 from ..asking import Interrupted
+from ..ledgers import Entry, entries_of
 from ..lines import LineFile
-from ..question import Cell, Table
 from ..shared import (
-    UserError,
     held,
     interruptible,
     make_directory,
@@ -93,9 +92,7 @@ class Plan:
         return self.learning_rates.get(method) or self.learning_rates.get(kind) or LEARNING_RATES[kind]
 
 
-def compare(
-    task: Task, plan: Plan, out: Path, run: Mapping[str, Any], name: str = ""
-) -> list[dict[str, Any]]:
+def compare(task: Task, plan: Plan, out: Path, run: Mapping[str, Any], name: str = "") -> list[Entry]:
     """Runs what the ledger of the folder does not have yet; its entries.
 
     Args:
@@ -109,7 +106,7 @@ def compare(
     refuse_unwritable(out)
     make_directory(out)
     with held(out), closing(LineFile(out / LEDGER, run)) as ledger:
-        found = {_key(entry): entry for entry in read_entries(ledger)}
+        found = {_key(entry): entry for entry in entries_of(ledger.path, ledger.entries)}
         tried = [("validation", m, rate, plan.seeds[0]) for m in plan.methods for rate in plan.rates(m)]
         total, done = len(tried) + len(plan.methods) * len(plan.seeds), 0
         with interruptible() as stop, progress(messages(), total) as show:
@@ -157,17 +154,6 @@ def _key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(entry[name] for name in ("task", "kind", "method", "learning_rate", "seed"))
 
 
-def read_entries(ledger: LineFile) -> list[dict[str, Any]]:
-    """The entries of a ledger. Raises UserError for one that is none."""
-    entries = []
-    for line, entry in ledger.entries:
-        names = ("task", "kind", "method", "learning_rate", "seed", "figures", "numbers", "seconds", "commit")
-        if not isinstance(entry, dict) or any(name not in entry for name in names):
-            raise UserError(f"{ledger.path}, line {line}: this is no entry of a ledger; move the file away.")
-        entries.append(entry)
-    return entries
-
-
 def _train(task: Task, plan: Plan, kind: str, method: str, rate: float, seed: int) -> dict[str, Any]:
     refit = kind == "test"
     torch.manual_seed(seed)
@@ -188,31 +174,3 @@ def _train(task: Task, plan: Plan, kind: str, method: str, rate: float, seed: in
         "method": method, "learning_rate": rate, "seed": seed, "figures": figures,
         "numbers": trained_numbers(groups), "seconds": round(seconds, 2), "commit": revision(),
     }  # fmt: skip
-
-
-def table_of(task: Task, plan: Plan, entries: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each method: what it trains, its time, the chosen rate, and the mean and range of each test figure."""
-    columns = ["method", "trained numbers", "seconds", "learning rate", f"validation {task.score}"]
-    for name in task.figures:
-        columns += [name, "lowest", "highest"]
-    rows: list[list[Cell]] = []
-    for method in plan.methods:
-        own = [entry for entry in entries if entry["method"] == method]
-        tests = [entry for entry in own if entry["kind"] == "test"]
-        chosen = max(entry["figures"][task.score] for entry in own if entry["kind"] == "validation")
-        row: list[Cell] = [method, tests[0]["numbers"], mean([entry["seconds"] for entry in tests])]
-        row += [f"{tests[0]['learning_rate']:g}", chosen]
-        for name in task.figures:
-            values = [entry["figures"][name] for entry in tests]
-            row += [mean(values), min(values), max(values)]
-        rows.append(row)
-    note = (
-        f"Test figures: mean, lowest and highest of {len(plan.seeds)} seeds. Trained numbers with the head; seconds of "
-        f"training alone, {plan.steps} steps of {plan.batch_size}."
-    )
-    return Table(task.title, columns, rows, [note])
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean."""
-    return sum(values) / len(values)

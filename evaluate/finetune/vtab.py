@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ledgers import Entry, mean, table_of, test_figures
 from ..question import Cell, Quoted, Table
 from ..scorers import vtab
 from ..shared import UserError
@@ -18,7 +19,7 @@ from .checkpoint import load_model
 from .command import Defaults, command, interruptible_compare, parser_of, plan_of, report, run_of
 from .image_sets import LAYOUT, Images, ImageSet, find_sets, read_set
 from .pixels import DEFAULT_SIZE, Pixels, accuracy, forward
-from .protocol import Plan, Task, mean, table_of
+from .protocol import Plan, Task
 
 METHODS = ("head", "bias", "one-softmax", "random-gates", "lora", "zero-init")
 QUOTED = (
@@ -105,28 +106,22 @@ def main(arguments: list[str]) -> None:
     sets = [read_set(folder) for folder in folders]
     more = {"image_size": options.image_size, "test_images": options.test_images}
     run = run_of("vtab", options, plan, " ".join(data.fingerprint() for data in sets), more)
-    tables, found = [], {}
+    tables: list[Table] = []
+    found: dict[str, list[Entry]] = {}
     for data in sets:
         task = Classification(options.base, data, options.image_size, options.test_images)
         found[data.name] = interruptible_compare(task, plan, options.out, run, data.name)
-        tables.append(table_of(task, plan, found[data.name]))
+        tables.append(table_of(data.name, found[data.name], run))
     report([*tables, *_summary(plan, found)], options.out, run)
 
 
-def _summary(plan: Plan, found: dict[str, list[dict[str, Any]]]) -> list[Table]:
+def _summary(plan: Plan, found: dict[str, list[Entry]]) -> list[Table]:
     """The means of VTAB's groups, where every task of one was run."""
     if len(found) < 2:
         return []
     rows: list[list[Cell]] = []
     for method in plan.methods:
-        tests = {
-            name: [
-                entry["figures"]["test accuracy"]
-                for entry in entries
-                if (entry["method"], entry["kind"]) == (method, "test")
-            ]
-            for name, entries in found.items()
-        }
+        tests = {name: test_figures(entries, method, "test accuracy") for name, entries in found.items()}
         score = vtab.score(tests)
         everything = mean([mean(values) for values in tests.values()])
         rows.append([method, *(score.groups.get(group) for group in vtab.GROUPS), score.overall, everything])

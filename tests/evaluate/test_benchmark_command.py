@@ -3,9 +3,10 @@
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
-from benchmark_folders import FOLDERS, right_answer, scienceqa
+from benchmark_folders import FOLDERS, right_answer, scienceqa, vicuna
 from tiny_runs import make_base, make_folder
 
 from evaluate import benchmark_command, models
@@ -139,8 +140,21 @@ def test_a_model_that_knows_everything_gets_every_point(name, tmp_path, monkeypa
     assert all(picture.read() for item in read for picture in item.pictures)
     # scoring those answers again needs no model
     capsys.readouterr()
-    assert run(name, "--data", tmp_path / "data", "--answers", tmp_path / "out") == 0
+    words = [name, "--data", tmp_path / "data", "--answers", tmp_path / "out"]
+    assert run(*words, "--out", tmp_path / "again") == 0
+    found = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert found["tables"] == json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    (tmp_path / "again" / "result.json").write_text("{}")
+    assert run(*words, "--out", tmp_path / "again") == 2, "figures of other answers are not overwritten"
     assert summary["title"] in capsys.readouterr().out
+
+
+def test_open_questions_are_asked_and_not_scored(tmp_path, monkeypatch):
+    vicuna(tmp_path / "data")
+    with_model(monkeypatch, SimpleNamespace(answer=lambda items: [f"{item.id} and more" for item in items]))
+    assert run("vicuna", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 0
+    (table,) = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
+    assert table["rows"] == [["all", 2, 3.0, 0], ["math", 1, 3.0, 0], ["x", 1, 3.0, 0]]
 
 
 def test_batches_keep_an_image_together():
@@ -199,6 +213,7 @@ DAMAGE = {
     "vqa: two files": (
         "vqa", lambda d: shutil.copy(d / "v2_questions.json", d / "x_questions.json"), "holds 2 files",
     ),
+    "easy-vqa: a row": ("easy-vqa", lambda d: edited(d / "questions.json", '"no", 0', '"no", "0"'), "image number]"),
     "no folder": ("vqa", lambda d: shutil.rmtree(d), "there is no"),
 }  # fmt: skip
 

@@ -6,13 +6,14 @@ import shlex
 
 import pytest
 import torch
+from benchmark_folders import scienceqa
 from repository import ROOT
 from tiny_runs import make_folder
 
 import zinit_kernels
 from zinit_kernels import cli
 
-GENERATED = ("benchmarks.md",)  # written by python -m bench report, and tested there
+GENERATED = ("benchmarks.md", "results.md")  # written by the commands named report, and tested there
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in GENERATED),
@@ -78,9 +79,10 @@ def test_the_readmes_programs_run_one_after_the_other(tmp_path, monkeypatch):
     commands = [
         shlex.split(line, comments=True) for line in re.findall(r"^    (zinit .*)", text, re.MULTILINE)
     ]
-    assert [command[1] for command in commands] == ["train", "generate", "convert"]
+    assert [command[1] for command in commands] == ["train", "generate", "evaluate", "convert"]
     folder = make_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
+    scienceqa(tmp_path / "ScienceQA", images=False)
     there = {"DIR": str(folder / "base"), "records.jsonl": str(folder / "data.jsonl")}
     for _, *arguments in commands:
         with pytest.raises(SystemExit) as exit:
@@ -101,16 +103,21 @@ def test_files_and_commands_that_are_named_exist(page):
     text = page.read_text()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:`|^ +)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
-    for module in set(re.findall(r"python -m ([a-z_.]+)", text)) & {"model", "bench", "zinit_kernels"}:
+    for module in set(re.findall(r"python -m ([a-z_.]+)", text)) & {
+        "model",
+        "bench",
+        "evaluate",
+        "zinit_kernels",
+    }:
         assert importlib.util.find_spec(module) is not None, module
     for path in re.findall(
-        r"`((?:bench|csrc|docs|examples|model|scripts|tests|zinit_kernels)/[\w./]+)`", text
+        r"`((?:bench|csrc|docs|evaluate|examples|model|scripts|tests|zinit_kernels)/[\w./]+)`", text
     ):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`(\w+\.py)`", text) if page.name == "examples.md" else ():
         assert (ROOT / "examples" / path).exists(), path
     programs = re.findall(r"^ {4}zinit (\w+)|`zinit (\w+)", text, re.MULTILINE)
-    assert {a or b for a, b in programs} <= {*cli.OWN, *cli.MODEL}
+    assert {a or b for a, b in programs} <= {*cli.OWN, *cli.MODEL, *cli.EVALUATE}
 
 
 def test_the_readme_is_short():

@@ -96,9 +96,29 @@ def vqa(folder: Path) -> None:
     write_image(folder / "val2014" / "COCO_val2014_000000000007.jpg")
 
 
+def easy_vqa(folder: Path) -> None:
+    rows = [
+        ["is it red?", "yes", 0],
+        ["is it not?", "no", 0],
+        ["what shape?", "circle", 1],
+        ["colour?", "teal", 1],
+    ]
+    write(folder / "questions.json", json.dumps(rows))
+    for name in "01":
+        write_image(folder / "images" / f"{name}.png")
+
+
+def vicuna(folder: Path) -> None:
+    rows = [
+        {"question_id": n, "category": kind, "turns": [f"What is {kind}?"]}
+        for n, kind in enumerate(["math", "x"])
+    ]
+    write(folder / "question.jsonl", "\n".join(map(json.dumps, rows)))
+
+
 FOLDERS = {
     "mme": mme, "pope": pope, "mmbench": mmbench, "cvqa": cvqa, "scienceqa": scienceqa, "lvlm-ehub": lvlm_ehub,
-    "vqa": vqa,
+    "vqa": vqa, "easy-vqa": easy_vqa,
 }  # fmt: skip
 
 
@@ -110,5 +130,7 @@ def right_answer(name: str, item) -> str:
         return f"The answer is {item.facts.truth}."
     if name == "cvqa":
         return item.facts.truth if item.id.endswith("/original") else item.facts.new_truth
+    if name == "easy-vqa":
+        return f"{item.facts.title()}."
     truth = item.facts[1]
     return truth if isinstance(truth, str) else f"It is {truth[0]}" if name == "lvlm-ehub" else truth[0]

@@ -40,12 +40,22 @@ def json_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 def json_object(path: Path) -> dict[str, Any]:
     """The one JSON object of a file. Raises UserError where the file holds something else."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold one JSON object, got {shown(value)}.")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json would keep the last of two values of a name and drop the first without a word."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} is there twice in one object")
+        found[name] = value
+    return found
 
 
 def check_fields(value: object, fields: Mapping[str, type], where: str) -> None:

@@ -23,13 +23,15 @@ def read(folder: Path) -> list[Item]:
     truths_path, annotations = _object(folder, "annotations")
     check_fields(questions, {"questions": list}, str(path))
     check_fields(annotations, {"annotations": list}, str(truths_path))
-    by_id = {}
+    by_id: dict[int, tuple[str, list[Any]]] = {}
     for number, row in enumerate(annotations["annotations"], 1):
         where = f"{truths_path}, annotation {number}"
         check_fields(row, {"question_id": int, "answers": list}, where)
         people = [answer.get("answer") if isinstance(answer, dict) else None for answer in row["answers"]]
         if not people or not all(isinstance(text, str) for text in people):
             raise UserError(f"{where}: its answers must be objects with the field 'answer'.")
+        if row["question_id"] in by_id:
+            raise UserError(f"{where}: question {row['question_id']} is there twice.")
         by_id[row["question_id"]] = (str(row.get("answer_type", "all")), people)
     subtype = str(questions.get("data_subtype", "val2014"))
     items = []

@@ -213,6 +213,15 @@ DAMAGE = {
     "vqa: two files": (
         "vqa", lambda d: shutil.copy(d / "v2_questions.json", d / "x_questions.json"), "holds 2 files",
     ),
+    "vqa: answers twice": (
+        "vqa", lambda d: edited(d / "v2_annotations.json", '"question_id": 1', '"question_id": 0'), "0 is there twice",
+    ),
+    "vqa: a question twice": (
+        "vqa", lambda d: edited(d / "v2_questions.json", '"question_id": 1', '"question_id": 0'), "'0' is there twice",
+    ),
+    "scienceqa: a problem twice": (
+        "scienceqa", lambda d: edited(d / "problems.json", '"1": {', '"0": {'), "the name '0' is there twice",
+    ),
     "easy-vqa: a row": ("easy-vqa", lambda d: edited(d / "questions.json", '"no", 0', '"no", "0"'), "image number]"),
     "no folder": ("vqa", lambda d: shutil.rmtree(d), "there is no"),
 }  # fmt: skip

@@ -188,6 +188,33 @@ def test_what_backward_recomputes_is_what_forward_computed():
         assert elsewhere(scope.values, True) == ("block",)  # a replica of nn.DataParallel
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_backward_recomputes_after_the_block(reentrant):
+    """And, of two calls, each as it was: one of the base, and one with prompts."""
+    model, inputs = prompted("Llama").train(), inputs_of("Llama")
+    model.config.use_cache = False
+    model.lm_head.requires_grad_(True)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    model.enable_input_require_grads()
+
+    def gradients():
+        model.zero_grad()
+        with zinit.disable_zero_init_attention(model):
+            base = outputs(model, inputs)
+        loss = (base - 3 * outputs(model, inputs)).square().sum()
+        with zinit.disable_zero_init_attention(model), torch.no_grad():
+            outputs(model, inputs)
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients()
+    assert len(expected) == 7 and all(torch.equal(found[name], expected[name]) for name in expected)
+    wrapped = model.model.layers[0]._gradient_checkpointing_func
+    assert wrapped is not zinit.remove_zero_init_attention(model).model.layers[0]._gradient_checkpointing_func
+
+
 def test_what_backward_recomputes_in_one_thread_while_another_asks_for_the_base():
     model, inputs = prompted("Llama").train(), inputs_of("Llama")
     model.config.use_cache = False

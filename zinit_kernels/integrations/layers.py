@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .architectures import Projection, architecture_of, is_adaptable, missing_row
 from .attention import NAME, NEEDS_KWARGS, attend_by_zinit
+from .recomputation import forget_blocks
 from .scope import Scope
 from .usage import mark_used, unwatch, watch
 
@@ -215,6 +216,7 @@ def detach(model: Any) -> None:
 
 
 def _detach(model: nn.Module) -> None:
+    forget_blocks(model)
     for module in list(model.modules()):
         if "zinit" in module._modules:
             del module.zinit

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -18,6 +19,27 @@ class _Entry(Generic[_Value]):
 
     def __init__(self, value: _Value):
         self.value = value
+
+
+# The blocks of a scope, by its id, that this thread stands in whatever it entered: `of`, or None.
+_standing = threading.local()
+_scopes: WeakSet[Scope[Any]] = WeakSet()
+
+
+def blocks_here() -> dict[int, tuple[_Entry[Any], ...]]:
+    """The blocks of every scope that the calling code stands in."""
+    return {id(scope): scope._entries() for scope in list(_scopes)}
+
+
+@contextmanager
+def standing_in(blocks: dict[int, tuple[_Entry[Any], ...]]) -> Iterator[None]:
+    """In it, the calling code stands in these blocks and no others, though they may have ended."""
+    before = getattr(_standing, "of", None)
+    _standing.of = blocks
+    try:
+        yield
+    finally:
+        _standing.of = before
 
 
 def _is_autograds_thread() -> bool:
@@ -39,6 +61,7 @@ class Scope(Generic[_Value]):
         # threading.local, if it is no subclass, and guards on what it read
         self._thread = threading.local()
         self._all: list[_Entry[_Value]] = []
+        _scopes.add(self)
 
     @contextmanager
     def holding(self, value: _Value) -> Iterator[None]:
@@ -66,12 +89,18 @@ class Scope(Generic[_Value]):
         which Python did not start, and the replicas of nn.DataParallel (`moved`). Those threads have no blocks; the
         ones of all threads hold for them.
         """
-        if not self._all:  # nobody is in a block, in any thread
-            return ()
+        if not self._all and (torch.compiler.is_compiling() or getattr(_standing, "of", None) is None):
+            return ()  # no thread is in a block
         if torch.compiler.is_compiling():
             values: tuple[_Value, ...] = getattr(self._thread, "values", ())
             return values
+        return tuple(entry.value for entry in self._entries(moved))
+
+    def _entries(self, moved: bool = False) -> tuple[_Entry[_Value], ...]:
+        standing: dict[int, tuple[_Entry[_Value], ...]] | None = getattr(_standing, "of", None)
+        if standing is not None:
+            return standing.get(id(self), ())
         entries = self._here.get()
         if not entries and (moved or _is_autograds_thread()):
-            entries = tuple(self._all)
-        return tuple(entry.value for entry in entries if entry in self._all)
+            return tuple(self._all)
+        return tuple(entry for entry in entries if entry in self._all)

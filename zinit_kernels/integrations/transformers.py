@@ -36,6 +36,7 @@ from .layers import (
     values_of,
 )
 from .per_sample import per_sample_prompts
+from .recomputation import remember_blocks
 from .serving import serving
 
 __all__ = [
@@ -136,7 +137,7 @@ def disable_zero_init_attention(model: nn.Module) -> Iterator[None]:
 
     That is for those of the thread, or asyncio task, that entered it: other threads go on with the prompts, those
     started within the block too. Enter it in the thread that calls the model. Models of `integrations.peft.accelerate`
-    can be disabled too. With gradient checkpointing, backward belongs in the block too: it computes the layers again.
+    can be disabled too.
 
     Raises:
         ValueError: PEFT's adaption prompts that were not accelerated.
@@ -146,6 +147,7 @@ def disable_zero_init_attention(model: nn.Module) -> Iterator[None]:
             "the model has PEFT's adaption prompts: call accelerate(model) of zinit_kernels.integrations.peft first, "
             "or use PEFT's own model.disable_adapter()"
         )
+    remember_blocks(model)
     with disabled.holding(tokens_of(model)):
         yield
 

@@ -15,11 +15,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from zinit_kernels.console import shown
+
+from ..reading import check_fields, json_object
 from ..shared import UserError, read_text
 
 LAYOUT = (
     "a folder, or several of them, with train/CLASS/* and test/CLASS/* (and val/CLASS/*); or train800.txt, val200.txt "
-    "and test.txt with lines `PATH LABEL`; or train-images-idx3-ubyte[.gz] and the three files beside it"
+    "and test.txt with lines `PATH LABEL`; or CoOp's split_zhou_*.json and the images it names; or "
+    "train-images-idx3-ubyte[.gz] and the three files beside it"
 )
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _LISTS = {"train": ("train800.txt", "train.txt"), "val": ("val200.txt", "val.txt"), "test": ("test.txt",)}
@@ -102,12 +106,15 @@ def _kind(folder: Path) -> str:
         return "idx"
     if any((folder / name).is_file() for name in _LISTS["train"]):
         return "lists"
+    if any(folder.glob("split_zhou_*.json")):
+        return "zhou"
     return "folders" if (folder / "train").is_dir() else ""
 
 
 def read_set(folder: Path) -> ImageSet:
     """The data set of a folder. Raises UserError for a missing file, a label that cannot be, or an empty class."""
-    read = {"idx": _read_idx, "lists": _read_lists, "folders": _read_folders}[_kind(folder)]
+    readers = {"idx": _read_idx, "lists": _read_lists, "zhou": _read_zhou, "folders": _read_folders}
+    read = readers[_kind(folder)]
     parts, classes = read(folder)
     return ImageSet(folder.name, classes, parts["train"], parts.get("val"), parts["test"])
 
@@ -170,6 +177,42 @@ def _read_lists(folder: Path) -> tuple[dict[str, Images], list[str]]:
             raise UserError(f"{folder}: the {part} images have the label {int(images.labels.max())}, and training "
                             f"images only 0 to {count - 1}.")  # fmt: skip
     return parts, [str(label) for label in range(count)]
+
+
+def _read_zhou(folder: Path) -> tuple[dict[str, Images], list[str]]:
+    """CoOp's splits: lists of [path, label, class name]; the images are in the folder or in one of its folders."""
+    (path, *more) = sorted(folder.glob("split_zhou_*.json"))
+    if more:
+        raise UserError(f"{folder} holds {path.name} and {more[0].name}: leave one of them there.")
+    content = json_object(path)
+    check_fields(content, {"train": list, "val": list, "test": list}, str(path))
+    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
+    names: dict[int, str] = {}
+    parts = {}
+    for part in ("train", "val", "test"):
+        files, labels = [], []
+        for number, row in enumerate(content[part], 1):
+            is_row = (
+                isinstance(row, list) and [type(value) for value in row] == [str, int, str] and row[1] >= 0
+            )
+            if not is_row or names.setdefault(row[1], row[2]) != row[2]:
+                raise UserError(
+                    f"{path}, {part} {number}: expected [path, label, class], with one name a label, got {shown(row)}."
+                )
+            file = next((place / row[0] for place in places if (place / row[0]).is_file()), None)
+            if file is None:
+                raise UserError(
+                    f"{path}, {part} {number}: there is no {row[0]} in {folder} or a folder of it."
+                )
+            files.append(file)
+            labels.append(row[1])
+        if files:
+            parts[part] = Images(files, labels)
+        elif part != "val":
+            raise UserError(f"{path} names no {part} images.")
+    if sorted(names) != list(range(len(names))):
+        raise UserError(f"{path}: the labels must be 0 to {len(names) - 1}, there is {max(names)}.")
+    return parts, [names[label] for label in range(len(names))]
 
 
 def _read_idx(folder: Path) -> tuple[dict[str, Images], list[str]]:

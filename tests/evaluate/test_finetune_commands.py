@@ -47,6 +47,7 @@ def place(tmp_path_factory):
     tiny.write_folders(folder / "images" / "folders")
     tiny.write_lists(folder / "images" / "lists")
     tiny.write_idx(folder / "images" / "idx")
+    tiny.write_zhou(folder / "zhou")
     tiny.write_records(folder / "records.jsonl")
     return folder
 
@@ -60,12 +61,14 @@ COMMANDS = {  # name -> base, data, further options, columns of the test
         "CLIP", "images/folders", ("--methods", "frozen,one-softmax", "--image-size", 12),
         ["base", "novel", "harmonic mean"],
     ),
+    "zhou": ("CLIP", "zhou", ("--methods", "frozen", "--image-size", 12), ["base", "novel", "harmonic mean"]),
     "instruct": ("Llama", "records.jsonl", ("--methods", "zero-init,lora-2"), ["loss", "perplexity"]),
 }  # fmt: skip
 
 
 def command(place, name, out, *more):
     base, data, options, _ = COMMANDS[name]
+    name = "base-to-novel" if name == "zhou" else name
     return [name, "--base", place / base, "--data", place / data, "--out", out, *QUICK, *options, *more]
 
 
@@ -76,7 +79,7 @@ def test_a_command_chooses_on_validation_and_tests_once_a_seed(name, place, tmp_
     assert run(*command(place, name, tmp_path / "out", *rates)) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     header, *entries = map(json.loads, (tmp_path / "out" / "ledger.jsonl").read_text().splitlines())
-    assert header["run"]["command"] == name and header == {"run": result["run"]}
+    assert header["run"]["command"] in (name, "base-to-novel") and header == {"run": result["run"]}
     for column in COMMANDS[name][3]:
         assert column in result["tables"][0]["columns"]
     for task in {entry["task"] for entry in entries}:
@@ -182,13 +185,20 @@ def test_squad_finds_the_answers_that_a_model_points_at(place, data):
     assert task.test(model) == {"EM": 100, "F1": 100}
 
 
-def test_three_kinds_of_image_folders(place):
+def test_four_kinds_of_image_folders(place):
     folders, lists, idx = (read_set(place / "images" / name) for name in ("folders", "lists", "idx"))
     assert folders.classes == ["blue", "green", "red", "white"] and len(folders.train) == 24
     assert folders.train.labels.tolist() == lists.train.labels.tolist()
     assert torch.equal(folders.test.pixels(4, 6), lists.test.pixels(4, 6))
     assert folders.test.pixels(4, 6)[1].min() > 150, "green: channels are red, green, blue"
     assert idx.train.pixels(3, 8).shape == (3, 8, 8) and int(idx.train.pixels(3, 8).min()) == 180
+    zhou = read_set(place / "zhou")
+    assert zhou.classes == folders.classes and (len(zhou.train), len(zhou.validation), len(zhou.test)) == (
+        20,
+        4,
+        12,
+    )
+    assert torch.equal(zhou.test.pixels(4, 6), folders.test.pixels(4, 6))
     assert len(idx.test) == 8 and folders.fingerprint() != lists.fingerprint()
 
 
@@ -223,6 +233,10 @@ def rewritten(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def split(folder):
+    return folder / "split_zhou_Colours.json"
+
+
 DAMAGE = {
     "ner: no dev": ("ner", lambda d: (d / "toy_dev.conll").unlink(), "holds 0 files dev"),
     "ner: a word alone": ("ner", lambda d: rewritten(d / "toy_dev.conll", "\tO", ""), "expected a word and a tag"),
@@ -247,6 +261,10 @@ DAMAGE = {
         "vtab", lambda d: (d / "idx/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0" * 20)), "no idx file",
     ),
     "vtab: no gzip": ("vtab", lambda d: (d / "idx/t10k-images-idx3-ubyte.gz").write_bytes(b"x"), "cannot be unpacked"),
+    "zhou: a row": ("zhou", lambda d: rewritten(split(d), ', 0, "blue"', ', "0", "blue"'), "one name a"),
+    "zhou: names": ("zhou", lambda d: rewritten(split(d), '0, "blue"', '1, "blue"'), "one name a label"),
+    "zhou: a file": ("zhou", lambda d: (d / "jpg/train/red/0.png").unlink(), "there is no train/red/0.png"),
+    "zhou: a part": ("zhou", lambda d: rewritten(split(d), '"test"', '"probe"'), "'test' is missing"),
     "instruct: few": ("instruct", lambda d: d.write_text(d.read_text().split("\n")[0]), "at least 10"),
 }  # fmt: skip
 
@@ -255,6 +273,7 @@ DAMAGE = {
 def test_damaged_data_are_one_sentence(case, place, tmp_path, capsys):
     name, damage, said = DAMAGE[case]
     base, data, options, _ = COMMANDS[name]
+    name = "base-to-novel" if name == "zhou" else name
     copy = shutil.copytree if (place / data).is_dir() else shutil.copy
     copy(place / data, tmp_path / "data")
     damage(tmp_path / "data")

@@ -123,6 +123,21 @@ def write_lists(folder: Path) -> Path:
     return folder
 
 
+def write_zhou(folder: Path) -> Path:
+    """The same images as `write_folders`, by CoOp's split file, which has validation images of its own."""
+    write_folders(folder / "jpg")
+    content: dict[str, list] = {"train": [], "val": [], "test": []}
+    for part in ("train", "test"):
+        found = sorted((folder / "jpg" / part).glob("*/*.png"))
+        names = sorted({path.parent.name for path in found})
+        for path in found:
+            held_out = part == "train" and path.stem == "5"
+            row = [f"{part}/{path.parent.name}/{path.name}", names.index(path.parent.name), path.parent.name]
+            content["val" if held_out else part].append(row)
+    (folder / "split_zhou_Colours.json").write_text(json.dumps(content))
+    return folder
+
+
 def write_idx(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for start, count in (("train", 20), ("t10k", 8)):

@@ -215,6 +215,27 @@ def test_what_backward_recomputes_after_the_block(reentrant):
     assert wrapped is not zinit.remove_zero_init_attention(model).model.layers[0]._gradient_checkpointing_func
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_backward_recomputes_of_rows_with_adapters_of_their_own(peft_model, reentrant):
+    """adapter_names is refused in training mode, but parts of the model may be in it."""
+    names = ["second", "default"]
+
+    def gradients():
+        peft_model.zero_grad()
+        for layer in peft_model.base_model.model.model.layers:
+            layer.training = True
+        peft_model(input_ids=IDS, labels=IDS, adapter_names=names).loss.backward()
+        return {name: p.grad.clone() for name, p in peft_model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    peft_model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    peft_model.enable_input_require_grads()
+    found = gradients()
+    assert len(expected) == 6
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-8)
+
+
 def test_what_backward_recomputes_in_one_thread_while_another_asks_for_the_base():
     model, inputs = prompted("Llama").train(), inputs_of("Llama")
     model.config.use_cache = False

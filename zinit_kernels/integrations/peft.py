@@ -29,6 +29,7 @@ from .architectures import SPLIT
 from .attention import NAME, attend_by_zinit, mixed
 from .layers import disabled, served_without
 from .prompts import Prompts
+from .recomputation import remember_blocks
 from .serving import attends_by_zinit, serving
 from .usage import begin, ignored, take_used
 
@@ -105,6 +106,7 @@ class FusedAdaptionPromptModel(AdaptionPromptModel):
         layers = self._mixed_layers(adapter_names)
         if any(self.zinit_tokens() & tokens for tokens in disabled.values()):
             layers = dict.fromkeys(layers, _no_prompts)
+        remember_blocks(self)
         with mixed.holding(layers):
             yield
 

@@ -21,8 +21,6 @@ def remember_blocks(model: nn.Module) -> None:
 
     Called where a block begins, since a model without any has nothing to remember.
     """
-    if not model.training:
-        return
     for module in model.modules():
         checkpoint = module.__dict__.get(_CHECKPOINT)
         if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpointed:

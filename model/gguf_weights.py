@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,7 +158,8 @@ def _tensor(gguf: GGUF, name: str, dtype: torch.dtype | None) -> Tensor:
             f"{gguf.path}: {shortened(name)} holds whole numbers ({info.type.name}), which no weight is."
         )
     try:
-        numbers = gguf_package().quants.dequantize(content.reshape(*info.shape[:-1], -1), info.type)
+        with np.errstate(all="ignore"):  # a damaged scale; generation says that the logits are no numbers
+            numbers = gguf_package().quants.dequantize(content.reshape(*info.shape[:-1], -1), info.type)
     except NotImplementedError:
         raise UserError(
             f"{gguf.path}: {shortened(name)} is quantised as {info.type.name}, which the installed gguf package "

@@ -21,6 +21,8 @@ from .errors import UserError
 _LAUNCHERS = {
     "WORLD_SIZE": "RANK",  # torchrun, accelerate, deepspeed
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH's mpirun
+    "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",  # jsrun
     "PMI_SIZE": "PMI_RANK",
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",  # srun
 }

@@ -123,6 +123,8 @@ def read_prompts(path: str | Path) -> list[str]:
             raise UserError(
                 f"every line of {path} is a JSON object: name it .jsonl, so that it is read as JSON."
             )
+        if len(prompts) > 1 and _is_json(text):
+            raise UserError(f"{path} as a whole is JSON: name it .json, so that it is read as JSON.")
     if not prompts:
         raise UserError(f"{path} holds no prompts.")
     return prompts
@@ -139,12 +141,17 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}.") from None
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        return text.replace("\n\ufeff", "\n")  # of a file that others were appended to
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         also = ", as in UTF-16: save it as UTF-8" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         byte = error.object[error.start]
         raise UserError(f"{path}, line {line}: not UTF-8 text (byte 0x{byte:02x}{also}).") from None
+    if "\0" in text:
+        raise UserError(
+            f"{path}, line {_line(text, text.index(chr(0)))}: a zero byte, as in UTF-16 or a binary file: save it as "
+            "UTF-8 text."
+        )
+    return text.replace("\n\ufeff", "\n")  # of a file that others were appended to
 
 
 def check_text(value: object, name: str, where: str) -> str:
@@ -386,7 +393,12 @@ def _plural(word: str, items: list[int]) -> str:
 
 
 def _is_json_object(line: str) -> bool:
+    return line.lstrip().startswith("{") and _is_json(line)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON list or object."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(text), list | dict)
     except (ValueError, RecursionError):
         return False

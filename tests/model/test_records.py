@@ -209,6 +209,9 @@ def test_bad_prompts_are_named(tmp_path):
         ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "the field 'prompt' stands twice"),
         ("a.jsonl", "3", 'expected a string, or an object with "prompt" or "instruction", got 3'),
         ("a.txt", '{"prompt": "fox"}\n', "every line of .* is a JSON object: name it .jsonl"),
+        ("a.txt", json.dumps(["fox", "dog"], indent=1), "as a whole is JSON: name it .json"),
+        ("a.txt", json.dumps({"prompt": "fox"}, indent=1), "as a whole is JSON: name it .json"),
+        ("a.txt", "fox\nd\0o\0g\0", "line 2: a zero byte, as in UTF-16"),
         ("a.txt", "\n \n", "holds no prompts"),
     ):
         with pytest.raises(UserError, match=message):

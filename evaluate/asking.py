@@ -62,6 +62,7 @@ def ask(
         if not left:
             return {item.id: answers.answers[item.id] for item in items}
         model = load()
+        model.check(left)
         done = len(items) - len(left)
         with interruptible() as stop, progress(messages(), len(items), done) as show:
             for batch in batches(left, batch_size):

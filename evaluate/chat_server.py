@@ -51,6 +51,9 @@ class ChatServer:
         }
         self.identity: Mapping[str, Any] = {"endpoint": endpoint, "model": model}
 
+    def check(self, items: Sequence[Item]) -> None:
+        """The server says itself what it cannot answer."""
+
     def answer(self, items: Sequence[Item]) -> list[str]:
         """Raises PartlyAnswered where the server cannot be reached, refuses, or answers in another form."""
         with ThreadPoolExecutor(max(1, len(items))) as pool:

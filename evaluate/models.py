@@ -94,7 +94,7 @@ class LlamaAnswerer:
         self._files: dict[str, str] = {}  # of pictures that a table holds
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def answer(self, items: Sequence[Item]) -> list[str]:
+    def check(self, items: Sequence[Item]) -> None:
         """Raises UserError for a question with an image that the adapter cannot see, and for one that is too long."""
         seen = next((item for item in items if item.pictures), None)
         if seen is not None and not isinstance(self.adapter, VisualAdapter):
@@ -102,14 +102,21 @@ class LlamaAnswerer:
                 f"question {seen.id} has an image, and this adapter has no visual part: name a multi-modal adapter."
             )
         context = self.model.config.max_seq_len - self.max_new_tokens
-        prompts = []
-        for item in items:
-            prompt = prompt_of(item.question, self.brief)
-            prompts.append(self.tokenizer.encode(prompt, eos=False, limit=context + 1))
-            if len(prompts[-1]) > context:
-                raise UserError(
-                    f"question {item.id} is longer than the {context} tokens that the model has for it."
-                )
+        long = [item.id for item in items if len(self._encode(item)) > context]
+        if long:
+            raise UserError(
+                f"{len(long)} of {len(items)} questions are longer than the {max(context, 0)} tokens that the model "
+                f"has for them, the first is {long[0]}: lower --max-new-tokens, or take a base with a longer context."
+            )
+
+    def _encode(self, item: Item) -> list[int]:
+        prompt = prompt_of(item.question, self.brief)
+        return self.tokenizer.encode(prompt, eos=False, limit=self.model.config.max_seq_len + 1)
+
+    def answer(self, items: Sequence[Item]) -> list[str]:
+        """Raises UserError as `check` does."""
+        self.check(items)
+        prompts = [self._encode(item) for item in items]
         found = generate(
             self.model,
             prompts,

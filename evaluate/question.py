@@ -54,6 +54,9 @@ class Answerer(Protocol):
 
     identity: Mapping[str, Any]
 
+    def check(self, items: Sequence[Item]) -> None:
+        """Raises UserError for what it cannot answer, before the first of these questions is asked."""
+
     def answer(self, items: Sequence[Item]) -> list[str]:
         """An answer for each item, in order. A picture that several of them have is encoded once."""
 

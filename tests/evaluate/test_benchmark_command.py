@@ -62,6 +62,9 @@ class Knowing:
     def __init__(self, name):
         self.name, self.asked = name, []
 
+    def check(self, items):
+        assert not self.asked, "before the first question"
+
     def answer(self, items):
         self.asked.append([item.id for item in items])
         return [right_answer(self.name, item) for item in items]
@@ -151,7 +154,10 @@ def test_a_model_that_knows_everything_gets_every_point(name, tmp_path, monkeypa
 
 def test_open_questions_are_asked_and_not_scored(tmp_path, monkeypatch):
     vicuna(tmp_path / "data")
-    with_model(monkeypatch, SimpleNamespace(answer=lambda items: [f"{item.id} and more" for item in items]))
+    with_model(
+        monkeypatch,
+        SimpleNamespace(check=len, answer=lambda items: [f"{item.id} and more" for item in items]),
+    )
     assert run("vicuna", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 0
     (table,) = json.loads((tmp_path / "out" / "result.json").read_text())["tables"]
     assert table["rows"] == [["all", 2, 3.0, 0], ["math", 1, 3.0, 0], ["x", 1, 3.0, 0]]
@@ -262,6 +268,10 @@ def test_what_cannot_run_is_said_and_nothing_is_overwritten(place, whole, tmp_pa
         (["scienceqa", "--base", "x"], "--data is missing"),
         (["scienceqa", "--answers", whole], "--data is missing"),
         (["scienceqa", "--answers", place, "--data", place / "scienceqa"], "a folder without answers.jsonl"),
+        (
+            [*command(place, tmp_path / "new")[:10], 400, *command(place, tmp_path / "new")[11:]],
+            "5 of 5 questions are longer than the 112 tokens that the model has for them, the first is 0",
+        ),
         (["hellaswag"], "no command 'hellaswag'"),
         (
             [*command(place, tmp_path / "new")[:6], tmp_path / "seen", *command(place, tmp_path / "new")[7:]],

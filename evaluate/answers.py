@@ -18,11 +18,11 @@ ANSWERS = "answers.jsonl"
 
 
 def digest(items: Sequence[Item]) -> str:
-    """Of the questions, in order: their ids, texts and pictures."""
+    """Of the questions, in order: their ids, texts and images."""
     found = hashlib.sha256()
     for item in items:
         found.update(
-            json.dumps([item.id, item.question, [picture.key for picture in item.pictures]]).encode()
+            json.dumps([item.id, item.question, [picture.stamp() for picture in item.pictures]]).encode()
         )
     return found.hexdigest()[:16]
 

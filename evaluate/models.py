@@ -29,38 +29,34 @@ from .shared import (
 )
 
 BRIEF = "using a single word or phrase"  # what the authors' MME template adds
-_READ = 1 << 20
+_WHOLE, _PARTS, _PART = 1 << 23, 64, 1 << 16  # bytes of a file that is read whole, and parts of a larger one
 
 
 def identity(base: Path, adapter: Path | None, encoder: Path | None = None) -> dict[str, Any]:
-    """What tells a model's answers from another's: the names and sizes of the files of base and encoder, and the
-    adapter's content.
-    """
+    """What tells a model's answers from another's: digests of the files of its base, adapter and encoder."""
     return {
-        "base": _folder_digest(base),
-        "adapter": None if adapter is None else _content_digest(adapter),
-        "encoder": None if encoder is None else _folder_digest(encoder),
+        name: None if path is None else _digest(path)
+        for name, path in (("base", base), ("adapter", adapter), ("encoder", encoder))
     }
 
 
-def _files(path: Path) -> list[Path]:
+def _digest(path: Path) -> str:
+    """Of a file or the files of a folder: names, sizes and content.
+
+    Of a large file only some parts are read, spread evenly: two models of one shape differ nearly everywhere.
+    """
     if not path.exists():
         raise UserError(f"there is no {path}.")
-    return sorted(found for found in path.iterdir() if found.is_file()) if path.is_dir() else [path]
-
-
-def _folder_digest(path: Path) -> str:
-    names = [f"{found.name} {found.stat().st_size}" for found in _files(path)]
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _content_digest(path: Path) -> str:
+    files = sorted(found for found in path.iterdir() if found.is_file()) if path.is_dir() else [path]
     found = hashlib.sha256()
-    for file in _files(path):
-        found.update(os.fsencode(file.name) + b"\0")
+    for file in files:
+        size = file.stat().st_size
+        found.update(os.fsencode(file.name) + f" {size}\0".encode())
+        places = [0] if size <= _WHOLE else [size * part // _PARTS for part in range(_PARTS)]
         with file.open("rb") as opened:
-            while part := opened.read(_READ):
-                found.update(part)
+            for place in places:
+                opened.seek(place)
+                found.update(opened.read(_WHOLE if size <= _WHOLE else _PART))
     return found.hexdigest()[:16]
 
 

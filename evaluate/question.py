@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,11 @@ class Picture(NamedTuple):
     key: str
     path: Path | None = None
     encoded: str = ""
+
+    def stamp(self) -> list[str | int]:
+        """What tells it from another image: its key, and the size of its file or its text."""
+        size = self.path.stat().st_size if self.path is not None and self.path.is_file() else 0
+        return [self.key, size or hashlib.sha256(self.encoded.encode()).hexdigest()[:16]]
 
     def read(self) -> bytes:
         """The bytes of the image file. Raises UserError where they cannot be read."""

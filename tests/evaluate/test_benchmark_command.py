@@ -6,7 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from benchmark_folders import FOLDERS, right_answer, scienceqa, vicuna
+from benchmark_folders import FOLDERS, PIXEL, right_answer, scienceqa, vicuna
 from tiny_runs import make_base, make_folder
 
 from evaluate import benchmark_command, models
@@ -283,6 +283,20 @@ def test_what_cannot_run_is_said_and_nothing_is_overwritten(place, whole, tmp_pa
         assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
     assert (whole / "answers.jsonl").read_bytes() == before
     assert (strange / "answers.jsonl").read_text() == "my notes\n"
+
+
+def test_answers_about_other_images_are_of_another_run(tmp_path, monkeypatch, capsys):
+    for name, change in (
+        ("mmbench", lambda d: edited(d / "mmbench_dev.tsv", PIXEL, PIXEL.lower())),
+        ("vqa", lambda d: (d / "val2014" / "COCO_val2014_000000000007.jpg").write_bytes(b"another image")),
+    ):
+        with_model(monkeypatch, Knowing(name))
+        FOLDERS[name](tmp_path / name)
+        words = [name, "--base", "b", "--data", tmp_path / name, "--out", tmp_path / f"{name}-out"]
+        assert run(*words) == 0 == run(*words)
+        change(tmp_path / name)
+        assert run(*words) == 2
+        assert "another run: its questions is" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys):

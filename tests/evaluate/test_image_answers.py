@@ -117,3 +117,18 @@ def test_what_cannot_be_seen_is_said(place, tmp_path, capsys):
         not (tmp_path / "out" / "answers.jsonl").exists()
         or not (tmp_path / "out" / "answers.jsonl").read_bytes()
     )
+
+
+def test_two_models_of_one_shape_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_WHOLE", 1000)
+    monkeypatch.setattr(models, "_PART", 16)
+    for name, size in (("small", 900), ("large", 64_000)):
+        seen = set()
+        for seed in range(3):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            content = torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(seed))
+            (folder / "model.safetensors").write_bytes(bytes(content.tolist()))
+            seen.add(models.identity(folder, None)["base"])
+            assert models.identity(folder, folder) == models.identity(folder, folder)
+        assert len(seen) == 3, "the names and sizes are the same"

@@ -28,7 +28,7 @@ test: build sanitize-cpu
 test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
 	@for version in $(TRITONS); do \
 	  echo "triton $$version"; \
-	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/backends/test_triton.py tests/backends/triton || exit 1; \
+	  PYTHONPATH=$(abspath $(VENV))/triton-$$version $(PYTHON) -m pytest tests/backends -k triton || exit 1; \
 	done
 
 test-transformers: build $(TRANSFORMERS:%=$(VENV)/transformers-%/.ready)

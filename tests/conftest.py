@@ -39,6 +39,9 @@ def whole_run(folder, tmp_path_factory):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "native: needs the compiled CPU kernels")
+    config.addinivalue_line(
+        "markers", "interpreted: runs under Triton's interpreter, in a process of its own"
+    )
 
 
 def pytest_collection_modifyitems(items):

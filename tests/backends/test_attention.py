@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backend_cases import ATTENTION, DTYPES, backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,27 +16,12 @@ from zinit_kernels import (
     zero_init_attention_with_kvcache,
 )
 from zinit_kernels.backends import reference
-from zinit_kernels.testing import CASES, Case, assert_within_eager_error, check_case, gradients, make_inputs
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DENSE = Case("dense", mask="dense", causal=False)
+from zinit_kernels.testing import Case, assert_within_eager_error, check_case, gradients, make_inputs
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.native
-def test_cpu(case, dtype):
-    check_case(case, dtype, "cpu")
-
-
-@pytest.mark.parametrize("case", [*CASES, DENSE], ids=str)
-def test_composed(case):
-    check_case(case, torch.float32, "composed")
-
-
-@pytest.mark.parametrize("backend", ["composed", "reference"])
-def test_dense_mask_by(backend):
-    check_case(DENSE, torch.float32, backend)
+@pytest.mark.parametrize("backend, case, dtype", ATTENTION, indirect=["backend"])
+def test_against_the_reference(backend, case, dtype):
+    check_case(case, dtype, backend, backward=backend != "cuda")
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (4, 6, 9), (6, 1), (1, 4, 1, 9), (2, 1, 6, 9)], ids=str)
@@ -85,28 +71,80 @@ def test_random_packed_shapes(
     check_case(case, dtype, "cpu")
 
 
-@pytest.mark.native
+@pytest.mark.parametrize("backend", backends("cpu", "composed", "triton"), indirect=True)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3, 4, 5), (5,), (4,), (0, 5), (1, 2)], ids=str)
-def test_gradients_of_some_inputs_equal_those_of_all(wanted):
-    inputs = make_inputs(Case("subset", heads_q=4, heads_kv=2, seqlens_q=(75,)), torch.float32)
-    everything = gradients(inputs.call("cpu"), inputs)
+def test_gradients_of_some_inputs_equal_those_of_all(backend, wanted):
+    small = backend == "triton"
+    case = Case(
+        "subset",
+        batch=1 if small else 2,
+        heads_q=4,
+        heads_kv=2,
+        seqlens_q=(50 if small else 75,),
+        head_dim=16,
+    )
+    inputs = make_inputs(case, torch.float32)
+    with_lse = backend != "composed"
+    everything = gradients(inputs.call(backend, return_lse=with_lse), inputs)
     some = inputs.to(None)
     for i, tensor in enumerate(some.tensors.values()):
         tensor.requires_grad_(i in wanted)
-    found = gradients(some.call("cpu"), some)
+    found = gradients(some.call(backend, return_lse=with_lse), some)
     assert set(found) == {name for i, name in enumerate(everything) if i in wanted}
+    tolerance = 0 if backend == "triton" else 1e-5
     for name, grad in found.items():
-        torch.testing.assert_close(grad, everything[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, everything[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.native
-def test_huge_finite_mask_is_not_minus_infinity():
+@pytest.mark.parametrize("backend", backends("cpu", "composed", "triton", "cuda"), indirect=True)
+def test_huge_finite_mask_is_not_minus_infinity(backend):
     """transformers' older masks hold finfo.min: a row of nothing else averages its keys, as SDPA's does."""
-    inputs = make_inputs(Case("finfo_min", causal=False, seqlens_q=(19,), table="none"), torch.float32)
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    inputs = make_inputs(Case("finfo_min", causal=False, seqlens_q=(19,), table="none"), dtype)
     inputs.options["attn_mask"] = torch.full((2, 1, 1, 19), torch.finfo(torch.float32).min)
-    out, _ = inputs.call("cpu")
-    mean = inputs.tensors["value"].mean(2, keepdim=True).expand_as(out)
-    torch.testing.assert_close(out, mean)
+    out, _ = inputs.call(backend, return_lse=False)
+    mean = inputs.tensors["value"].float().mean(2, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, mean.to(dtype))
+    if out.requires_grad:
+        grads = torch.autograd.grad(out.sum(), [inputs.tensors[name] for name in ("query", "key", "value")])
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        *(pytest.param("cpu", dtype, marks=pytest.mark.native) for dtype in DTYPES),
+        pytest.param("triton", torch.float16, marks=pytest.mark.interpreted),
+        *(("cuda", dtype) for dtype in DTYPES[1:]),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+@pytest.mark.parametrize("way", ["gate_zero", "no_row", "no_prompts"])
+def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way, backend, dtype):
+    case = Case("exact", seqlens_q=(50 if backend == "triton" else 133,), heads_q=4, heads_kv=2, head_dim=80)
+    inputs = make_inputs(case, dtype)
+    if way == "gate_zero":
+        inputs.tensors["gate"] = torch.zeros(4, requires_grad=True)
+    elif way == "no_row":
+        inputs.options["prompt_index"] = torch.tensor([-1, -1], dtype=torch.int32)
+    else:
+        for name in ("prompt_key", "prompt_value"):
+            inputs.tensors[name] = inputs.tensors[name].detach()[:, :, :0].requires_grad_()
+    plain = inputs.to(None)
+    plain.tensors.update(prompt_key=None, prompt_value=None, gate=None)
+    plain.options = {name: value for name, value in plain.options.items() if name != "prompt_index"}
+    (out, lse), (plain_out, plain_lse) = inputs.call(backend), plain.call(backend)
+    assert torch.equal(out, plain_out) and torch.equal(lse, plain_lse)
+    if backend == "cuda":
+        return  # it has no backward
+    grads, plain_grads = gradients((out, lse), inputs), gradients((plain_out, plain_lse), plain)
+    for name in ("query", "key", "value"):
+        assert torch.equal(grads[name], plain_grads[name]), name
+    if way == "gate_zero":
+        assert grads["prompt_key"].count_nonzero() == 0 and grads["gate"].count_nonzero() == 4
+    else:
+        assert grads["gate"].count_nonzero() == 0
 
 
 @pytest.mark.native

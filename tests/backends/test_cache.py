@@ -2,40 +2,42 @@
 
 import pytest
 import torch
+from backend_cases import CACHE, DTYPES, backends
 
 from zinit_kernels import arguments, zero_init_attention_with_kvcache
-from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from zinit_kernels.testing import CacheCase, check_cache_case, make_cache_arguments
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CACHE_CASES, ids=str)
-@pytest.mark.native
-def test_cpu(case, dtype):
-    check_cache_case(case, dtype, "cpu")
+@pytest.mark.parametrize("backend, case, dtype", CACHE, indirect=["backend"])
+def test_against_the_reference(backend, case, dtype):
+    check_cache_case(case, dtype, backend)
 
 
-@pytest.mark.parametrize("case", CACHE_CASES, ids=str)
-def test_composed(case):
-    check_cache_case(case, torch.float32, "composed")
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("num_splits", [1, 2, 7, 64])
-def test_splitting_the_keys_changes_nothing_beyond_rounding(num_splits):
-    case = CacheCase("split", capacity=500, seqlens=(499, 3), heads_q=4, heads_kv=2)
-    expected = zero_init_attention_with_kvcache(**make_cache_arguments(case, torch.float32), backend="cpu")
+@pytest.mark.parametrize("backend", backends("cpu", "triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("num_splits", [2, 7, 20, 64])
+def test_splitting_the_keys_changes_nothing_beyond_rounding(num_splits, backend):
+    case = CacheCase("split", capacity=256, seqlens=(249, 3), heads_q=4, heads_kv=2)
+    whole = make_cache_arguments(case, torch.float32) | {"num_splits": 1}
+    expected = zero_init_attention_with_kvcache(**whole, backend=backend)
     given = make_cache_arguments(case, torch.float32) | {"num_splits": num_splits}
-    out = zero_init_attention_with_kvcache(**given, backend="cpu")
+    out = zero_init_attention_with_kvcache(**given, backend=backend)
     torch.testing.assert_close(out, expected, rtol=3e-6, atol=3e-6)
 
 
-@pytest.mark.native
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        *(pytest.param("cpu", dtype, marks=pytest.mark.native) for dtype in DTYPES),
+        pytest.param("triton", torch.float16, marks=pytest.mark.interpreted),
+        *(("cuda", dtype) for dtype in DTYPES),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("way", ["gate_zero", "no_row", "no_prompts"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way, dtype):
-    case = CacheCase("exact", heads_q=8, heads_kv=2, num_splits=2)
+def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way, num_splits, backend, dtype):
+    case = CacheCase("exact", heads_q=8, heads_kv=2, num_splits=num_splits)
     given = make_cache_arguments(case, dtype)
     if way == "gate_zero":
         given["gate"] = 0.0
@@ -44,23 +46,35 @@ def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way, dtype):
     else:
         given.update(prompt_k=given["prompt_k"][:, :0], prompt_v=given["prompt_v"][:, :0])
     plain = make_cache_arguments(case, dtype) | {"prompt_k": None, "prompt_v": None, "gate": None}
-    outputs = [zero_init_attention_with_kvcache(**a, backend="cpu", return_lse=True) for a in (given, plain)]
+    outputs = [
+        zero_init_attention_with_kvcache(**a, backend=backend, return_lse=True) for a in (given, plain)
+    ]
     for ours, expected in zip(*outputs, strict=True):
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.native
-def test_token_by_token_equals_one_chunk():
-    case = CacheCase("chunk", seqlens=(0, 0), seqlen_q=24, heads_q=4, heads_kv=2, rotary_dim=64)
-    whole = make_cache_arguments(case, torch.float32)
-    expected = zero_init_attention_with_kvcache(**whole, backend="cpu")
-    steps = make_cache_arguments(case, torch.float32)
-    for t in range(24):
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        pytest.param("cpu", torch.float32, marks=pytest.mark.native),
+        pytest.param("triton", torch.float32, marks=pytest.mark.interpreted),
+        *(("cuda", dtype) for dtype in DTYPES),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
+def test_token_by_token_equals_one_chunk(backend, dtype):
+    tokens = 24 if backend == "cpu" else 6
+    case = CacheCase("chunk", seqlens=(0, 0), seqlen_q=tokens, heads_q=4, heads_kv=2, rotary_dim=64)
+    whole, steps = make_cache_arguments(case, dtype), make_cache_arguments(case, dtype)
+    expected = zero_init_attention_with_kvcache(**whole, backend=backend)
+    tolerance = 5e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for t in range(tokens):
         step = steps | {name: steps[name][:, t : t + 1] for name in ("q", "k", "v")}
         step["cache_seqlens"] = torch.full((2,), t, dtype=torch.int32)
-        out = zero_init_attention_with_kvcache(**step, backend="cpu")
-        torch.testing.assert_close(out, expected[:, t : t + 1], rtol=5e-6, atol=5e-6)
-    torch.testing.assert_close(steps["k_cache"][:, :24], whole["k_cache"][:, :24], rtol=0, atol=0)
+        out = zero_init_attention_with_kvcache(**step, backend=backend)
+        torch.testing.assert_close(out, expected[:, t : t + 1], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(steps["k_cache"][:, :tokens], whole["k_cache"][:, :tokens], rtol=0, atol=0)
 
 
 @pytest.mark.native

@@ -2,44 +2,15 @@
 
 import pytest
 import torch
+from backend_cases import EMULATED_DECODE
 
 from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.backends.cuda import HEAD_DIMS, MAX_DECODE_TOKENS
-from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
+from zinit_kernels.backends.cuda import HEAD_DIMS
+from zinit_kernels.testing import CACHE_CASES, CacheCase, make_cache_arguments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ("forward", "reverse", "random1")
-FITTING = [c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q <= MAX_DECODE_TOKENS]
-REFUSED = [c for c in CACHE_CASES if c not in FITTING]
-OWN_CASES = [
-    CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), heads_q=4, heads_kv=2, num_splits=2),
-    CacheCase("lengths_grouped", seqlens=(0, 1, 15, 16, 17), heads_q=8, heads_kv=2, num_splits=2, page_size=16),
-    CacheCase("4095", capacity=4096, seqlens=(4095,), heads_q=8, heads_kv=2, page_size=16),
-    CacheCase("head_dim_80", head_dim=80, heads_q=2, heads_kv=2),
-    CacheCase("head_dim_96", head_dim=96, heads_q=8, heads_kv=2, page_size=48, capacity=144),
-    CacheCase("head_dim_128_alone", head_dim=128, heads_q=2, heads_kv=2, num_splits=2),
-    CacheCase("head_dim_256_grouped", head_dim=256, heads_q=8, heads_kv=2, seqlen_q=2),
-    CacheCase("three_rows", heads_q=6, heads_kv=2),
-    CacheCase("sixteen_tokens", heads_q=4, heads_kv=2, seqlen_q=16, page_size=16, seqlens=(5, 40)),
-    CacheCase("seventeen_rows", heads_q=17, heads_kv=1, num_splits=2),
-    CacheCase("splits_without_keys", heads_q=8, heads_kv=2, seqlens=(0, 3, 40), num_splits=30),
-    CacheCase("append_across_splits", heads_q=4, heads_kv=1, seqlen_q=9, seqlens=(12, 28), num_splits=3),
-    CacheCase("window_paged", window=(20, -1), seqlens=(100, 5), seqlen_q=5, heads_q=8, heads_kv=2, page_size=16),
-    CacheCase("window_both_sides", window=(9, 2), causal=False, seqlens=(50, 5), seqlen_q=3, num_splits=2),
-    CacheCase("rotary_split", rotary_dim=48, seqlen_q=4, heads_q=8, heads_kv=2, num_splits=2),
-    CacheCase("prompt_length_128", prompt_length=128, heads_q=8, heads_kv=2, table="indexed"),
-    CacheCase("indexed_split", table="indexed", num_splits=2, heads_q=8, heads_kv=2),
-    CacheCase("per_sample_identity", table="per_sample", gate_activation="identity", num_splits=2),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*FITTING, *OWN_CASES], ids=str)
-def test_against_the_reference(cuda, case, dtype):
-    check_cache_case(case, dtype, "cuda")
-
-
 SCHEDULED = (
     "lengths_grouped",
     "three_rows",
@@ -51,7 +22,7 @@ SCHEDULED = (
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in [*FITTING, *OWN_CASES] if c.name in SCHEDULED], ids=str)
+@pytest.mark.parametrize("case", [c for c in EMULATED_DECODE if c.name in SCHEDULED], ids=str)
 def test_the_order_of_threads_and_blocks_changes_no_bit(cuda, monkeypatch, case, dtype):
     results = []
     for schedule in SCHEDULES:
@@ -145,7 +116,7 @@ def test_a_nan_that_is_seen_is_not_hidden(emulator):
     assert out[1, :, 3].isnan().all() and torch.isfinite(out[1, :, :3]).all() and torch.isfinite(out[0]).all()
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=str)
+@pytest.mark.parametrize("case", [c for c in CACHE_CASES if c not in EMULATED_DECODE], ids=str)
 def test_what_is_not_supported_is_said(cuda, case):
     with pytest.raises(
         ValueError, match="backend 'cuda' cannot run .*(head_dim must be one of|which take bfloat16 and)"
@@ -161,20 +132,6 @@ def test_misaligned_caches_are_refused(cuda):
     shifted = torch.zeros(128 * 4 * 64 + 1, dtype=torch.bfloat16)[1:].view(1, 128, 4, 64)
     with pytest.raises(ValueError, match="v_cache must start at a multiple of 16 bytes, got address"):
         zero_init_attention_with_kvcache(**given | {"v_cache": shifted}, backend="cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_token_by_token_equals_one_chunk(cuda, dtype):
-    case = CacheCase("chunk", seqlens=(0, 0), seqlen_q=6, heads_q=4, heads_kv=2, rotary_dim=64)
-    whole, steps = make_cache_arguments(case, dtype), make_cache_arguments(case, dtype)
-    expected = zero_init_attention_with_kvcache(**whole, backend="cuda")
-    for t in range(6):
-        step = steps | {name: steps[name][:, t : t + 1] for name in ("q", "k", "v")}
-        step["cache_seqlens"] = torch.full((2,), t, dtype=torch.int32)
-        out = zero_init_attention_with_kvcache(**step, backend="cuda")
-        tolerance = 4 * torch.finfo(dtype).eps
-        torch.testing.assert_close(out, expected[:, t : t + 1], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(steps["k_cache"][:, :6], whole["k_cache"][:, :6], rtol=0, atol=0)
 
 
 # Shared memory: two blocks must fit into the 100 KB of sm_86, 89 and 120 in a usual call, and one always.

@@ -2,53 +2,21 @@
 
 import pytest
 import torch
+from backend_cases import EMULATED, EMULATED_PREFILL_OWN
 from orders import in_all_orders
 
 from zinit_kernels import explain, zero_init_attention, zero_init_attention_with_kvcache
-from zinit_kernels.backends.cuda import HEAD_DIMS, MAX_DECODE_TOKENS
+from zinit_kernels.backends.cuda import HEAD_DIMS
 from zinit_kernels.call import CALL
 from zinit_kernels.testing import (
-    CACHE_CASES,
-    CASES,
     CacheCase,
     Case,
-    check_cache_case,
     check_case,
     make_cache_arguments,
     make_inputs,
 )
 
 DTYPES = [torch.bfloat16, torch.float16]
-OWN_CASES = [
-    Case("lengths", packed=True, seqlens_q=(0, 1, 15, 16, 17, 129), heads_q=4, heads_kv=2, head_dim=64),
-    Case("lengths_bottom_right", packed=True, seqlens_q=(1, 15, 17), seqlens_k=(16, 129, 0), head_dim=128, batch=1),
-    Case("head_dim_80", head_dim=80, heads_q=2, heads_kv=1, batch=1, seqlens_q=(129,)),
-    Case("head_dim_96_padding", head_dim=96, heads_q=2, heads_kv=2, mask="padding", seqlens_q=(70,)),
-    Case("head_dim_128_window", head_dim=128, heads_q=2, heads_kv=1, batch=1, window=(37, -1), seqlens_q=(150,)),
-    Case("head_dim_256_cross", head_dim=256, heads_q=2, heads_kv=1, batch=1, causal=False, seqlens_k=(67,)),
-    Case("prompts_of_two_tiles", head_dim=256, heads_q=2, heads_kv=1, batch=1, prompt_length=33, seqlens_q=(17,)),
-    Case("prompts_of_four_tiles", head_dim=128, heads_q=2, heads_kv=1, batch=1, prompt_length=128, seqlens_q=(17,)),
-    Case("prompts_converted", head_dim=128, heads_q=2, heads_kv=1, prompt_dtype=torch.float32, table="per_sample"),
-    Case("additive_window", mask="additive", window=(20, 3), causal=False, heads_q=2, heads_kv=2),
-    Case("negative_scale", scale=-0.2, heads_q=2, heads_kv=2),
-    Case("scale_0", scale=0.0, heads_q=2, heads_kv=2),
-]  # fmt: skip
-FITTING = [*(c for c in CASES if c.head_dim in HEAD_DIMS), *OWN_CASES]
-OWN_CACHE_CASES = [
-    CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), seqlen_q=17, heads_q=4, heads_kv=2),
-    CacheCase("paged_rotary", seqlens=(0, 15, 16), seqlen_q=33, page_size=16, rotary_dim=64, heads_q=2, heads_kv=1),
-    CacheCase("pages_of_48", seqlens=(100, 0), seqlen_q=20, page_size=48, capacity=144, head_dim=96, heads_kv=2),
-    CacheCase("interleaved", seqlens=(9,), seqlen_q=130, capacity=144, rotary_dim=32, rotary_interleaved=True),
-    CacheCase("bidirectional", seqlens=(3,), seqlen_q=18, rotary_dim=64, causal=False, head_dim=80, heads_kv=2),
-    CacheCase("window", seqlens=(90, 3), seqlen_q=20, window=(30, -1), page_size=16, head_dim=128, heads_kv=1),
-    CacheCase("head_dim_256", seqlens=(40,), seqlen_q=17, head_dim=256, heads_q=2, heads_kv=1, head_major=True),
-    CacheCase("no_append", seqlens=(100, 0, 128), seqlen_q=21, append=False, table="indexed"),
-    CacheCase("per_sample", seqlens=(20, 5), seqlen_q=17, table="per_sample", gate_activation="identity"),
-]  # fmt: skip
-FITTING_CACHE = [
-    *(c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q > MAX_DECODE_TOKENS),
-    *OWN_CACHE_CASES,
-]
 ORDERED = ("lengths", "head_dim_128_window", "prompts_of_two_tiles", "left_padding", "packed_grouped")
 
 
@@ -58,19 +26,7 @@ def without_gradients():
         yield
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FITTING, ids=str)
-def test_against_the_reference(cuda, case, dtype):
-    check_case(case, dtype, "cuda", backward=False)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FITTING_CACHE, ids=str)
-def test_against_a_cache(cuda, case, dtype):
-    check_cache_case(case, dtype, "cuda")
-
-
-@pytest.mark.parametrize("case", [c for c in FITTING if c.name in ORDERED], ids=str)
+@pytest.mark.parametrize("case", [c for c in EMULATED if c.name in ORDERED], ids=str)
 def test_the_order_of_threads_and_copies_changes_no_bit(cuda, monkeypatch, case):
     inputs = make_inputs(case, torch.bfloat16)
     assert in_all_orders(monkeypatch, lambda: inputs.call("cuda"))
@@ -78,7 +34,7 @@ def test_the_order_of_threads_and_copies_changes_no_bit(cuda, monkeypatch, case)
 
 def test_the_order_of_an_append_changes_no_bit(cuda, monkeypatch):
     def run():
-        given = make_cache_arguments(OWN_CACHE_CASES[1], torch.bfloat16)
+        given = make_cache_arguments(EMULATED_PREFILL_OWN[1], torch.bfloat16)
         result = zero_init_attention_with_kvcache(**given, backend="cuda", return_lse=True)
         return [*result, given["k_cache"], given["v_cache"]]
 
@@ -189,9 +145,9 @@ def test_what_is_not_supported_is_said(cuda):
         pytest.raises(ValueError, match="have no backward: call them under torch.no_grad"),
     ):
         call()
-    given = make_cache_arguments(OWN_CACHE_CASES[0], torch.float32)
+    given = make_cache_arguments(EMULATED_PREFILL_OWN[0], torch.float32)
     assert "float32 (backend='triton' takes them)" in explain(**given)["cuda"]
-    assert explain(**make_cache_arguments(OWN_CACHE_CASES[0], torch.bfloat16))["cuda"] == "usable"
+    assert explain(**make_cache_arguments(EMULATED_PREFILL_OWN[0], torch.bfloat16))["cuda"] == "usable"
 
 
 def test_a_cache_gives_what_fresh_keys_give(cuda):

@@ -24,7 +24,7 @@ __device__ __forceinline__ void mask_scores(const PrefillWork& w, const QueryBlo
           float score = -INFINITY;
           if (key >= begin && key < end) {
             score = scores[t][n][half * 2 + i] * scale;
-            if (w.key_bias.given) score += w.key_bias.data[block.batch * w.seqlen_k + key] * kLog2E;
+            if (w.key_bias.given) score += key_bias_log2(w, block.batch, key);
           }
           scores[t][n][half * 2 + i] = score;
         }

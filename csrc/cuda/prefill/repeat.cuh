@@ -27,12 +27,12 @@ class RowAgain {
     const float pivot = m == -INFINITY ? 0.f : m;
     for (int key = block.begin(w, row); key < block.end(w, row); ++key) {
       float bias = 0.f;
-      if (w.key_bias.given) bias = w.key_bias.data[block.batch * w.seqlen_k + key];
+      if (w.key_bias.given) bias = key_bias_log2(w, block.batch, key);
       if (bias == -INFINITY) continue;
       const KeyPlace at = block.locate(w, key);
       const T* key_row = row_of<T>(w.key_cache, at.batch, block.kv_head, at.slot);
       const T* value_row = row_of<T>(w.value_cache, at.batch, block.kv_head, at.slot);
-      const float p = fast_exp2(dot(key_row) * (w.scale * kLog2E) + bias * kLog2E - pivot);
+      const float p = fast_exp2(dot(key_row) * (w.scale * kLog2E) + bias - pivot);
       each([&](int i, int d) { acc[i] += p * to_float(value_row[d]); });
     }
   }

@@ -18,6 +18,14 @@ struct PrefillWork : CacheWork {
   bool prompt_vectors;
 };
 
+// What is added to a key's scores in base 2. A finite bias stays finite: finfo.min times log2(e) would be -inf, and
+// that means masked.
+__device__ __forceinline__ float key_bias_log2(const PrefillWork& w, int batch, int key) {
+  constexpr float kLowest = -1.6e38f;
+  const float bias = w.key_bias.data[batch * w.seqlen_k + key];
+  return bias == -INFINITY ? bias : fmaxf(bias, kLowest) * kLog2E;
+}
+
 // Where a key of a sequence lies.
 struct KeyPlace {
   int64_t batch;  // of the tensor, or the page

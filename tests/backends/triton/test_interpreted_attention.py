@@ -1,85 +1,15 @@
-"""The Triton kernels of forward and backward on the CPU, under Triton's interpreter.
-
-The interpreter is slow, so the named cases run with fewer heads and shorter sequences. Its tiles are 32 x 32, so 70
-tokens still take whole, masked and cut tiles. bfloat16 queries are left out: the interpreter computes them on bit
-patterns (triton issue 11584).
-"""
-
-from dataclasses import replace
+"""What only the Triton kernels of forward and backward have, under Triton's interpreter. tests/backends: all others."""
 
 import pytest
 import torch
+from backend_cases import small
 from far_memory import far_apart
 
 from zinit_kernels import prompt_attention_, zero_init_attention
 from zinit_kernels.call import CALL
-from zinit_kernels.testing import CASES, Case, check_case, gradients, make_inputs
-from zinit_kernels.testing.check import projections
+from zinit_kernels.testing import Case, gradients, make_inputs
 
-LONGEST = 70
-HALF_PRECISION = (
-    "plain", "odd", "multi_query", "window_both_sides", "left_padding", "prompt_length_128", "indexed",
-    "float32_prompts", "packed_grouped", "packed_bottom_right",
-)  # fmt: skip
-
-
-def short(case: Case) -> Case:
-    """The case with at most LONGEST tokens a sequence."""
-    lengths_k = case.seqlens_k and tuple(min(n, LONGEST) for n in case.seqlens_k)
-    return replace(case, seqlens_q=tuple(min(n, LONGEST) for n in case.seqlens_q), seqlens_k=lengths_k)
-
-
-def small(case: Case) -> Case:
-    """A short case with at most two query heads per key head, and two key heads."""
-    heads_kv, group = min(case.heads_kv, 2), case.heads_q // case.heads_kv
-    heads_kv = 1 if group == 1 and case.gate != "per_row" else heads_kv
-    return replace(short(case), heads_q=heads_kv * min(group, 2), heads_kv=heads_kv)
-
-
-SMALL = [
-    *(small(case) for case in CASES),
-    Case(
-        "window_with_whole_tiles",
-        batch=1,
-        heads_q=1,
-        heads_kv=1,
-        seqlens_q=(150,),
-        window=(75, -1),
-        head_dim=16,
-    ),
-    Case(
-        "many_tiles",
-        batch=1,
-        heads_q=2,
-        heads_kv=1,
-        seqlens_q=(150,),
-        seqlens_k=(130,),
-        causal=False,
-        head_dim=16,
-    ),
-    Case("negative_scale", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), head_dim=16, scale=-0.3),
-    Case("zero_scale", batch=1, heads_q=1, heads_kv=1, seqlens_q=(40,), head_dim=16, scale=0.0),
-    Case("large_scores", batch=1, heads_q=1, heads_kv=1, seqlens_q=(70,), head_dim=16, scale=4.0),
-    Case(
-        "all_at_once", batch=3, heads_q=4, heads_kv=2, seqlens_q=(50,), window=(20, -1), mask="left_padding",
-        table="indexed", gate="per_row", prompt_length=33, head_dim=48, layout="sliced", scale=0.3,
-    ),
-    Case(
-        "packed_at_once", packed=True, heads_q=4, heads_kv=2, seqlens_q=(0, 41, 9), seqlens_k=(3, 50, 1),
-        window=(15, -1), table="indexed", prompt_length=65, head_dim=20,
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_float32(case):
-    check_case(case, torch.float32, "triton")
-
-
-@pytest.mark.parametrize("case", [short(case) for case in CASES if case.name in HALF_PRECISION], ids=str)
-def test_float16(case):
-    """With all heads: the rule compares with eager's largest error, and of one gate's gradient that is luck."""
-    check_case(case, torch.float16, "triton")
+pytestmark = pytest.mark.interpreted
 
 
 def test_offsets_beyond_int32():
@@ -111,20 +41,6 @@ def test_every_kernel_has_a_range_for_profilers():
 SUBSET = Case("subset", batch=1, heads_q=2, heads_kv=1, seqlens_q=(50,), head_dim=16)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3, 4, 5), (5,), (4,), (0, 5), (1, 2)], ids=str)
-def test_gradients_of_some_inputs_are_those_of_all_bit_for_bit(wanted):
-    inputs = make_inputs(SUBSET, torch.float32)
-    everything = gradients(inputs.call("triton"), inputs)
-    some = inputs.to(None)
-    leaves = [tensor.requires_grad_(i in wanted) for i, tensor in enumerate(some.tensors.values())]
-    outputs = some.call("triton")
-    loss = sum((o.double() * w).sum() for o, w in zip(outputs, projections(outputs), strict=True))
-    found = torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True)
-    for i, grad in zip(wanted, found, strict=True):
-        name = list(everything)[i]
-        assert torch.equal(everything[name], torch.zeros_like(leaves[i]) if grad is None else grad), name
-
-
 def test_what_is_not_wanted_is_not_launched(monkeypatch):
     """The lowest adapted layer of a frozen model wants prompt and gate gradients alone."""
     from zinit_kernels.backends.triton import launch
@@ -146,26 +62,6 @@ def test_what_is_not_wanted_is_not_launched(monkeypatch):
         inputs.call("triton")[0].sum().backward()
 
 
-@pytest.mark.parametrize("way", ["gate_zero", "no_row", "no_prompts"])
-def test_without_prompt_effect_it_is_plain_attention_bit_for_bit(way):
-    inputs = make_inputs(replace(SUBSET, name="exact"), torch.float16)
-    plain = inputs.to(None)
-    plain.tensors.update(prompt_key=None, prompt_value=None, gate=None)
-    if way == "gate_zero":
-        inputs.tensors["gate"] = torch.zeros(2, requires_grad=True)
-    elif way == "no_row":
-        inputs.options = {**inputs.options, "prompt_index": torch.full((1,), -1, dtype=torch.int32)}
-    else:
-        for name in ("prompt_key", "prompt_value"):
-            inputs.tensors[name] = inputs.tensors[name][:, :, :0].detach().requires_grad_()
-    outputs = [chosen.call("triton") for chosen in (inputs, plain)]
-    for ours, expected in zip(*outputs, strict=True):
-        assert torch.equal(ours, expected)
-    found = [gradients(out, chosen) for out, chosen in zip(outputs, (inputs, plain), strict=True)]
-    for name in ("query", "key", "value"):
-        assert torch.equal(found[0][name], found[1][name]), name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("largest", [2.0**20, 2.0**26, 2.0**29, 2.0**33])
 def test_scores_of_any_size_give_the_right_weights(largest, dtype):
@@ -179,17 +75,6 @@ def test_scores_of_any_size_give_the_right_weights(largest, dtype):
     expected, expected_lse = zero_init_attention(*exact, **options, backend="reference")
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=0, check_dtype=False)
-
-
-def test_huge_finite_mask_is_not_minus_infinity():
-    inputs = make_inputs(Case("finfo_min", causal=False, seqlens_q=(19,), table="none"), torch.float32)
-    inputs.options["attn_mask"] = torch.full((2, 1, 1, 19), torch.finfo(torch.float32).min)
-    out, _ = inputs.call("triton")
-    torch.testing.assert_close(out, inputs.tensors["value"].mean(2, keepdim=True).expand_as(out))
-    assert all(
-        torch.isfinite(grad).all()
-        for grad in torch.autograd.grad(out.sum(), list(inputs.tensors.values())[:3])
-    )
 
 
 @pytest.mark.parametrize("gate", [-9.0, -1.0, -0.3, -1e-4, 1e-6, 0.5, 0.99, 1.01, 3.0])

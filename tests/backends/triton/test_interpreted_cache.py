@@ -1,4 +1,4 @@
-"""The Triton kernels of the cache function on the CPU, under Triton's interpreter."""
+"""What only the Triton kernels of the cache function have, under Triton's interpreter. tests/backends: all others."""
 
 import pytest
 import torch
@@ -6,50 +6,9 @@ from far_memory import far_apart
 
 from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.testing import CACHE_CASES, CacheCase, check_cache_case, make_cache_arguments
+from zinit_kernels.testing import CacheCase, make_cache_arguments
 
-CACHE_HALF_PRECISION = (
-    "grouped", "chunk", "paged_chunk", "rotary", "rotary_interleaved", "split", "odd_head", "indexed",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CACHE_CASES, ids=str)
-def test_cache_float32(case):
-    check_cache_case(case, torch.float32, "triton")
-
-
-@pytest.mark.parametrize("case", [case for case in CACHE_CASES if case.name in CACHE_HALF_PRECISION], ids=str)
-def test_cache_float16(case):
-    check_cache_case(case, torch.float16, "triton")
-
-
-@pytest.mark.parametrize("num_splits", [2, 7, 20])
-def test_splitting_the_keys_changes_nothing_beyond_rounding(num_splits):
-    case = CacheCase("split", capacity=200, seqlens=(199, 3), heads_q=4, heads_kv=2)
-    whole = make_cache_arguments(case, torch.float32) | {"num_splits": 1}
-    expected = zero_init_attention_with_kvcache(**whole, backend="triton")
-    given = make_cache_arguments(case, torch.float32) | {"num_splits": num_splits}
-    out = zero_init_attention_with_kvcache(**given, backend="triton")
-    torch.testing.assert_close(out, expected, rtol=3e-6, atol=3e-6)
-
-
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("way", ["gate_zero", "no_row", "no_prompts"])
-def test_cache_without_prompt_effect_is_plain_attention_bit_for_bit(way, num_splits):
-    given = make_cache_arguments(CacheCase("exact", num_splits=num_splits), torch.float16)
-    if way == "gate_zero":
-        given["gate"] = 0.0
-    elif way == "no_row":
-        given["prompt_index"] = torch.full((3,), -1, dtype=torch.int32)
-    else:
-        given.update(prompt_k=given["prompt_k"][:, :0], prompt_v=given["prompt_v"][:, :0])
-    plain = make_cache_arguments(CacheCase("exact", num_splits=num_splits), torch.float16)
-    plain |= {"prompt_k": None, "prompt_v": None, "gate": None}
-    outputs = [
-        zero_init_attention_with_kvcache(**a, backend="triton", return_lse=True) for a in (given, plain)
-    ]
-    for ours, expected in zip(*outputs, strict=True):
-        assert torch.equal(ours, expected)
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.mark.parametrize(("num_new", "num_splits"), [(1, 3), (None, 1), (None, 3)])

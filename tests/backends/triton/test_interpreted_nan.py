@@ -13,6 +13,8 @@ from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.backends.reference import token_mask
 from zinit_kernels.testing import CacheCase, Case, make_cache_arguments, make_inputs
 
+pytestmark = pytest.mark.interpreted
+
 ONE_HEAD = {"batch": 1, "heads_q": 1, "heads_kv": 1, "head_dim": 16}
 MASKS = [
     Case("causal", batch=1, heads_q=2, heads_kv=1, head_dim=16, seqlens_q=(40,)),

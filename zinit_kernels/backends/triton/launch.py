@@ -177,7 +177,7 @@ def _prompt_gradients(
             candidates = _candidates("prompt_gradients", query, block_d, block_p)
             tuning.run(("prompt_gradients", *key_of), candidates, launch)
     if wants_prompt:
-        tiles = triton.cdiv(prompt.length * head_dim, _BLOCK_E) if wants_table else 1
+        tiles = triton.cdiv(prompt.length * head_dim, _BLOCK_E)  # the kernel counts them so, wanted or not
         with named("backward.prompt_finish"):
             zinit_add_partials_kernel[(tiles * heads_kv * prompt.rows,)](
                 *partials, prompt.gate, prompt_index, *prompt_grads,

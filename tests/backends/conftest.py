@@ -1,8 +1,9 @@
-"""Runs the tests in `test_interpreted_*.py` under Triton's interpreter, each as a test of this session.
+"""The fixture `backend`, and Triton's interpreter for the tests that are marked `interpreted`.
 
-The interpreter replaces Triton's functions for the whole process, so these tests run in a process of their own
-(`interpreter_process.py`). It is started by the first of them, is told which test to run, and sends back the reports.
-With TRITON_INTERPRET=1 in the environment, pytest itself is such a process and runs them directly.
+The interpreter replaces Triton's functions for the whole process. Its tests therefore run in a process of their own
+(`support/interpreter_process.py`), each as a test of this session. The first of them starts that process, which is told
+which test to run, and sends back the reports. With TRITON_INTERPRET=1 in the environment, pytest itself is such a
+process and runs them directly.
 """
 
 import contextlib
@@ -14,12 +15,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
+import torch
+from emulated import cuda, emulator, register  # noqa: F401 (fixtures)
 from repository import ROOT
 
-FOLDER = Path(__file__).resolve().parent
+
+@pytest.fixture
+def backend(request):
+    """A backend by its name: "cuda" is emulated and has no backward, "triton" runs in the interpreter."""
+    if request.param != "cuda":
+        yield request.param
+        return
+    request.getfixturevalue("cuda")
+    with torch.no_grad():
+        yield "cuda"
 
 
 def why_not_interpreted():
@@ -35,7 +46,7 @@ def why_not_interpreted():
 
 
 def is_interpreted(item):
-    return item.path.parent == FOLDER and item.path.name.startswith("test_interpreted_")
+    return item.get_closest_marker("interpreted") is not None
 
 
 class InterpreterProcess:
@@ -44,7 +55,9 @@ class InterpreterProcess:
     def __init__(self, files):
         ours, theirs = socket.socketpair()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        path = os.pathsep.join((str(FOLDER), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
+        path = os.pathsep.join(
+            (str(ROOT / "tests" / "support"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
+        )
         self.printed = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "interpreter_process", "-p", "no:cacheprovider", *files],

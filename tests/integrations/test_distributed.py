@@ -116,9 +116,30 @@ def process(rank, folder, expected):
                 )
         gc.collect()
     refuse_tensor_parallelism(folder)
+    save_what_is_sharded(folder)
     gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def save_what_is_sharded(folder):
+    """All processes list the prompts, and one writes them."""
+    from zinit_kernels.integrations.transformers import load_adapter, save_adapter, summary
+
+    model = adapted("transformers")
+    rows = summary(model)
+    for part in (*model.model.layers, model):
+        torch.distributed.fsdp.fully_shard(part)
+    assert summary(model) == rows
+    own = f"{folder}/adapter-{torch.distributed.get_rank()}"
+    save_adapter(model, own)
+    assert os.path.isdir(own) == (torch.distributed.get_rank() == 0)
+    torch.distributed.barrier()
+    plain = adapted("transformers")
+    for name, parameter in plain.named_parameters():
+        if ".zinit." in name:
+            torch.nn.init.zeros_(parameter)
+    assert summary(load_adapter(plain, f"{folder}/adapter-0")) == rows
 
 
 def refuse_tensor_parallelism(folder):

@@ -15,7 +15,16 @@ from .. import checkpoints
 from ..checkpoints.files import inside
 from ..checkpoints.json_files import read_json
 from .architectures import FIRST_ARCHITECTURES, architecture_of
-from .layers import Layer, attach, attention_layers, plain_name, required_adapters, sizes, values_of
+from .layers import (
+    Layer,
+    attach,
+    attention_layers,
+    is_sharded,
+    plain_name,
+    required_adapters,
+    sizes,
+    values_of,
+)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _CONFIG = "adapter.json"
@@ -25,12 +34,16 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     """Writes prompts and gates alone: a safetensors file per stack of layers (`zinit_kernels.checkpoints`'s own format)
     and adapter.json, which says what they belong to.
 
+    Of a model that FSDP2 shards, all processes call it, and the first one writes.
+
     Raises:
         ValueError: no prompts in the model.
     """
     found = required_adapters(model)
+    writes = not is_sharded(found[0][1]) or torch.distributed.get_rank() == 0
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str | None] = {}
     lengths = {layer.stack: layer.place + 1 for layer in attention_layers(model)}
     for stack in lengths:
@@ -48,8 +61,11 @@ def save_adapter(model: Any, folder: str | Path) -> None:
             num_heads=rows[0][1].gate.shape[0],
         )
         name = "adapter.safetensors" if len(lengths) == 1 else f"adapter.{stack}.safetensors"
-        checkpoints.save_adapter(folder / name, checkpoint)
+        if writes:
+            checkpoints.save_adapter(folder / name, checkpoint)
         files[stack] = name
+    if not writes:
+        return
     config = {"model_type": model.config.model_type, "stacks": files}
     checkpoints.write_atomically(folder / _CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 

@@ -161,15 +161,29 @@ def disabled_here(model: nn.Module) -> frozenset[int]:
 
 
 def values_of(layer: nn.Module, prompt: str = "prompt", gate: str = "gate") -> tuple[Tensor, Tensor]:
-    """The parameters of these names. Offloaded ones are loaded for this, by the hook that Accelerate put there."""
+    """The parameters of these names.
+
+    Offloaded ones are loaded for this, by the hook that Accelerate put there. Sharded ones (FSDP2) are gathered: all
+    processes have to take part.
+    """
     hook: Any = getattr(layer, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(layer)
     try:
-        return getattr(layer, prompt).detach(), getattr(layer, gate).detach()
+        return _whole(getattr(layer, prompt)), _whole(getattr(layer, gate))
     finally:
         if hook is not None:
             hook.post_forward(layer, None)
+
+
+def is_sharded(adapter: ZeroInitPrompts) -> bool:
+    """Whether every process holds a part of the prompts alone."""
+    return hasattr(adapter.prompt, "full_tensor")
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.detach()
+    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole
 
 
 def sizes(attention: Any) -> tuple[int, int]:

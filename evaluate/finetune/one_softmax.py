@@ -19,6 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from zinit_kernels.integrations.transformers import ARCHITECTURES, Projection
 
+from ..shared import UserError
+
 NAME = "one_softmax_prompts"
 
 
@@ -66,10 +68,19 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function of this name: sdpa with the prompts in front of keys and values."""
+    """transformers' attention function of this name: sdpa with the prompts in front of keys and values.
+
+    Raises:
+        UserError: a model with capped scores or attention sinks.
+    """
     own = module._modules.get("shared_prompts")
     if own is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if changed := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise UserError(
+            f"one-softmax: {type(module).__name__} changes its scores by {changed[0]}, which prompts in the same "
+            "softmax do not support: leave this method out."
+        )
     prompts = cast(SharedPrompts, own)
     prompt_key, prompt_value = _project(module, prompts, key)
     causal = kwargs.get("is_causal")

@@ -107,6 +107,30 @@ def test_one_softmax_over_prompts_and_tokens(mask):
                 torch.testing.assert_close(out[b, t, h], weights @ v[kept], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["whole", "right-padded", "left-padded"])
+@pytest.mark.parametrize("name", [*NAMES, "Qwen3", "Mistral", "Granite", "OLMo 2", "SigLIP", "DINOv2"])
+def test_one_softmax_without_a_prompt_is_the_base(name, kind):
+    """Masks and causality are the base's, whichever way a model hands them over."""
+    torch.manual_seed(0)
+    base = MODELS[name]().eval()
+    model = copy.deepcopy(base)
+    one_softmax.add_one_softmax_prompts(model, 3, 2)
+    found = [module for module in model.modules() if isinstance(module, one_softmax.SharedPrompts)]
+    for prompts in found:
+        prompts.prompt = nn.Parameter(prompts.prompt[:0])
+    inputs = inputs_of(name, kind)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, inputs), outputs(base, inputs), rtol=1e-5, atol=1e-5)
+    assert len(found) == 2 * (2 if name in ("CLIP", "SigLIP") else 1)
+
+
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-OSS"])
+def test_one_softmax_refuses_scores_that_it_does_not_compute(name):
+    model, _ = adapted(name, "one-softmax")
+    with torch.no_grad(), pytest.raises(UserError, match="changes its scores by (softcap|s_aux)"):
+        model(**inputs_of(name))
+
+
 def test_what_cannot_be_adapted_is_said():
     with pytest.raises(UserError, match=r"there is no method 'vpt'; there are frozen, head, .*lora-RANK"):
         methods.split_name("vpt")

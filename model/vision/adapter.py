@@ -134,7 +134,9 @@ class SeeingAdapter:
         if not 0 <= row < len(self.adapter.layers):
             return None
         projections = projections_of(attention)
-        tensors = [*self.adapter.parameters(), *([] if self.visual is None else [self.visual])]
+        # not all parameters: those of the projection made `visual`, and asking about 100 of them for every layer and
+        # token takes milliseconds
+        tensors = [t for t in (self.adapter.prompts, self.adapter.gates, self.visual) if t is not None]
         sources = sources_of(tensors, projections, hooks_observe=True)
         prompt = self._kept.recall(attention, None, sources)
         if prompt is None:

@@ -80,7 +80,15 @@ class Encoder:
         return self._fingerprint
 
     def feature_size(self, config: FeatureConfig) -> int:
-        """The width of a token: the layers' widths together, or the projection's. Raises UserError if there is none."""
+        """The width of a token: the layers' widths together, or the projection's.
+
+        Raises UserError for layers, tokens or a projection that the encoder does not have.
+        """
+        for layer in config.layers:
+            self._layer(layer)
+        if config.tokens in ("class", "patches") and not self.architecture.class_token:
+            what = "a class token" if config.tokens == "class" else "a class token to leave out"
+            raise UserError(f"{type(self.model).__name__} does not have {what}: take the tokens mean or all.")
         if not config.projected:
             return len(config.layers) * int(self.model.config.hidden_size)
         projection = getattr(self.model, "visual_projection", None)
@@ -104,14 +112,11 @@ class Encoder:
     def encode_pixels(self, pixels: Tensor, config: FeatureConfig) -> Tensor:
         """The features [B, T, M * D] of what the processor made of B images."""
         weight = next(self.model.parameters())
+        self.feature_size(config)
         layers = [self._layer(layer) for layer in config.layers]
-        if config.tokens in ("class", "patches") and not self.architecture.class_token:
-            what = "a class token" if config.tokens == "class" else "a class token to leave out"
-            raise UserError(f"{type(self.model).__name__} does not have {what}: take the tokens mean or all.")
         stem = self.architecture.stem(self.model)
         states = stem(pixels.to(weight.device, weight.dtype), output_hidden_states=True).hidden_states
         if config.projected:
-            self.feature_size(config)
             features = self.model.visual_projection(self.architecture.norm(self.model)(states[-1]))
         else:
             features = torch.cat([states[layer] for layer in layers], -1)

@@ -23,7 +23,7 @@ from zinit_kernels.checkpoints.writing import safetensors_bytes
 
 from .config import FeatureConfig, to_json
 from .encoders import Encoder
-from .images import read_image
+from .images import read_bytes, read_image
 
 
 class Features:
@@ -80,8 +80,7 @@ class Features:
     def _of(self, path: str) -> Tensor:
         name = self._names.get(path)
         if name is None:
-            content = Path(path).read_bytes() if Path(path).is_file() else b""
-            name = hashlib.sha256(content).hexdigest()
+            name = hashlib.sha256(read_bytes(path)).hexdigest()
         feature = self._kept.get(name)
         if feature is None:
             feature = self._read(name)

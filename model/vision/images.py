@@ -7,6 +7,7 @@ An image is refused by its header, before it is decoded, if it would take too mu
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,21 @@ _PNG_DEPTH = 24  # the place of the bit depth in a PNG file
 _TIFF_DEPTHS = 258  # the tag of the bits per sample
 
 
+class ImageError(UserError):
+    """A file is no image that is taken. The message is one sentence that names it."""
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of an image file. Raises ImageError if it cannot be read."""
+    path, name = Path(path), _name(path)
+    try:
+        if not path.is_file():
+            raise ImageError(f"{name} is {'not a file' if path.exists() else 'missing'}.")
+        return path.read_bytes()
+    except OSError as error:  # no permission, a name that is too long
+        raise ImageError(f"{name} cannot be read: {error.strerror or error}.") from None
+
+
 def read_image(path: str | Path, convert: bool = False) -> Any:
     """The image of a file as a PIL image in mode RGB, turned upright as its EXIF data say.
 
@@ -31,56 +47,53 @@ def read_image(path: str | Path, convert: bool = False) -> Any:
     are put on white, inks (CMYK) become the colours that Pillow makes of them, 16-bit greyscale is scaled to 8 bits,
     and of an animation the first frame is taken.
 
-    Raises UserError, before the pixels are decoded wherever the header tells: not an image, a damaged one, one
-    that is too large, a side of one pixel. OSError if the file cannot be read.
+    Raises ImageError, before the pixels are decoded wherever the header tells: not an image, a damaged one, one
+    that is too large, a side of one pixel, a file that cannot be read.
     """
     try:
-        from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageFile, ImageOps
     except ModuleNotFoundError:
         raise UserError("images need Pillow: pip install 'zinit-kernels[vision]'.") from None
 
-    path, name = Path(path), f"the image {shortened(str(path))}"
-    if not path.is_file():
-        raise UserError(f"{name} is {'not a file' if path.exists() else 'missing'}.")
-    with warnings.catch_warnings(), open(path, "rb") as file:
-        warnings.simplefilter("ignore")  # Pillow's own limit is a warning; ours is below
-        try:
-            image = Image.open(file, formats=_FORMATS)
-        except UnidentifiedImageError:
-            what = (
-                "empty" if path.stat().st_size == 0 else f"no image in a known format ({', '.join(_FORMATS)})"
-            )
-            raise UserError(f"{name} is {what}.") from None
-        except Image.DecompressionBombError:
-            raise UserError(f"{name} has more than {MOST_PIXELS:,} pixels: scale it down.") from None
-        except Exception as error:  # a damaged header: whatever Pillow stumbles over
-            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the header's
-                raise
-            raise _damaged(name, error) from None
-        _check_size(name, *image.size)
-        what = _unusual(image)
-        if what and not convert:
-            raise UserError(f"{name} {what}: {_CONVERT}.")
-        truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
+    name, content = _name(path), read_bytes(path)
+    if not content:
+        raise ImageError(f"{name} is empty.")
+    truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit is a warning; ours is below
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+            _check_size(name, *image.size)
+            what = _unusual(image)
+            if what and not convert:
+                raise ImageError(f"{name} {what}: {_CONVERT}.")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image), name)
-        except UserError:
-            raise
-        except Exception as error:
-            raise _damaged(name, error) from None
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+    except (ImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name} is no image in a known format ({', '.join(_FORMATS)}).") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} has more than {MOST_PIXELS:,} pixels: scale it down.") from None
+    except Exception as error:  # whatever Pillow stumbles over in a damaged file
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ImageError(f"{name} is truncated or damaged ({shortened(reason)}).") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+
+
+def _name(path: str | Path) -> str:
+    return f"the image {shortened(str(path))}"
 
 
 def _check_size(name: str, width: int, height: int) -> None:
     size = f"{name} has {width:,} x {height:,} pixels"
     if width * height > MOST_PIXELS:
-        raise UserError(f"{size}, more than {MOST_PIXELS:,}: scale it down.")
+        raise ImageError(f"{size}, more than {MOST_PIXELS:,}: scale it down.")
     if min(width, height) < 2:
-        raise UserError(f"{size}: at least 2 x 2 are needed.")
+        raise ImageError(f"{size}: at least 2 x 2 are needed.")
     if max(width, height) > LONGEST_SHAPE * min(width, height):
-        raise UserError(f"{size}: one side is more than {LONGEST_SHAPE} times the other, crop it.")
+        raise ImageError(f"{size}: one side is more than {LONGEST_SHAPE} times the other, crop it.")
 
 
 def _unusual(image: Any) -> str:
@@ -118,7 +131,7 @@ def _to_rgb(image: Any, name: str) -> Any:
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion cuts them off at 255
         image = image.convert("I").point(lambda value: value * (255 / 65535) + 0.5).convert("L")
     if image.mode == "F":
-        raise UserError(
+        raise ImageError(
             f"{name} holds floating-point numbers, which have no agreed range: convert it to 8-bit RGB."
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -126,8 +139,3 @@ def _to_rgb(image: Any, name: str) -> Any:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _damaged(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return UserError(f"{name} is truncated or damaged ({shortened(reason)}).")

@@ -63,7 +63,7 @@ def add_training_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--visual", choices=tuple(_WIDTHS), help="the paper's bottleneck on global features, or "
                         "learned queries that look at all patches, as in LLaMA-Adapter V2 (default: bottleneck)")
     parser.add_argument("--image-layers", metavar="N,N", help="the encoder's layers whose features are concatenated, "
-                        f"0 the embedding, -1 the last (default: {_DEFAULT_SCALES}, evenly spaced)")
+                        f"0 the embedding; --image-layers=-1 is the last (default: {_DEFAULT_SCALES}, evenly spaced)")
     parser.add_argument("--image-tokens", choices=TOKENS, help="which tokens of these layers (default: class, or the "
                         "mean where the encoder has no class token, for bottleneck; all for queries)")
     parser.add_argument("--channel-order", choices=("rgb", "bgr"), help="default: rgb; bgr is for adapters that go on "
@@ -121,6 +121,10 @@ def visual_adapter(
         init.source = open_source(options, init, base.device)
         return init
     encoder = load_encoder(options.encoder, device=base.device)
+    if options.stage == 2:
+        raise UserError(
+            f"--stage 2 leaves the projection as it is, and {options.init} has none: pass the adapter of stage 1."
+        )
     kind = options.visual or "bottleneck"
     if kind == "bottleneck":
         for option, name in (("--visual-blocks", "visual_blocks"), ("--visual-heads", "visual_heads")):

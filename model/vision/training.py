@@ -10,6 +10,7 @@ from ..errors import UserError, warn
 from ..records import Record
 from .adapter import VisualAdapter
 from .features import Features
+from .images import ImageError
 from .records import Found
 
 _STATISTICS = 2000  # images that the features' mean and deviation are taken from
@@ -34,7 +35,7 @@ def encode_images(
     for done, (path, where) in enumerate(places.items(), 1):
         try:
             features.of([path])
-        except (UserError, OSError) as error:
+        except ImageError as error:
             said = f"{where}: {str(error).rstrip('.')}"
             if not skip:
                 raise UserError(f"{said}; --skip-bad-images leaves such records out.") from None

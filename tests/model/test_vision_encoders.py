@@ -42,7 +42,7 @@ def test_features_are_hidden_states_of_transformers(folders, tmp_path, kind):
         states = hidden_states(model, pixels_of(kind, path))
         expected = torch.cat([states[1], states[3]], -1)[0]
         torch.testing.assert_close(feature, expected if kind == "siglip" else expected[1:])
-    assert feature.shape == (4, 48) and encoder.feature_size(FeatureConfig(layers)) == 48
+    assert feature.shape == (4, 48) and encoder.feature_size(FeatureConfig(layers, tokens)) == 48
 
 
 def test_one_token_an_image(folders, tmp_path):

@@ -143,9 +143,22 @@ def test_refused_in_one_sentence(file, name, convert, monkeypatch):
 
 
 def test_missing_and_folders(tmp_path):
-    for path in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(UserError, match="missing|not a file"):
+    long = tmp_path / ("a" * 300)
+    for path, said in (
+        (tmp_path / "none.png", "missing"),
+        (tmp_path, "not a file"),
+        (long, "cannot be read|missing"),
+    ):
+        with pytest.raises(UserError, match=said):
             read_image(path)
+
+
+def test_frames_are_counted_in_a_damaged_file(file):
+    """Pillow counts frames by reading on, and may stumble before any pixel is decoded."""
+    content = UNUSUAL["pages"][0]
+    for end in range(10, len(content), max(len(content) // 60, 1)):
+        with pytest.raises(UserError):
+            read_image(file(content[:end]))
 
 
 def test_truncated_whatever_pillow_was_told(file, monkeypatch):

@@ -129,6 +129,13 @@ def test_the_stages(folder, trained, tmp_path, capsys):
     capsys.readouterr()
     assert run(*options(folder, tmp_path / "no", *new, "--stage", 2)) == 2
     assert "pass the adapter of stage 1" in capsys.readouterr().err
+    text = options(folder, tmp_path / "text", "--epochs", 1, data=["data.jsonl"])
+    assert run(*text[: text.index("--encoder")], *text[text.index("--data") :]) == 0
+    capsys.readouterr()
+    assert run(*options(folder, tmp_path / "no", *new, "--stage", 2, "--init", tmp_path / "text")) == 2
+    assert (
+        "has none: pass the adapter of stage 1" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    )
 
 
 def test_the_second_run_encodes_nothing(folder, tmp_path, monkeypatch):
@@ -171,6 +178,13 @@ def test_records_with_bad_images(folder, tmp_path, capsys):
     skip = (*told, "--base", folder / "base", "--encoder", folder / "encoder", "--skip-bad-images")
     assert run(*options(tmp_path, out, *skip, data=["data.json"])) == 0
     assert "2 of 9 records are left out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_cache_that_cannot_be_written_is_no_bad_image(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    told = ("--feature-cache", tmp_path / "file", "--skip-bad-images")
+    assert run(*options(folder, tmp_path / "out", *told)) == 2
+    assert "left out" not in (said := capsys.readouterr().err) and str(tmp_path / "file") in said
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ struct AttentionParams {
   int64_t window_left;
   int64_t window_right;
   float scale;
+  float softcap;  // a scaled score s becomes softcap * tanh(s / softcap), before the bias; 0: it stays s
 
   View prompt_key;        // [N, Hkv, P, D]
   View prompt_value;      // [N, Hkv, P, D]; both given or neither

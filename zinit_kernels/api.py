@@ -65,6 +65,7 @@ def zero_init_attention(
     is_causal: bool = False,
     window_size: tuple[int, int] | None = None,
     scale: float | None = None,
+    softcap: float | None = 0.0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
     return_lse: bool = False,
@@ -98,6 +99,8 @@ def zero_init_attention(
         window_size: (left, right): query i sees the keys i - left <= j <= i + right, -1 means no limit. Needs
             T == S.
         scale: of the scores of both branches; default D ** -0.5.
+        softcap: above 0, every scaled score s of both branches becomes softcap * tanh(s / softcap) before masks
+            and softmax, as in flash-attn and Gemma 2. 0.0 or None leaves the scores as they are.
         gate_activation: "tanh" (the paper's training code) or "identity" (PEFT, litgpt).
         prompt_index: int32 [B], the row of the prompt table for each sequence; -1 means no prompts.
         return_lse: also return the token branch's log-sum-exp, float32 [B, Hq, T], in natural logarithms, -inf
@@ -120,8 +123,8 @@ def zero_init_attention(
     if ported:
         check_keywords("zero_init_attention", ported)
     given = (
-        query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, gate_activation,
-        prompt_index,
+        query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, softcap,
+        gate_activation, prompt_index,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention(*given)):
         return done if return_lse else done[0]
@@ -193,6 +196,7 @@ def zero_init_attention_varlen(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float | None = 0.0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
     return_lse: bool = False,
@@ -219,7 +223,7 @@ def zero_init_attention_varlen(
             has the first cu_seqlens_k[b + 1] - cu_seqlens_k[b] keys of its pages. They are gathered into packed
             tensors, one copy of each, and a GPU waits for their number. For decoding
             `zero_init_attention_with_kvcache` reads pages in place.
-        gate_activation, return_lse, backend, ported: as for `zero_init_attention`.
+        softcap, gate_activation, return_lse, backend, ported: as for `zero_init_attention`.
 
     Returns:
         out [total_q, Hq, D]; with return_lse also lse, float32 [Hq, total_q].
@@ -233,7 +237,7 @@ def zero_init_attention_varlen(
         check_keywords("zero_init_attention_varlen", ported)
     call = arguments.from_varlen(
         q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
-        softmax_scale, causal, window_size, gate_activation, prompt_index,
+        softmax_scale, causal, window_size, softcap, gate_activation, prompt_index,
     )  # fmt: skip
     try:
         out, lse = dispatch.run(backend, call, return_lse)
@@ -296,6 +300,7 @@ def zero_init_attention_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool | None = None,
     window_size: tuple[int, int] | None = (-1, -1),
+    softcap: float | None = 0.0,
     num_splits: int = 0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
@@ -332,7 +337,7 @@ def zero_init_attention_with_kvcache(
         causal, window_size: aligned to the bottom right, as for `zero_init_attention_varlen`. causal must be
             given: flash-attn's default is False, this function's was True.
         num_splits: how many pieces the keys of a sequence are split into; 0 chooses. It changes rounding only.
-        softmax_scale, gate_activation, backend, ported: as for `zero_init_attention_varlen`.
+        softmax_scale, softcap, gate_activation, backend, ported: as for `zero_init_attention_varlen`.
 
     Returns:
         out [B, T, Hq, D]; with return_lse also lse, float32 [B, Hq, T].
@@ -346,7 +351,8 @@ def zero_init_attention_with_kvcache(
         check_keywords("zero_init_attention_with_kvcache", ported)
     given = (
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, cache_batch_idx, block_table, rotary_cos,
-        rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, num_splits, gate_activation, prompt_index,
+        rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, softcap, num_splits, gate_activation,
+        prompt_index,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]
@@ -364,6 +370,7 @@ def prompt_attention_(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = 0.0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
     backend: str = "auto",
@@ -382,7 +389,7 @@ def prompt_attention_(
         max_seqlen: the length of the longest packed sequence, or more. None means all tokens together, for which
             a GPU starts blocks that find nothing to do.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], not rotated.
-        gate, prompt_index, gate_activation, softmax_scale, backend: as for `zero_init_attention`.
+        gate, prompt_index, gate_activation, softmax_scale, softcap, backend: as for `zero_init_attention`.
 
     Returns:
         out, the same tensor.
@@ -391,7 +398,17 @@ def prompt_attention_(
         TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.
     """
     call = arguments.from_prompt_branch(
-        out, q, prompt_k, prompt_v, gate, cu_seqlens, max_seqlen, softmax_scale, gate_activation, prompt_index
+        out,
+        q,
+        prompt_k,
+        prompt_v,
+        gate,
+        cu_seqlens,
+        max_seqlen,
+        softmax_scale,
+        softcap,
+        gate_activation,
+        prompt_index,
     )
     dispatch.add_prompt_branch(backend, call)
     return out

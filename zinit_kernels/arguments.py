@@ -29,6 +29,7 @@ def from_sdpa(
     is_causal: bool,
     window_size: tuple[int, int] | None,
     scale: float | None,
+    softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
 ) -> Call:
@@ -89,6 +90,7 @@ def from_sdpa(
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k,
         scale=_scale(scale, head_dim),
+        softcap=_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
@@ -111,6 +113,7 @@ def from_varlen(
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int] | None,
+    softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
 ) -> Call:
@@ -173,6 +176,7 @@ def from_varlen(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         scale=_scale(softmax_scale, head_dim),
+        softcap=_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
@@ -206,6 +210,7 @@ def from_cache(
     softmax_scale: float | None,
     causal: bool | None,
     window_size: tuple[int, int] | None,
+    softcap: float | None,
     num_splits: int,
     gate_activation: str,
     prompt_index: Tensor | None,
@@ -324,6 +329,7 @@ def from_cache(
         rotary_sin=rotary_sin,
         rotary_interleaved=bool(rotary_interleaved),
         scale=_scale(softmax_scale, head_dim),
+        softcap=_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
@@ -340,6 +346,7 @@ def from_prompt_branch(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     softmax_scale: float | None,
+    softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
 ) -> PromptCall:
@@ -399,6 +406,7 @@ def from_prompt_branch(
         cu_seqlens=cu_seqlens,
         max_seqlen=longest,
         scale=_scale(softmax_scale, q.shape[-1]),
+        softcap=_softcap(softcap),
         tanh_gate=gate_activation == "tanh",
     )
 
@@ -439,6 +447,23 @@ def _scale(scale: float | None, head_dim: int) -> float:
             f"got {type(scale).__name__}"
         )
     return float(scale)
+
+
+def _softcap(softcap: float | None) -> float:
+    """0.0 where there is none; numbers first, as in `_scale`."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, (int, float)) and (
+        isinstance(softcap, Tensor) or not hasattr(softcap, "__float__")
+    ):
+        raise TypeError(f"softcap must be a Python number, 0.0 for no cap, got {type(softcap).__name__}")
+    softcap = float(softcap)
+    # the kernels divide by it in float32
+    if softcap and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(
+            f"softcap must be 0.0 (no cap) or lie in 1e-30 .. 1e30, the largest score that is possible, got {softcap}"
+        )
+    return softcap
 
 
 def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int]:

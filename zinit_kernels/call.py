@@ -99,6 +99,8 @@ class Call(NamedTuple):
     max_seqlen_k: int = 0
     # of the scores of both branches
     scale: float = 1.0
+    # a score s of either branch becomes softcap * tanh(s / softcap), before bias and mask; 0 = it stays s
+    softcap: float = 0.0
     # query i sees keys j with i + S - T - left <= j <= i + S - T + right; -1 = no limit, causal = right 0
     window_left: int = -1
     window_right: int = -1
@@ -137,6 +139,8 @@ class CacheCall(NamedTuple):
     # pairs (2i, 2i + 1), or (i, i + rotary_dim / 2)
     rotary_interleaved: bool
     scale: float
+    # as in Call
+    softcap: float
     window_left: int
     window_right: int
     tanh_gate: bool
@@ -165,6 +169,7 @@ class PromptCall(NamedTuple):
     cu_seqlens: Annotated[Tensor | None, array("[B + 1]", _INT32)]
     max_seqlen: int
     scale: float
+    softcap: float
     tanh_gate: bool
 
     def attention(self) -> Call:
@@ -183,6 +188,7 @@ class PromptCall(NamedTuple):
             cu_seqlens_k=None if cu_seqlens is None else torch.zeros_like(cu_seqlens),
             max_seqlen_q=self.max_seqlen,
             scale=self.scale,
+            softcap=self.softcap,
             tanh_gate=self.tanh_gate,
         )
 

@@ -90,6 +90,7 @@ def attention(
     is_causal: bool,
     window_size: tuple[int, int] | None,
     scale: float | None,
+    softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
@@ -105,7 +106,7 @@ def attention(
         _, heads_q, seqlen_q, head_dim = query.shape
         seqlen_k = key.shape[2]
         if (is_causal and seqlen_q != seqlen_k) or not _is_plain(
-            query, keys, values, gates, heads_q, head_dim, scale, gate_activation
+            query, keys, values, gates, heads_q, head_dim, scale, softcap, gate_activation
         ):
             return None
         left, right = -1, 0 if is_causal else -1
@@ -116,13 +117,13 @@ def attention(
             left, right = window
         operands = (
             query, key, value, keys, values, gates, prompt_index, None, None, None, seqlen_q, seqlen_k,
-            head_dim**-0.5 if scale is None else scale, left, right, gate_activation == "tanh",
+            head_dim**-0.5 if scale is None else scale, softcap, left, right, gate_activation == "tanh",
         )  # fmt: skip
         return fused.attention_of("cpu", *operands) if is_grad_enabled() else _FORWARD(*operands)
     except RuntimeError as error:
         _refuse(
             error, arguments.from_sdpa, query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal,
-            window_size, scale, gate_activation, prompt_index,
+            window_size, scale, softcap, gate_activation, prompt_index,
         )  # fmt: skip
 
 
@@ -144,6 +145,7 @@ def attention_with_cache(
     softmax_scale: float | None,
     causal: bool | None,
     window_size: tuple[int, int] | None,
+    softcap: float | None,
     num_splits: int,
     gate_activation: str,
     prompt_index: Tensor | None,
@@ -162,7 +164,7 @@ def attention_with_cache(
         if q.dim() != 4:
             return None
         _, _, heads_q, head_dim = q.shape
-        if not _is_plain(q, keys, values, gates, heads_q, head_dim, softmax_scale, gate_activation):
+        if not _is_plain(q, keys, values, gates, heads_q, head_dim, softmax_scale, softcap, gate_activation):
             return None
         if k_cache is v_cache and k is not None:
             return None
@@ -177,8 +179,8 @@ def attention_with_cache(
                 return None
             left, right = window
         operands = (
-            *tensors, rotary_interleaved or False, head_dim**-0.5 if softmax_scale is None else softmax_scale, left,
-            right, gate_activation == "tanh", num_splits,
+            *tensors, rotary_interleaved or False, head_dim**-0.5 if softmax_scale is None else softmax_scale,
+            softcap, left, right, gate_activation == "tanh", num_splits,
         )  # fmt: skip
         if is_grad_enabled() and _require_grad(*tensors):
             with torch.no_grad():
@@ -192,7 +194,7 @@ def attention_with_cache(
         _refuse(
             error, arguments.from_cache, q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens,
             cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal,
-            window_size, num_splits, gate_activation, prompt_index,
+            window_size, softcap, num_splits, gate_activation, prompt_index,
         )  # fmt: skip
 
 
@@ -213,6 +215,7 @@ def _is_plain(
     heads_q: int,
     head_dim: int,
     scale: float | None,
+    softcap: float | None,
     gate_activation: str,
 ) -> bool:
     """What both functions have to ask beside each tensor."""
@@ -222,6 +225,8 @@ def _is_plain(
         and (prompt_key is None or prompt_value is None or prompt_key.dtype is prompt_value.dtype)
         and 1 <= head_dim <= fused.MAX_HEAD_DIM
         and (scale is None or type(scale) is float)
+        and type(softcap) is float
+        and (softcap == 0.0 or 1e-30 <= softcap <= 1e30)
         and gate_activation in GATE_ACTIVATIONS
     )
 

@@ -38,7 +38,6 @@ _EVERYWHERE = {
     "dropout_p": Keyword((0,), "it drops attention weights at random, which is not built: pass 0.0 and train without"),
     "enable_gqa": Keyword(_BOOLS, "grouped queries need no flag here: leave it out"),
     "deterministic": Keyword(_BOOLS, "gradients are always the same bits here: leave it out"),
-    "softcap": Keyword((0,), "it bounds the scores by softcap * tanh(scores / softcap), which is not built: pass 0.0"),
     "qv": Keyword((), "it adds qv.v to the scores q.k (MLA), which is not built: append qv to q and v to k, with scale "
                   "(softmax_scale) as you had it, and pad v with zeros to the same head_dim"),
     "q_descale": Keyword((), "it scales an 8-bit q, which is not built: pass q as bfloat16, multiplied by it"),

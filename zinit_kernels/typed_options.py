@@ -19,7 +19,6 @@ class SdpaPorted(TypedDict, total=False):
 
 class FlashPorted(TypedDict, total=False):
     dropout_p: float
-    softcap: float
     alibi_slopes: None
     deterministic: bool
     return_attn_probs: Literal[False]
@@ -30,6 +29,7 @@ class SdpaOptions(SdpaPorted, total=False):
     is_causal: bool
     window_size: tuple[int, int] | None
     scale: float | None
+    softcap: float | None
     gate_activation: str
     prompt_index: Tensor | None
     backend: str
@@ -38,6 +38,7 @@ class SdpaOptions(SdpaPorted, total=False):
 class FlashOptions(TypedDict, total=False):
     softmax_scale: float | None
     window_size: tuple[int, int] | None
+    softcap: float | None
     gate_activation: str
     prompt_index: Tensor | None
     backend: str

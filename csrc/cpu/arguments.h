@@ -110,12 +110,13 @@ inline int64_t copy_lengths(DecodeParams& w, Copies& copies) {
 }
 
 // A window that reaches past every key is unlimited: -1.
-inline void set_mask(AttentionParams& w, double scale, int64_t window_left, int64_t window_right,
-                     bool tanh_gate) {
+inline void set_mask(AttentionParams& w, double scale, double softcap, int64_t window_left,
+                     int64_t window_right, bool tanh_gate) {
   const int64_t all = w.seqlen_q + w.seqlen_k;
   w.window_left = window_left < 0 || window_left >= all ? -1 : window_left;
   w.window_right = window_right < 0 || window_right >= all ? -1 : window_right;
   w.scale = static_cast<float>(scale);
+  w.softcap = static_cast<float>(softcap);
   w.tanh_gate = tanh_gate;
 }
 

@@ -4,6 +4,7 @@
 //   dS = P (dO v^T - delta)    dSp = s Pp (dPp - r)
 //   dq = scale (dS k + dSp pk)    dk = scale dS^T q    dv = P^T dO
 //   dpk = scale dSp^T q    dpv = s Pp^T dO    dgate = act'(gate) sum r
+// With a soft cap, dS and dSp are multiplied by its slope at their scores.
 // delta belongs to the token branch alone: out holds the prompt branch too, and s r takes it off again.
 #pragma once
 #include "backward_columns.h"
@@ -207,7 +208,7 @@ class BackwardUnit {
                               Overwrite{s.dp + c, kGroup}, 0, P, 0, steps);
       }
       for (int64_t c = 0; c < columns; c += kLanes) {
-        gate_sum = gate_sum + prompt_gradient_column<Tile>(P, w.scale, gate, c, s.delta + row, s);
+        gate_sum = gate_sum + prompt_gradient_column<Tile>(w, gate, c, s.delta + row, s);
       }
       if (gate == 0.f) continue;
       Range over_queries[kMaxPromptLength / kRows];
@@ -285,7 +286,8 @@ class BackwardUnit {
     for (int v = 0; v < 2; ++v) {
       const int64_t column = c + v * kLanes;
       if (kCareful) clamp_scores(extents[v], column);
-      mask_column(visible, first_row + v * kLanes, extents[v], block, how, bias, s.scores + column, kGroup);
+      mask_column(visible, first_row + v * kLanes, extents[v], block, how, bias, s.scores + column, kGroup,
+                  s.slopes + column);
       token_gradient_column<Tile>(extents[v], round_up(count, Tile::kPack), how, row, column, wants_scores(),
                                   kCareful, s);
     }

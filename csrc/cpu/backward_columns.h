@@ -27,6 +27,7 @@ struct BackwardScratch {
   Unit *key, *value, *key_lanes;                       // rows, rows, lanes
   Unit *prompt_key, *prompt_value, *prompt_key_lanes;  // the same
   float *scores, *dp;                                  // [keys][kGroup]
+  float* slopes;                                       // the same, of the soft cap; only with one
   Unit *p, *ds_by_query;                               // [keys][kGroup / kPack]: reduced along the queries
   Unit* ds_by_key;                                     // [keys / kPack][kGroup]: reduced along the keys
   float *grad_key, *grad_value;                        // [keys][padded_dim]
@@ -59,6 +60,7 @@ struct BackwardScratch {
     prompt_key_lanes = Tile::kPack == 1 ? prompt_key : packed(P);
     scores = arena.take<float>(rows * kGroup);
     dp = arena.take<float>(rows * kGroup);
+    slopes = arena.take<float>(w.softcap > 0.f ? rows * kGroup : 0);
     if constexpr (Tile::kPack == 1) {
       p = scores, ds_by_query = ds_by_key = dp;
     } else {
@@ -153,10 +155,17 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
                                   int64_t column, bool wants_scores, bool careful,
                                   const BackwardScratch<Tile>& s) {
   const float* scores = s.scores + column;
-  const float* dp = s.dp + column;
+  float* dp = s.dp + column;
   const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
-  const Vec delta = load(s.delta + row + column), zero = broadcast(0.f), minus_rest = zero - rest;
+  Vec delta = load(s.delta + row + column);
+  const Vec zero = broadcast(0.f), minus_rest = zero - rest;
   const Vec factor = broadcast(how.factor), nothing = broadcast(-kInfinity);
+  if (how.cap > 0.f && wants_scores) {
+    for (int64_t j = e.begin; j < e.end; ++j) {
+      store(dp + j * kGroup, (load(dp + j * kGroup) - delta) * load(s.slopes + column + j * kGroup));
+    }
+    delta = zero;
+  }
   struct Pair {
     Vec p, ds;
   };
@@ -199,7 +208,7 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
   const int64_t full_begin = round_up(e.full_begin, Tile::kPack);
   const int64_t full_end = e.full_end - e.full_end % Tile::kPack;
   clear(0, e.begin);
-  if (careful || how.biased || full_begin >= full_end) {
+  if (careful || how.rewritten || full_begin >= full_end) {
     rows(e.begin, e.end, true);
   } else {
     rows(e.begin, full_begin, true);
@@ -211,18 +220,26 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
 
 // Scores and dO pv^T of one column of the prompt tile -> gated p and ds; delta loses s r. Returns r, by lane.
 template <class Tile>
-inline Vec prompt_gradient_column(int64_t P, float scale, float gate, int64_t column, float* delta,
+inline Vec prompt_gradient_column(const AttentionParams& w, float gate, int64_t column, float* delta,
                                   const BackwardScratch<Tile>& s) {
+  const int64_t P = w.prompt_length;
   float* scores = s.scores + column;
-  const float* dp = s.dp + column;
-  prompt_softmax_column(P, scale, scores, kGroup);
+  float* dp = s.dp + column;
+  prompt_softmax_column(w, scores, kGroup, s.slopes + column);
   Vec r = broadcast(0.f);
   for (int64_t j = 0; j < P; ++j) r = fma(load(scores + j * kGroup), load(dp + j * kGroup), r);
   if (gate == 0.f) return r;
   const Vec gates = broadcast(gate);
   store(delta + column, load(delta + column) - gates * r);
+  Vec mean = r;
+  if (w.softcap > 0.f) {
+    for (int64_t j = 0; j < P; ++j) {
+      store(dp + j * kGroup, (load(dp + j * kGroup) - r) * load(s.slopes + column + j * kGroup));
+    }
+    mean = broadcast(0.f);
+  }
   const auto weight = [&](int64_t j) { return j < P ? load(scores + j * kGroup) * gates : broadcast(0.f); };
-  const auto grad = [&](int64_t j) { return j < P ? load(dp + j * kGroup) - r : broadcast(0.f); };
+  const auto grad = [&](int64_t j) { return j < P ? load(dp + j * kGroup) - mean : broadcast(0.f); };
   for (int64_t j = 0; j < P; j += 2) {
     const Vec even = weight(j), odd = weight(j + 1);
     s.store_ds(j, column, even * grad(j), odd * grad(j + 1));

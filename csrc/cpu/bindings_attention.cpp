@@ -60,14 +60,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    const OptionalTensor& gate, const OptionalTensor& prompt_index,
                                    const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q,
                                    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
-                                   int64_t max_seqlen_k, double scale, int64_t window_left,
+                                   int64_t max_seqlen_k, double scale, double softcap, int64_t window_left,
                                    int64_t window_right, bool tanh_gate) {
   const Device device = Device::cpu();
   ForwardParams w{};
   Copies copies;
   set_tokens(w, device, query, key, value, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
              copies);
-  set_mask(w, scale, window_left, window_right, tanh_gate);
+  set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
   const int64_t batch = query.size(0), rows = query.size(2);
@@ -84,14 +84,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& prompt_key,
     const OptionalTensor& prompt_value, const OptionalTensor& gate, const OptionalTensor& prompt_index,
     const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
-    bool tanh_gate, int64_t needs) {
+    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap, int64_t window_left,
+    int64_t window_right, bool tanh_gate, int64_t needs) {
   const Device device = Device::cpu();
   BackwardWork w{};
   Copies copies;
   set_tokens(w, device, query, key, value, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
              copies);
-  set_mask(w, scale, window_left, window_right, tanh_gate);
+  set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
   const int64_t batch = query.size(0), rows = query.size(2), keys = key.size(2), D = w.head_dim;

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
                                   const OptionalTensor& gate, const OptionalTensor& prompt_index,
                                   const Tensor& cache_seqlens, const OptionalTensor& block_table,
                                   const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
-                                  bool rotary_interleaved, double scale, int64_t window_left,
+                                  bool rotary_interleaved, double scale, double softcap, int64_t window_left,
                                   int64_t window_right, bool tanh_gate, int64_t num_splits) {
   const Device device = Device::cpu();
   DecodeWork w{};
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
     w.block_table_stride = block_table->size(1);
     w.page_size = S, w.num_pages = key_cache.size(0), w.seqlen_k = w.block_table_stride * S;
   }
-  set_mask(w, scale, window_left, window_right, tanh_gate);
+  set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
   set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);

@@ -10,6 +10,7 @@
 #include "decode_items.h"
 #include "decode_tiles.h"
 #include "kernels.h"
+#include "softcap.h"
 #include "special.h"
 
 namespace zinit::cpu {
@@ -168,6 +169,14 @@ class DecodeItem {
     }
   }
 
+  // The scores count log2(e) times here.
+  template <int N>
+  void cap_tile(float* scores, int64_t count) const {
+    if (w.softcap > 0.f) {
+      cap_scores(0, count * N / kLanes, 1.f, w.softcap * kLog2E, scores, kLanes, nullptr);
+    }
+  }
+
   // All rows of one key head against one block of its keys. `coming`: the keys that are read next, anywhere.
   void attend_block(int64_t head, const KeyBlock& block, const RowAddress* coming) {
     const int64_t count = round_up(block.count, kLanes);
@@ -180,6 +189,7 @@ class DecodeItem {
       float* scores = s.scores + row * kDecodeKeys;
       score_keys<T, kFloats, N>(block.key, count, w.head_dim, operand_of(head, row), query_stride,
                                 w.scale * kLog2E, scores, ahead);
+      cap_tile<N>(scores, count);
       ahead = nullptr;
       if (!all_see_all) mask_tile<N>(row, block, count, scores);
       absorb<N>(scores, count, states[tile], acc_of(head, row), q.padded, q.padded);
@@ -297,6 +307,7 @@ class DecodeItem {
       value[j] = reinterpret_cast<RowAddress>(s.prompt_value + row * q.padded);
     }
     score_keys<float, true, N>(key, count, q.padded, query, q.padded, w.scale * kLog2E, s.scores, nullptr);
+    cap_tile<N>(s.scores, count);
     for (int64_t i = w.prompt_length * N; i < count * N; ++i) s.scores[i] = -kInfinity;
     RunningSoftmax state;
     state.reset();

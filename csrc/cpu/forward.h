@@ -242,7 +242,7 @@ class ForwardBlock {
                           Overwrite{scores, kStrip}, 0, P, 0, steps);
     const WeightStore<Tile> to{s.p + kForwardKeys / Tile::kPack * kStrip, kStrip};
     for (int64_t lane = 0; lane < kStrip; lane += kLanes) {
-      prompt_softmax_column(P, w.scale, scores + lane, kStrip);
+      prompt_softmax_column(w, scores + lane, kStrip);
       const auto weight = [&](int64_t j) {
         return j < P ? load(scores + j * kStrip + lane) * broadcast(gate) : broadcast(0.f);
       };

@@ -2,6 +2,7 @@
 #pragma once
 #include "../params.h"
 #include "sequence.h"
+#include "softcap.h"
 #include "tiles.h"
 
 namespace zinit::cpu {
@@ -22,9 +23,14 @@ inline void pack_prompt_lanes(const AttentionParams& w, const View& table, int64
              [&](auto rows) { Tile::pack_lanes(rows, w.prompt_length, w.head_dim, nullptr, to); });
 }
 
-// In place: softmax over the P rows of one vector of queries.
-inline void prompt_softmax_column(int64_t P, float scale, float* scores, int64_t score_row) {
-  const Vec factor = broadcast(scale * kLog2E);  // of either sign, so the products come before the maximum
+// In place: softmax over the prompts' rows of one vector of queries. `slopes` as for cap_scores.
+inline void prompt_softmax_column(const AttentionParams& w, float* scores, int64_t score_row,
+                                  float* slopes = nullptr) {
+  const int64_t P = w.prompt_length;
+  const bool capped = w.softcap > 0.f;
+  if (capped) cap_scores(0, P, w.scale, w.softcap, scores, score_row, slopes);
+  // of either sign, so the products come before the maximum
+  const Vec factor = broadcast((capped ? 1.f : w.scale) * kLog2E);
   Vec m = broadcast(-kInfinity);
   for (int64_t j = 0; j < P; ++j) {
     const Vec x = load(scores + j * score_row) * factor;

@@ -83,7 +83,7 @@ template <class Tile>
   // Whole pairs of the part that every lane sees.
   const int64_t full_begin = round_up(e.full_begin, Tile::kPack);
   const int64_t full_end = e.full_end - e.full_end % Tile::kPack;
-  if (coarse || how.biased || full_begin >= full_end) {
+  if (coarse || how.rewritten || full_begin >= full_end) {
     run(e.begin, e.end, true);
   } else {
     run(e.begin, full_begin, true);

@@ -4,6 +4,7 @@
 #include "../params.h"
 #include "gemm.h"
 #include "sequence.h"
+#include "softcap.h"
 
 namespace zinit::cpu {
 namespace {
@@ -13,18 +14,20 @@ namespace {
 constexpr float kCoarse = 1 << 14;
 
 // How scores become exponents of 2: (s - m) * factor. Where m * factor is not coarse, s * factor - m * factor
-// is cheaper. With a key bias, or with scale <= 0, where the largest product is not the largest score, the
-// tile is first rewritten as s * scale + bias. It is clamped to finite numbers unless the key is hidden, so a
-// huge negative bias stays a number.
+// is cheaper. With a key bias, a soft cap, or scale <= 0, where the largest product is not the largest score,
+// the tile is first rewritten as cap(s * scale) + bias. It is clamped to finite numbers unless the key is
+// hidden, so a huge negative bias stays a number.
 struct ScoreScale {
-  bool biased;
+  bool rewritten;
+  float cap;        // 0: none
   float scale;      // what the rewriting multiplies with
   float remaining;  // what a score of the tile still lacks: scale, or 1 once rewritten
   float factor;     // the same for an exponent of 2
   explicit ScoreScale(const AttentionParams& w)
-      : biased(w.key_bias.given || !(w.scale > 0)),
+      : rewritten(w.key_bias.given || w.softcap > 0.f || !(w.scale > 0)),
+        cap(w.softcap),
         scale(w.scale),
-        remaining(biased ? 1.f : scale),
+        remaining(rewritten ? 1.f : scale),
         factor(remaining * kLog2E) {}
 };
 
@@ -86,12 +89,16 @@ inline void score_tile(const typename Tile::Unit* rows, int64_t row_units,
   }
 }
 
-// Rewrites the part of one vector's column that needs it: bias and scale everywhere, -inf where a lane does
-// not see the key. `first` is the query in lane 0; bias and scores start at key `block`.
+// Rewrites the part of one vector's column that needs it: bias, cap and scale everywhere, -inf where a lane
+// does not see the key. `first` is the query in lane 0; bias and scores start at key `block`. `slopes`: where
+// the derivative of the cap goes, if there is one and somebody wants it.
 inline void mask_column(const Visibility& visible, int64_t first, const Extent& e, int64_t block,
-                        const ScoreScale& how, const float* bias, float* scores, int64_t score_row) {
-  if (how.biased) {
-    const Vec scale = broadcast(how.scale);
+                        const ScoreScale& how, const float* bias, float* scores, int64_t score_row,
+                        float* slopes = nullptr) {
+  if (how.rewritten) {
+    const bool capped = how.cap > 0.f;
+    if (capped) cap_scores(e.begin, e.end, how.scale, how.cap, scores, score_row, slopes);
+    const Vec scale = broadcast(capped ? 1.f : how.scale);
     for (int64_t j = e.begin; j < e.end; ++j) {
       const float b = bias == nullptr || block + j >= visible.keys ? 0.f : bias[j];
       const Vec t = max(broadcast(-kMaxFloat), fma(load(scores + j * score_row), scale, broadcast(b)));

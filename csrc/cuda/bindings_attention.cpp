@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
                                         OptionalTensor prompt_index, OptionalTensor key_bias,
                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
                                         int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                        int64_t window_left, int64_t window_right, bool tanh_gate) {
+                                        double softcap, int64_t window_left, int64_t window_right,
+                                        bool tanh_gate) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   PrefillParams w{};
@@ -39,7 +40,8 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3), S = key.size(2);
   w.num_sequences = B, w.num_heads_q = Hq, w.num_heads_kv = key.size(1), w.head_dim = D;
   w.seqlen_q = w.total_q = T, w.seqlen_k = w.total_k = S;
-  w.scale = static_cast<float>(scale), w.tanh_gate = tanh_gate;
+  w.scale = static_cast<float>(scale), w.softcap = static_cast<float>(softcap);
+  w.tanh_gate = tanh_gate;
   w.window_left = window_left, w.window_right = window_right;
   check_shape(key, "key", {B, w.num_heads_kv, S, D});
   check_shape(value, "value", {B, w.num_heads_kv, S, D});
@@ -68,7 +70,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
 
 void prompt_cuda(Tensor out, Tensor query, Tensor prompt_key, Tensor prompt_value, Tensor gate,
                  OptionalTensor prompt_index, OptionalTensor cu_seqlens, int64_t max_seqlen, double scale,
-                 bool tanh_gate) {
+                 double softcap, bool tanh_gate) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   PromptParams w{};
@@ -79,7 +81,8 @@ void prompt_cuda(Tensor out, Tensor query, Tensor prompt_key, Tensor prompt_valu
   ZINIT_CHECK(w.out.dtype == w.query.dtype, "out must have the query's dtype");
   device.view(prompt_key, "prompt_key", Layout::kHeadMajor);
   w.num_sequences = B, w.num_heads_q = Hq, w.num_heads_kv = prompt_key.size(1), w.head_dim = D;
-  w.seqlen_q = w.total_q = T, w.scale = static_cast<float>(scale), w.tanh_gate = tanh_gate;
+  w.seqlen_q = w.total_q = T, w.scale = static_cast<float>(scale), w.softcap = static_cast<float>(softcap);
+  w.tanh_gate = tanh_gate;
   ZINIT_CHECK(T < kMaxRows, "query must have fewer than ", kMaxRows, " rows");
   set_packing(w, device, cu_seqlens, "cu_seqlens", cu_seqlens, "cu_seqlens");
   if (cu_seqlens.has_value()) w.seqlen_q = std::clamp<int64_t>(max_seqlen, 0, T);

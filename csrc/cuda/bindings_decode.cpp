@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
                                        OptionalTensor gate, OptionalTensor prompt_index, Tensor cache_seqlens,
                                        OptionalTensor block_table, OptionalTensor rotary_cos,
                                        OptionalTensor rotary_sin, bool rotary_interleaved, double scale,
-                                       int64_t window_left, int64_t window_right, bool tanh_gate,
-                                       int64_t num_splits) {
+                                       double softcap, int64_t window_left, int64_t window_right,
+                                       bool tanh_gate, int64_t num_splits) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   DecodeParams w{};
@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
   w.value_cache = device.aligned_view(value_cache, "value_cache", Layout::kTokenMajor);
   const int64_t B = query.size(0), T = query.size(1), Hq = query.size(2), D = query.size(3);
   w.num_sequences = B, w.num_heads_q = Hq, w.num_heads_kv = key_cache.size(2), w.head_dim = D, w.seqlen_q = T;
-  w.scale = static_cast<float>(scale), w.tanh_gate = tanh_gate, w.num_splits = num_splits;
+  w.scale = static_cast<float>(scale), w.softcap = static_cast<float>(softcap);
+  w.tanh_gate = tanh_gate, w.num_splits = num_splits;
   w.window_left = window_left, w.window_right = window_right;
   set_cache(w, device, key_cache, value_cache, cache_seqlens, block_table);
   set_new_tokens(w, device, new_key, new_value);

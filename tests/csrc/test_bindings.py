@@ -31,7 +31,7 @@ def arguments_of(stage: str) -> dict:
         "gate": torch.rand(3, HEADS),
         "prompt_index": torch.tensor([2, -1], dtype=torch.int32),
     }
-    last = {"scale": 0.3, "window_left": -1, "window_right": 0, "tanh_gate": True}
+    last = {"scale": 0.3, "softcap": 1.3, "window_left": -1, "window_right": 0, "tanh_gate": True}
     if stage == "decode":
         return {
             "query": tensor(1, HEADS), "key_cache": tensor(8, batch=4), "value_cache": tensor(8, batch=4),

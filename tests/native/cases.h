@@ -18,6 +18,7 @@ struct Case {
   bool special =
       false;  // NaN in a value, a key, a query and a gradient, each hidden from some: see special.h
   float value_scale = 1.f;
+  float softcap = 0.f;
   bool tanh = true;
   Layout layout = Layout::kTokenMajor;
   int64_t gap = 0;
@@ -58,6 +59,8 @@ inline const Case kAttentionCases[] = {
      .padded = true,
      .special = true},
     {.name = "tiny values", .T = 40, .S = 40, .P = 0, .value_scale = 1e-38f},
+    {.name = "soft cap, window", .T = 70, .S = 81, .P = 100, .window_left = 30, .softcap = 0.5f},
+    {.name = "soft cap, padding", .B = 3, .padded = true, .special = true, .softcap = 2.f},
 };
 
 inline const Case kDecodeCases[] = {
@@ -82,6 +85,7 @@ inline const Case kDecodeCases[] = {
     {.name = "widest", .B = 1, .Hq = 8, .Hkv = 1, .T = 1, .S = 70, .D = 256, .P = 128, .splits = 2},
     {.name = "NaN, chunk, splits", .T = 9, .S = 70, .special = true, .splits = 3, .query_block = 4},
     {.name = "tiny values", .T = 2, .S = 50, .value_scale = 1e-38f, .splits = 2, .query_block = 2},
+    {.name = "soft cap", .T = 5, .S = 70, .softcap = 0.5f, .page_size = 7, .splits = 2, .query_block = 4},
 };
 
 inline const DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
@@ -108,7 +112,7 @@ class Shared {
     p.seqlen_q = c.T, p.seqlen_k = c.S;
     p.window_left = c.window_left, p.window_right = c.window_right;
     p.scale = 1.f / std::sqrt(static_cast<float>(c.D));
-    p.tanh_gate = c.tanh;
+    p.softcap = c.softcap, p.tanh_gate = c.tanh;
     if (c.P == 0) return;
     p.prompt_key = prompt_key.view(), p.prompt_value = prompt_value.view();
     p.prompt_length = c.P, p.prompt_rows = c.N;

@@ -52,7 +52,7 @@ _ATTENTION_FIELDS = _fields(
     i1="num_sequences num_heads_q num_heads_kv head_dim seqlen_q seqlen_k",
     a1="cu_seqlens_q cu_seqlens_k key_bias",
     i2="window_left window_right",
-    f1="scale",
+    f1="scale softcap",
     v1="prompt_key prompt_value",
     i3="prompt_length prompt_rows",
     a2="prompt_index",
@@ -138,7 +138,7 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
         **_prompt_fields(call, False),
         num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
         seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
-        window_right=call.window_right, scale=call.scale,
+        window_right=call.window_right, scale=call.scale, softcap=call.softcap,
         query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
         new_key=_view(call.new_key), new_value=_view(call.new_value),
         seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
@@ -157,7 +157,7 @@ def _attention_fields(call: Call) -> dict:
         head_dim=call.query.shape[3], seqlen_q=call.max_seqlen_q, seqlen_k=call.max_seqlen_k,
         cu_seqlens_q=_array(call.cu_seqlens_q), cu_seqlens_k=_array(call.cu_seqlens_k),
         key_bias=_array(call.key_bias), window_left=call.window_left, window_right=call.window_right,
-        scale=call.scale,
+        scale=call.scale, softcap=call.softcap,
     )  # fmt: skip
 
 

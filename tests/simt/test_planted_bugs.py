@@ -33,6 +33,9 @@ WINDOW = Case("window", batch=1, heads_q=1, heads_kv=1, seqlens_q=(150,), window
 PADDED = Case("padded", heads_q=1, heads_kv=1, mask="padding")
 PROMPTS = Case("prompts", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), prompt_length=128)
 CHUNK = CacheCase("chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, page_size=16, rotary_dim=32)
+CAPPED = Case("capped", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), softcap=0.7)
+CAPPED_ROWS = CacheCase("capped", heads_q=8, heads_kv=2, seqlens=(0, 17, 100), num_splits=2, softcap=0.7)
+CAPPED_ROW = CacheCase("capped_alone", heads_q=2, heads_kv=2, seqlens=(0, 17, 100), softcap=0.7)
 # all queries see the same keys: no row is computed again
 SEE_ALL = CacheCase("see_all", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False)
 
@@ -110,6 +113,16 @@ BUGS = {
     "prompts_without_their_sum": tiles("prompts.cuh", "row_sum(softmax.l[t][half])", "1.f", "branch.weight / @"),
     "prompts_over_those_in_use": tiles("prompts.cuh", BARRIER, "", "(int first) {\n    @", PROMPTS),
     "prompts_used_before_all_are_there": tiles("prompts.cuh", BARRIER, "", "    @\n  };\n  float", PROMPTS),
+    "cap_of_another_size": Bug("softcap.cuh", "softcap * kLog2E", "softcap", "cap = @;", CAPPED),
+    "no_cap_in_prefill": prefill("kernel.cuh", "w.softcap > 0.f", "false", "if (@) cap_tile", CAPPED),
+    "scaled_and_capped": prefill("kernel.cuh", "w.softcap > 0.f", "false", "scale = @ ?", CAPPED),
+    "no_cap_on_prompts": tiles("prompts.cuh", "w.softcap > 0.f", "false", "if (@) cap_tile", CAPPED),
+    "no_cap_on_tensor_cores": Bug("decode/tensor_cores.cuh", "w.softcap > 0.f", "false", "if (@) {", CAPPED_ROWS),
+    "no_cap_on_cuda_cores": Bug("decode/cuda_cores.cuh", "w.softcap > 0.f", "false", "if (@) {", CAPPED_ROW),
+    "no_cap_on_prompts_of_a_cache": Bug(
+        "decode/finish.cuh", "cap_exponent(w, score * (w.scale * kLog2E))", "score * (w.scale * kLog2E)", "= @;",
+        CAPPED_ROW,
+    ),
     "first_prompts_only": tiles("prompts.cuh", "first > 0", "false", "if (@) restage", PROMPTS),
 }  # fmt: skip
 

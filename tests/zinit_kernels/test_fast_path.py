@@ -62,6 +62,7 @@ FAST = {
     "no_window": {"window_size": (-1, -1)},
     "causal_window": {"window_size": (2, -1), "is_causal": True},
     "scale": {"scale": 0.3},
+    "softcap": {"softcap": 1.5},
     "identity": {"gate_activation": "identity"},
     "fewer_keys": {"key": torch.randn(2, 2, 5, 8), "value": torch.randn(2, 2, 5, 8)},
     "index": {"prompt_index": torch.tensor([0, -1], dtype=torch.int32)},
@@ -120,6 +121,7 @@ CONVERTED = {
     "mask": {"attn_mask": torch.ones(2, 6, dtype=torch.bool)},
     "list_window": {"window_size": [2, 1]},
     "whole_scale": {"scale": 1},
+    "whole_softcap": {"softcap": 2},
     "subclass": {"key": torch.randn(2, 2, 6, 8).as_subclass(Tagged)},
 }
 
@@ -155,6 +157,7 @@ FAST_CACHES = {
     "prompts_of_three_dims": {n: torch.randn(3, 2, 64) for n in ("prompt_k", "prompt_v")},
     "no_prompts": dict.fromkeys(("prompt_k", "prompt_v", "gate")),
     "bidirectional": {"causal": False},
+    "softcap": {"softcap": 1.5},
     "rotary": {
         "rotary_cos": torch.rand(256, 8),
         "rotary_sin": torch.rand(256, 8),

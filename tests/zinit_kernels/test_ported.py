@@ -41,9 +41,9 @@ PEERS = {
 def call(name, **keywords):
     function = getattr(zinit_kernels, name)
     if name == "zero_init_attention_with_kvcache":
-        return function(**make_cache_arguments(CacheCase("cached", head_dim=8), torch.float32), **keywords)
+        return function(**make_cache_arguments(CacheCase("cached", head_dim=8), torch.float32) | keywords)
     inputs = FUNCTIONS[name]
-    return function(*(inputs.tensors[tensor] for tensor in GRADIENTS), **inputs.options, **keywords)
+    return function(*(inputs.tensors[tensor] for tensor in GRADIENTS), **inputs.options | keywords)
 
 
 @pytest.mark.parametrize("name", ported.KEYWORDS)

@@ -1,6 +1,7 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
-The path for what no fused backend takes: dense masks, other devices (Apple, XPU). Sequences of a packed batch
+The path for what no fused backend takes: dense masks, other devices (Apple, XPU). With a soft cap, which SDPA does
+not have, both attentions are written out. Sequences of a packed batch
 or a cache are attended one after the other, which reads their lengths on the host.
 """
 
@@ -55,6 +56,7 @@ def attention_with_cache(call: CacheCall) -> tuple[Tensor, None]:
         gate=call.gate,
         prompt_index=call.prompt_index,
         scale=call.scale,
+        softcap=call.softcap,
         tanh_gate=call.tanh_gate,
     )
     return _add_prompt_branch(whole, out).transpose(1, 2), None
@@ -114,6 +116,8 @@ def _token_branch(call: Call) -> Tensor:
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     if seqlen_k == 0 or call.query.numel() == 0:
         return _nothing(call)
+    if call.softcap:  # SDPA cannot cap scores
+        return formula.token_branch(call)[0].to(call.query.dtype)
     plain_causal = (call.window_left, call.window_right) == (-1, 0) and seqlen_q == seqlen_k
     # SDPA's CPU kernel scales its causal mask too: NaN where the scale is 0 or negative
     if plain_causal and call.key_bias is None and call.dense_mask is None and call.scale > 0:
@@ -169,6 +173,8 @@ def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
         return out
     if call.prompt_key.numel() == 0:
         return _depending(out, call.prompt_key, call.prompt_value, call.gate)
+    if call.softcap:
+        return (out + formula.prompt_branch(call)).to(call.query.dtype)
     query, dtype = call.query, call.query.dtype
     # prompts of a wider dtype stay in it: float32 prompts can lie beyond float16
     wide = torch.promote_types(dtype, call.prompt_key.dtype)

@@ -60,7 +60,7 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
             )
         out, lse = (torch.cat(parts, 2) for parts in zip(*branches, strict=True))
     if call.prompt_key is not None and call.prompt_key.numel():
-        out = out + _prompt_branch(call)
+        out = out + prompt_branch(call)
     return out.to(call.query.dtype), lse
 
 
@@ -75,6 +75,7 @@ def token_branch(call: Call) -> tuple[Tensor, Tensor]:
         infinite = None
     else:
         scores, value, infinite = _scores_apart(query, key, value, call.scale, hidden)
+    scores = _capped(scores, call.softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if hidden is not None:
@@ -119,7 +120,12 @@ def _scores_apart(
     return scores, finite_value, added.masked_fill(nan | (plus & minus), float("nan"))
 
 
-def _prompt_branch(call: Call) -> Tensor:
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * (scores / softcap).tanh() if softcap else scores
+
+
+def prompt_branch(call: Call) -> Tensor:
+    """The second sum of a call with prompts, [B, Hq, T, D] in the computing dtype."""
     query = _widened(call.query)
     key, value, weight = (_widened(t) for t in prompts(call))
     one_by_one = call.cu_seqlens_q is not None and key.shape[0] > 1
@@ -130,7 +136,8 @@ def _prompt_branch(call: Call) -> Tensor:
         query = query.permute(2, 1, 0, 3)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    branch = weight[:, :, None, None] * ((call.scale * (query @ key.mT)).softmax(-1) @ value)
+    scores = _capped(call.scale * (query @ key.mT), call.softcap)
+    branch = weight[:, :, None, None] * (scores.softmax(-1) @ value)
     return branch.permute(2, 1, 0, 3) if one_by_one else branch
 
 
@@ -164,6 +171,7 @@ def _one_sequence(call: Call | CacheCall, query: Tensor, key: Tensor, value: Ten
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k - first,
         scale=call.scale,
+        softcap=call.softcap,
         window_left=call.window_left,
         window_right=call.window_right,
     )

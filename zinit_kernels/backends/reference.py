@@ -1,10 +1,11 @@
 """The specification: zero-initialised attention in plain PyTorch, any dtype, any device, differentiable to any order.
 
-    out[b,h,i] =               sum_j softmax_j(scale * q[b,h,i] . k[b,g,j] + mask[b,h,i,j]) v[b,g,j]
-               + act(gate[h])  sum_p softmax_p(scale * q[b,h,i] . pk[n,g,p]) pv[n,g,p]
+    out[b,h,i] =               sum_j softmax_j(cap(scale * q[b,h,i] . k[b,g,j]) + mask[b,h,i,j]) v[b,g,j]
+               + act(gate[h])  sum_p softmax_p(cap(scale * q[b,h,i] . pk[n,g,p])) pv[n,g,p]
 
 g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv 2303.16199,
-eqs. 5-8). Two softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the other
+eqs. 5-8), cap(s) = softcap * tanh(s / softcap), or s without a softcap (Gemma 2, arXiv 2408.00118, section 2). Two
+softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the other
 backends, none of which imports it.
 """
 
@@ -57,7 +58,7 @@ def add_prompt_branch(call: PromptCall) -> None:
 
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
-    out, lse = _softmax_attention(query, key, value, call.scale, *token_mask(call))
+    out, lse = _softmax_attention(query, key, value, call.scale, call.softcap, *token_mask(call))
     if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
         out = out + _prompt_branch(call, query, dtype)
     return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
@@ -128,6 +129,7 @@ def _append(call: CacheCall) -> tuple[Call, Tensor]:
         max_seqlen_q=query.shape[1],
         max_seqlen_k=key.shape[1],
         scale=call.scale,
+        softcap=call.softcap,
         window_left=call.window_left,
         window_right=call.window_right,
         tanh_gate=call.tanh_gate,
@@ -169,7 +171,13 @@ def _gather_prompts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, visible: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None,
+    visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -177,6 +185,8 @@ def _softmax_attention(
         scores = (query @ key.transpose(-1, -2)) * scale
     else:
         scores, value, infinities = _among_visible(query, key, value, scale, visible)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if visible is not None:
@@ -228,13 +238,13 @@ def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(query)
     prompt_key, prompt_value, weight = (t.to(dtype) for t in _gather_prompts(call))
     if call.cu_seqlens_q is None:
-        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, None, None)
+        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, call.softcap, None, None)
         return weight[:, :, None, None] * branch
     total = query.shape[2]
     sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
     tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]
     branch, _ = _softmax_attention(
-        tokens, prompt_key[sequence], prompt_value[sequence], call.scale, None, None
+        tokens, prompt_key[sequence], prompt_value[sequence], call.scale, call.softcap, None, None
     )
     return (weight[sequence][:, :, None, None] * branch).squeeze(2).transpose(0, 1).unsqueeze(0)
 

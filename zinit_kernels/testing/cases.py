@@ -36,6 +36,7 @@ class Case:
     layout: str = "contiguous"  # contiguous | token_major | sliced
     prompt_dtype: torch.dtype | None = None  # None: as query
     scale: float | None = None
+    softcap: float = 0.0
     packed: bool = False
 
     def __str__(self) -> str:
@@ -79,6 +80,11 @@ CASES = [
     Case("token_major", layout="token_major", heads_q=4, heads_kv=2),
     Case("sliced", layout="sliced", seqlens_q=(45,), head_dim=24),
     Case("scaled", scale=0.2, seqlens_q=(41,)),
+    Case("softcap", softcap=1.5, heads_q=8, heads_kv=2, seqlens_q=(97,)),
+    Case("softcap_padding", softcap=0.7, mask="padding", batch=3, head_dim=80, table="indexed", gate="per_row"),
+    Case("softcap_additive", softcap=2.0, mask="additive", causal=False, seqlens_q=(111,), head_dim=40, scale=-0.4),
+    Case("softcap_window", softcap=50.0, window=(9, -1), seqlens_q=(70,), scale=3.0, prompt_length=128),
+    Case("softcap_packed", softcap=1.0, packed=True, seqlens_q=(7, 40, 3), seqlens_k=(31, 12, 3)),
     Case("no_queries", seqlens_q=(0,)),
     Case("no_keys", seqlens_q=(9,), seqlens_k=(0,), causal=False),
     Case("packed", packed=True, seqlens_q=(17, 1, 63, 30), seqlens_k=(17, 1, 63, 30)),
@@ -151,7 +157,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cp
         options.update(
             cu_seqlens_q=cumulative(lengths_q).to(device), cu_seqlens_k=cumulative(lengths_k).to(device),
             max_seqlen_q=max(lengths_q), max_seqlen_k=max(lengths_k), causal=case.causal, window_size=case.window,
-            softmax_scale=case.scale,
+            softmax_scale=case.scale, softcap=case.softcap,
         )  # fmt: skip
     else:
         seqlen_q, seqlen_k = lengths_q[0], lengths_k[0]
@@ -165,7 +171,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cp
                 for tensor in (key, value):
                     tensor.masked_fill_(~mask[:, 0, 0, :][:, None, :, None], float("nan"))
             options["attn_mask"] = mask.to(device)
-        options.update(is_causal=case.causal, scale=case.scale)
+        options.update(is_causal=case.causal, scale=case.scale, softcap=case.softcap)
         options["window_size"] = None if case.window == (-1, -1) else case.window
     prompt_key, prompt_value = normal(*table_shape), normal(*table_shape)
     gate = {
@@ -246,6 +252,7 @@ class CacheCase:
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
     num_splits: int = 0
+    softcap: float = 0.0
     prompt_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
@@ -275,6 +282,10 @@ CACHE_CASES = [
     CacheCase("rotary_paged_bidirectional", rotary_dim=64, page_size=16, causal=False, seqlen_q=2),
     CacheCase("split", num_splits=3, seqlens=(127, 1), heads_q=2, heads_kv=1),
     CacheCase("long", capacity=3000, seqlens=(2998,), heads_q=2, heads_kv=1),
+    CacheCase("softcap", softcap=0.8, heads_q=8, heads_kv=2, rotary_dim=32, page_size=16, seqlen_q=3),
+    CacheCase("softcap_one", softcap=2.0, heads_q=4, heads_kv=2, head_dim=128, append=False, seqlens=(1, 128)),
+    CacheCase("softcap_split", softcap=1.0, num_splits=3, seqlens=(127, 1), head_dim=80, window=(90, 0)),
+    CacheCase("softcap_prefill", softcap=30.0, seqlen_q=45, seqlens=(0, 3), table="per_sample"),
     CacheCase("odd_head", head_dim=37, heads_q=2, heads_kv=2),
     CacheCase("head_dim_256", head_dim=256, heads_q=2, heads_kv=1),
     CacheCase("per_sample", table="per_sample"),
@@ -330,6 +341,7 @@ def make_cache_arguments(
         "block_table": block_table if case.page_size else None,
         "causal": case.causal,
         "window_size": case.window,
+        "softcap": case.softcap,
         "num_splits": case.num_splits,
         "gate_activation": case.gate_activation,
         "rotary_interleaved": case.rotary_interleaved,

@@ -40,7 +40,7 @@ def magnitudes(
     table_rows = reference.prompt_rows(call).tolist() if call.prompt_key is not None else []
     for one in _sequences(call):
         dout = grad_out[one.batch, :, one.rows].abs()
-        scores = call.scale * one.query @ one.key.mT
+        scores, slope = _capped(call.scale * one.query @ one.key.mT, call.softcap)
         scores = scores if one.hidden is None else scores + one.hidden
         weights = torch.softmax(scores, -1).nan_to_num(0) if scores.shape[-1] else scores
         key, value, query = one.key.abs(), one.value.abs(), one.query.abs()
@@ -49,15 +49,16 @@ def magnitudes(
         if grad_lse is not None:
             delta = delta + grad_lse[one.batch, :, one.rows, None].abs()
         delta = delta + stored * (dout * out[one.batch, :, one.rows].abs()).sum(-1, keepdim=True)
-        dscores = weights * (dweights + delta)
+        dscores = weights * (dweights + delta) * slope
         summed, dquery = weights @ value, call.scale * dscores @ key
         dkey, dvalue = call.scale * dscores.mT @ query, weights.mT @ dout
         if one.prompt_key is not None and one.prompt_value is not None and one.gate is not None:
             size = one.gate.abs()[:, None, None]
-            weights = torch.softmax(call.scale * one.query @ one.prompt_key.mT, -1)
+            scores, slope = _capped(call.scale * one.query @ one.prompt_key.mT, call.softcap)
+            weights = torch.softmax(scores, -1)
             dweights = dout @ one.prompt_value.abs().mT
             r = (weights * dweights).sum(-1, keepdim=True)
-            dscores = size * weights * (dweights + r)
+            dscores = size * weights * (dweights + r) * slope
             summed = summed + size * weights @ one.prompt_value.abs()
             dquery = dquery + call.scale * dscores @ one.prompt_key.abs()
             terms = (call.scale * dscores.mT @ query, (size * weights).mT @ dout, r.sum((1, 2)))
@@ -78,6 +79,14 @@ def magnitudes(
         found[name] = group * max((_largest(term) for term in by_row.values()), default=0.0)
     found["key"], found["value"] = group * found["key"], group * found["value"]
     return found
+
+
+def _capped(scores: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """The scores under a soft cap, and the derivative."""
+    if not softcap:
+        return scores, 1.0
+    size = (scores / softcap).tanh()
+    return softcap * size, 1 - size * size
 
 
 def _largest(tensor: Tensor) -> float:

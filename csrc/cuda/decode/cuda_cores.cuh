@@ -91,13 +91,26 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 3 : 2) zinit_decode_cuda
     }
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
-      float m_new = m[row];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int distance = kLanes / 2; distance; distance /= 2) {
           p[row][u] += __shfl_xor_sync(kAllLanes, p[row][u], distance);
         }
+      }
+    }
+    if (w.softcap > 0.f) {
+#pragma unroll
+      for (int row = 0; row < ROWS; ++row) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) p[row][u] = capped(p[row][u], 1.f, w.softcap);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) {
+      float m_new = m[row];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
         const int key = first + u * kLaneGroups + lane_group;
         if (!visible[row].holds(key)) p[row][u] = -INFINITY;
         m_new = fmaxf(m_new, p[row][u]);

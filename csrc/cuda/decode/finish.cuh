@@ -1,6 +1,7 @@
 // The end of a query row: acc divided by l, the gated prompt term added exactly once.
 #pragma once
 #include "../prompt_table.cuh"
+#include "../softcap.cuh"
 #include "../warp.cuh"
 #include "work.cuh"
 
@@ -45,7 +46,7 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence,
 #pragma unroll 4
       for (int d = lane; d < w.head_dim; d += 32) score += to_float(query[d]) * to_float(key[d]);
       score = warp_sum(score);
-      if (lane == 0) shared.scores[i] = score * (w.scale * kLog2E);
+      if (lane == 0) shared.scores[i] = cap_exponent(w, score * (w.scale * kLog2E));
     }
   });
   __syncthreads();
@@ -125,7 +126,7 @@ __device__ __forceinline__ void repeat_rows(const DecodeWork& w, const Share& sh
       const T* value_row = row_at(w, w.value_cache, share.kv_head, at, shared.new_values);
       float score = 0.f;
       for (int d = lane; d < head_dim; d += 32) score += to_float(query[d]) * to_float(key_row[d]);
-      const float p = fast_exp2(__fmul_rn(warp_sum(score), w.scale * kLog2E) - pivot);
+      const float p = fast_exp2(cap_exponent(w, __fmul_rn(warp_sum(score), w.scale * kLog2E)) - pivot);
 #pragma unroll
       for (int i = 0; i < kOfThread; ++i) {
         const int d = static_cast<int>(threadIdx.x) + i * kThreads;

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2) zinit_decode_tensor_cores(const D
   stage_new_tokens(w, share, shared);
   __syncthreads();
 
-  const float scale = w.scale * kLog2E;
+  const float scale = w.softcap > 0.f ? 1.f : w.scale * kLog2E;  // of a tile's scores, capped or not
   const Visible visible[2] = {share.visible(w, group), share.visible(w, group + 8)};
   float acc[kValueChunks][8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
 
@@ -90,6 +90,13 @@ __global__ void __launch_bounds__(kThreads, 2) zinit_decode_tensor_cores(const D
       }
     }
 
+    if (w.softcap > 0.f) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = capped(scores[n][i], w.scale * kLog2E, w.softcap);
+      }
+    }
     float m_new[2] = {m[0], m[1]};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {

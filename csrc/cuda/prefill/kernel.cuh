@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 2) zinit_prefill(const PrefillWork w
   stage_queries<T, Shape>(w, block, shared.queries);
   stage(0);
 
-  const float scale = w.scale * kLog2E;
+  const float scale = w.softcap > 0.f ? 1.f : w.scale * kLog2E;  // of a tile's scores, capped or not
   typename Shape::Output acc = {};
   Softmax<Shape> softmax;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) zinit_prefill(const PrefillWork w
     const int first = begin + tile * Shape::kKeys;
     float scores[Shape::kRowTiles][Shape::kKeys / 8][4];
     multiply_keys<T, Shape>(scores, shared.queries, shared.keys(tile));
+    if (w.softcap > 0.f) cap_tile(scores, w.scale * kLog2E, w.softcap);
     // where nothing else has to be done to the scores, the scale is part of the exponent's multiply-add
     const bool whole = first >= seen_by_all_from && first + Shape::kKeys <= seen_by_all_to &&
                        !w.key_bias.given && scale >= 0.f;

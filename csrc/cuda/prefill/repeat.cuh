@@ -32,7 +32,7 @@ class RowAgain {
       const KeyPlace at = block.locate(w, key);
       const T* key_row = row_of<T>(w.key_cache, at.batch, block.kv_head, at.slot);
       const T* value_row = row_of<T>(w.value_cache, at.batch, block.kv_head, at.slot);
-      const float p = fast_exp2(dot(key_row) * (w.scale * kLog2E) + bias - pivot);
+      const float p = fast_exp2(cap_exponent(w, dot(key_row) * (w.scale * kLog2E)) + bias - pivot);
       each([&](int i, int d) { acc[i] += p * to_float(value_row[d]); });
     }
   }
@@ -47,7 +47,7 @@ class RowAgain {
       with_elements(keys.data, keys.dtype, [&](const auto* elements) {
         float m = -INFINITY, l = 0.f;
         const auto score = [&](int j) {
-          return dot(elements + at_key + j * keys.token) * (w.scale * kLog2E);
+          return cap_exponent(w, dot(elements + at_key + j * keys.token) * (w.scale * kLog2E));
         };
         for (int j = 0; j < branch.prompts; ++j) m = fmaxf(m, score(j));
         for (int j = 0; j < branch.prompts; ++j) l += fast_exp2(score(j) - m);

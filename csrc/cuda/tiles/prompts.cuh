@@ -1,6 +1,7 @@
 // The gated prompt branch of a tile of queries: a softmax of its own, added to what the rows have.
 #pragma once
 #include "../prompt_table.cuh"
+#include "../softcap.cuh"
 #include "softmax.cuh"
 
 namespace zinit::cuda {
@@ -46,9 +47,12 @@ __device__ __forceinline__ void stage_prompts(const AttentionParams& w, const Pr
 
 // Scaled scores of 16 prompts, of which the first `count` are there.
 template <class T, class Shape>
-__device__ __forceinline__ void score_prompts(float (&scores)[Shape::kRowTiles][2][4], const T* queries,
-                                              const T* keys, int count, float scale) {
+__device__ __forceinline__ void score_prompts(const AttentionParams& w,
+                                              float (&scores)[Shape::kRowTiles][2][4], const T* queries,
+                                              const T* keys, int count) {
   multiply_keys<T, Shape>(scores, queries, keys);
+  float scale = w.scale * kLog2E;
+  if (w.softcap > 0.f) cap_tile(scores, scale, w.softcap), scale = 1.f;
 #pragma unroll
   for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
@@ -69,7 +73,6 @@ template <class T, class Shape>
 __device__ __forceinline__ void add_prompts(const AttentionParams& w, const PromptBranch& branch,
                                             const T* queries, T* keys, T* values,
                                             typename Shape::Output& out) {
-  const float scale = w.scale * kLog2E;
   const auto restage = [&](int first) {
     __syncthreads();
     stage_prompts<T, Shape>(w, branch, first, keys, values);
@@ -84,7 +87,7 @@ __device__ __forceinline__ void add_prompts(const AttentionParams& w, const Prom
     const int count = min(branch.prompts - first, Shape::kKeys);
     for (int j = 0; j < count; j += 16) {
       typename Shape::Rows unused;
-      score_prompts<T, Shape>(scores, queries, keys + j * Shape::kStride, count - j, scale);
+      score_prompts<T, Shape>(w, scores, queries, keys + j * Shape::kStride, count - j);
       softmax.add(scores, 1.f, unused);
     }
   }
@@ -99,7 +102,7 @@ __device__ __forceinline__ void add_prompts(const AttentionParams& w, const Prom
     if (first < last) restage(first);
     const int count = min(branch.prompts - first, Shape::kKeys);
     for (int j = 0; j < count; j += 16) {
-      score_prompts<T, Shape>(scores, queries, keys + j * Shape::kStride, count - j, scale);
+      score_prompts<T, Shape>(w, scores, queries, keys + j * Shape::kStride, count - j);
 #pragma unroll
       for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll

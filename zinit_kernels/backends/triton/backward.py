@@ -14,10 +14,13 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     RUN_TIME,
+    Cap,
     Prompts,
     Rows,
     Window,
     block_of,
+    cap_scores,
+    cap_slopes,
     dot,
     has_nan,
     is_visible,
@@ -53,25 +56,32 @@ def _rows_of(heads, member, row):
 
 
 @triton.jit
-def _load_lse(lse_ptr, rows, num_rows, MAY_BE_EMPTY: tl.constexpr):
-    """log-sum-exp of some queries in base 2.
+def _load_lse(lse_ptr, rows, num_rows, cap, MAY_BE_EMPTY: tl.constexpr):
+    """log-sum-exp of some queries, in base 2 unless there is a soft cap.
 
     With MAY_BE_EMPTY it is +inf where a query does not exist or has no key: all its weights 2^(s - lse) are then 0.
     """
     if MAY_BE_EMPTY:
         lse = tl.load(lse_ptr + rows, mask=rows < num_rows, other=float("-inf"))
-        return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
     else:
-        return tl.load(lse_ptr + rows) * LOG2E
+        lse = tl.load(lse_ptr + rows)
+    if cap.size is None:
+        lse *= LOG2E
+    return lse
 
 
 @triton.jit
-def _weights(s, lse, bias, HAS_BIAS: tl.constexpr):
-    """2^(s - lse), with the bias added to s. lse and bias are broadcastable to s.
+def _weights(s, lse, bias, cap, HAS_BIAS: tl.constexpr):
+    """2^(s - lse), with the bias added to s; e^(s - lse) with a soft cap. lse and bias are broadcastable to s.
 
     Where every key of a row has the lowest bias, lse is -2e38 and too coarse for the difference: at most 1 then.
     """
-    if HAS_BIAS:
+    if cap.size is not None:
+        if HAS_BIAS:
+            s += bias
+        return tl.math.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E)
+    elif HAS_BIAS:
         return tl.math.exp2(tl.minimum(s + bias * LOG2E - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
     else:
         return tl.math.exp2(s - lse)
@@ -96,6 +106,7 @@ def _add_queries(
     limits,
     window,
     scale_log2,
+    cap,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
@@ -124,14 +135,19 @@ def _add_queries(
         row_offset = tl.cast(member, tl.int64) * total_q + start
         q = load_tile(_rows_of(query_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
         do = load_tile(_rows_of(grad_out_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
-        lse = _load_lse(lse_ptr + row_offset, rows, left, MASKED or HAS_BIAS)
+        lse = _load_lse(lse_ptr + row_offset, rows, left, cap, MASKED or HAS_BIAS)
         if CAREFUL:
             # Where q is NaN, so is lse, and with it every weight of the row. Where do is, lse is made NaN.
             q = tl.where((lse == lse)[:, None], q, 0.0).to(q.dtype)
             zero = tl.sum(do.to(tl.float32) * 0.0, 1)
             do = tl.where((zero == zero)[:, None], do, 0.0).to(do.dtype)
             lse += zero
-        p = _weights(dot(k, tl.trans(q)) * scale_log2, lse[None, :], bias[:, None], HAS_BIAS)
+        s = dot(k, tl.trans(q))
+        if cap.size is not None:
+            s = cap_scores(s, cap)
+        else:
+            s = s * scale_log2
+        p = _weights(s, lse[None, :], bias[:, None], cap, HAS_BIAS)
         if MASKED:
             visible = is_visible(start, BLOCK_M, limits, window)
             p = tl.where(visible, p, 0.0)
@@ -143,6 +159,8 @@ def _add_queries(
             else:
                 delta = tl.load(delta_ptr + row_offset + rows)
             ds = p * (dot(v, tl.trans(do)) - delta[None, :])
+            if cap.size is not None:
+                ds *= cap_slopes(s, cap)
             if CAREFUL:
                 ds = tl.where(visible, ds, 0.0)
             dk = dot(ds.to(q.dtype), q, dk)
@@ -176,6 +194,8 @@ def zinit_grad_key_value_kernel(
     window_right,
     scale,
     scale_log2,  # scale * log2(e)
+    cap_scale,  # scale / softcap; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -211,6 +231,7 @@ def zinit_grad_key_value_kernel(
 
     # A key sees queries as a query sees keys, with the sides of the window exchanged.
     window = Window(window_right, window_left)
+    cap = Cap(cap_scale, cap_size)
     position = start - (num_k - num_q)
     limits = key_limits(position + tl.arange(0, BLOCK_N), num_q, window)
     stretches = key_stretches(position, num_q, window, BLOCK_N, BLOCK_M)
@@ -237,6 +258,7 @@ def zinit_grad_key_value_kernel(
                 limits,
                 window,
                 scale_log2,
+                cap,
                 BLOCK_M,
                 HEAD_DIM,
                 phase < 2,
@@ -271,6 +293,7 @@ def zinit_grad_key_value_kernel(
                         limits,
                         window,
                         scale_log2,
+                        cap,
                         16,
                         HEAD_DIM,
                         True,
@@ -308,6 +331,7 @@ def _add_keys(
     limits,
     window,
     scale_log2,
+    cap,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
@@ -324,11 +348,18 @@ def _add_keys(
         k, v, bias = load_key_tile(
             key_rows, value_rows, key_bias_ptr, start, num_k, BLOCK_N, HEAD_DIM, MASKED
         )
-        p = _weights(dot(q, tl.trans(k)) * scale_log2, lse[:, None], bias[None, :], HAS_BIAS)
+        s = dot(q, tl.trans(k))
+        if cap.size is not None:
+            s = cap_scores(s, cap)
+        else:
+            s = s * scale_log2
+        p = _weights(s, lse[:, None], bias[None, :], cap, HAS_BIAS)
         if MASKED:
             visible = is_visible(start, BLOCK_N, limits, window)
             p = tl.where(visible, p, 0.0)
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
+        if cap.size is not None:
+            ds *= cap_slopes(s, cap)
         if CAREFUL:  # where k is NaN, so are the scores of those that see it
             ds = tl.where(visible, ds, 0.0)
             k = tl.where(k == k, k, 0.0).to(k.dtype)
@@ -365,6 +396,8 @@ def zinit_grad_query_kernel(
     gate_stride,  # 0: one row of gates for all table rows
     scale,
     scale_log2,  # scale * log2(e)
+    cap_scale,  # scale / softcap; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -377,6 +410,7 @@ def zinit_grad_query_kernel(
     no pass over memory.
     """
     window = Window(window_left, window_right)
+    cap = Cap(cap_scale, cap_size)
     tile, head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_M), num_heads_q)
     kv_head = head // (num_heads_q // num_heads_kv)
     batch, first_q, num_q = locate_sequence(cu_seqlens_q_ptr, sequence, seqlen_q, total_q)
@@ -396,7 +430,7 @@ def zinit_grad_query_kernel(
     row_offset = (batch.to(tl.int64) * num_heads_q + head) * total_q + first_q + start
     q = load_tile(rows_from(query, batch, head, first_q + start), left, BLOCK_M, HEAD_DIM, True)
     do = load_tile(rows_from(grad_out, batch, head, first_q + start), left, BLOCK_M, HEAD_DIM, True)
-    lse = _load_lse(lse_ptr + row_offset, rows, left, True)
+    lse = _load_lse(lse_ptr + row_offset, rows, left, cap, True)
     delta = tl.load(delta_ptr + row_offset + rows, mask=rows < left, other=0.0)
 
     position = start + num_k - num_q
@@ -421,6 +455,7 @@ def zinit_grad_query_kernel(
                 limits,
                 window,
                 scale_log2,
+                cap,
                 BLOCK_N,
                 HEAD_DIM,
                 phase < 2,
@@ -447,6 +482,7 @@ def zinit_grad_query_kernel(
                         limits,
                         window,
                         scale_log2,
+                        cap,
                         16,
                         HEAD_DIM,
                         True,
@@ -462,9 +498,11 @@ def zinit_grad_query_kernel(
             gate = load_gate(prompts, row, head, TANH)
             prompt_k = load_prompts(prompt_key, row, kv_head, prompt_length, q.dtype, BLOCK_P, HEAD_DIM)
             prompt_v = load_prompts(prompt_value, row, kv_head, prompt_length, q.dtype, BLOCK_P, HEAD_DIM)
-            p = prompt_softmax(q, prompt_k, prompt_length, scale_log2, BLOCK_P)
+            p, s = prompt_softmax(q, prompt_k, prompt_length, scale_log2, cap, BLOCK_P)
             dp = dot(do, tl.trans(prompt_v))  # [BLOCK_M, BLOCK_P]
             ds = gate * p * (dp - tl.sum(p * dp, 1)[:, None])
+            if cap.size is not None:
+                ds *= cap_slopes(s, cap)
             dq = dot(ds.to(q.dtype), prompt_k, dq)
 
     rows_out = rows_from(grad_query, batch, head, first_q + start)

@@ -12,6 +12,7 @@ from .cache import Pages, Rotary, load_cached, load_new, load_rotated, store_new
 from .primitives import (
     LN2,
     RUN_TIME,
+    Cap,
     Prompts,
     Window,
     block_of,
@@ -21,7 +22,15 @@ from .primitives import (
     row_ptr,
     unravel,
 )
-from .softmax import add_prompt_branch, attend, attend_visible, normalise, online_softmax, turn
+from .softmax import (
+    add_prompt_branch,
+    attend,
+    attend_visible,
+    exponent_scale,
+    normalise,
+    online_softmax,
+    turn,
+)
 
 
 @triton.jit
@@ -49,13 +58,14 @@ def _finish(
     num_heads_q,
     seqlen_q,
     scale_log2,
+    cap,
     BLOCK_P: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TANH: tl.constexpr,
 ):
     """Adds the gated prompt branch to the token branch and writes out and lse: the only place that does."""
     acc = add_prompt_branch(
-        acc, q, prompts, sequence, heads[:, None], kv_head, scale_log2, BLOCK_P, HEAD_DIM, TANH
+        acc, q, prompts, sequence, heads[:, None], kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH
     )
     dims = tl.arange(0, block_of(HEAD_DIM))
     out_ptrs = row_ptr(out, sequence, heads, tokens)[:, None] + dims[None, :]
@@ -100,6 +110,8 @@ def zinit_decode_kernel(
     gate_stride,  # 0: one row of gates for all table rows
     num_splits,
     scale_log2,  # |scale| * log2(e) > 0
+    cap_scale,  # scale / softcap, of the scale's size in forward and decode; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,6 +131,7 @@ def zinit_decode_kernel(
     """
     HIDES: tl.constexpr = (window_left is not None or window_right is not None) and not ONE_TOKEN
     window = Window(window_left, None if ONE_TOKEN else window_right)
+    cap = Cap(cap_scale, cap_size)
     pages = Pages(block_table_ptr, table_stride, num_pages)
     rotary = Rotary(cos_ptr, sin_ptr, rotary_rows, rotary_stride)
     group = num_heads_q // num_heads_kv
@@ -176,7 +189,21 @@ def zinit_decode_kernel(
                     phase < 2,
                 )
                 acc, m, l = attend(
-                    acc, m, l, q, k, v, None, start, limits, window, scale_log2, phase < 2, False, False
+                    acc,
+                    m,
+                    l,
+                    q,
+                    k,
+                    v,
+                    None,
+                    start,
+                    limits,
+                    window,
+                    scale_log2,
+                    cap,
+                    phase < 2,
+                    False,
+                    False,
                 )
         if phase == 1 and HIDES:
             # NaN, perhaps of a value that not all of these rows see: the masked stretches again, with care.
@@ -200,7 +227,9 @@ def zinit_decode_kernel(
                             PAGE_SIZE,
                             True,
                         )
-                        acc = attend_visible(acc, m, q, k, v, None, start, limits, window, scale_log2, False)
+                        acc = attend_visible(
+                            acc, m, q, k, v, None, start, limits, window, scale_log2, cap, False
+                        )
         if phase == 1 and new_key.ptr is not None:
             if split == num_splits - 1:
                 new = tl.arange(0, BLOCK_T)
@@ -235,10 +264,24 @@ def zinit_decode_kernel(
                 if window_left is not None:
                     v = tl.where((cached + new >= lowest)[:, None], v, 0.0)
                 acc, m, l = attend(
-                    acc, m, l, q, k, v, None, cached, new_limits, window, scale_log2, True, False, HIDES
+                    acc,
+                    m,
+                    l,
+                    q,
+                    k,
+                    v,
+                    None,
+                    cached,
+                    new_limits,
+                    window,
+                    scale_log2,
+                    cap,
+                    True,
+                    False,
+                    HIDES,
                 )
 
-    acc, lse = normalise(acc, m, l, scale_log2)
+    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, False))
     if partial_out_ptr is None:
         prompts = Prompts(
             prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
@@ -258,6 +301,7 @@ def zinit_decode_kernel(
             num_heads_q,
             seqlen_q,
             scale_log2,
+            cap,
             BLOCK_P,
             HEAD_DIM,
             TANH,
@@ -295,6 +339,8 @@ def zinit_combine_kernel(
     gate_stride,  # 0: one row of gates for all table rows
     num_splits,
     scale_log2,  # scale * log2(e)
+    cap_scale,  # scale / softcap, of the scale's size in forward and decode; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -308,6 +354,7 @@ def zinit_combine_kernel(
         prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
     )
     rotary = Rotary(cos_ptr, sin_ptr, rotary_rows, rotary_stride)
+    cap = Cap(cap_scale, cap_size)
     group = num_heads_q // num_heads_kv
     num_tiles = tl.cdiv(seqlen_q * group, BLOCK_M)
     tile, kv_head, sequence = unravel(tl.program_id(0), num_tiles, num_heads_kv)
@@ -350,6 +397,7 @@ def zinit_combine_kernel(
         num_heads_q,
         seqlen_q,
         scale_log2,
+        cap,
         BLOCK_P,
         HEAD_DIM,
         TANH,

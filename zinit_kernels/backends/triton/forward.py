@@ -6,6 +6,7 @@ import triton.language as tl
 from .primitives import (
     LN2,
     RUN_TIME,
+    Cap,
     Prompts,
     Window,
     block_of,
@@ -48,6 +49,8 @@ def zinit_forward_kernel(
     prompt_rows,
     gate_stride,  # 0: one row of gates for all table rows
     scale_log2,  # |scale| * log2(e) > 0
+    cap_scale,  # scale / softcap, of the scale's size in forward and decode; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,6 +65,7 @@ def zinit_forward_kernel(
     """
     HAS_BIAS: tl.constexpr = key_bias_ptr is not None
     window = Window(window_left, window_right)
+    cap = Cap(cap_scale, cap_size)
     prompts = Prompts(
         prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
     )
@@ -96,7 +100,7 @@ def zinit_forward_kernel(
                     key_rows, value_rows, key_bias_ptr, first, num_k, BLOCK_N, HEAD_DIM, phase < 2
                 )
                 acc, m, l = attend(
-                    acc, m, l, q, k, v, bias, first, limits, window, scale_log2, phase < 2, HAS_BIAS
+                    acc, m, l, q, k, v, bias, first, limits, window, scale_log2, cap, phase < 2, HAS_BIAS
                 )
         if phase == 1 and (window_left is not None or window_right is not None):
             # NaN, perhaps of a value that not all of these queries see: the masked stretches again, with care.
@@ -108,11 +112,13 @@ def zinit_forward_kernel(
                             key_rows, value_rows, key_bias_ptr, first, num_k, 16, HEAD_DIM, True
                         )
                         acc = attend_visible(
-                            acc, m, q, k, v, bias, first, limits, window, scale_log2, HAS_BIAS
+                            acc, m, q, k, v, bias, first, limits, window, scale_log2, cap, HAS_BIAS
                         )
 
-    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, HAS_BIAS))
-    acc = add_prompt_branch(acc, q, prompts, sequence, head, kv_head, scale_log2, BLOCK_P, HEAD_DIM, TANH)
+    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))
+    acc = add_prompt_branch(
+        acc, q, prompts, sequence, head, kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH
+    )
 
     out_rows = rows_from(out, batch, head, first_q + start)
     store_tile(out_rows, num_q - start, acc, BLOCK_M, HEAD_DIM)

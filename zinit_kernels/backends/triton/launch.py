@@ -39,7 +39,7 @@ _MOST_SPLITS = 64
 def forward(
     query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor | None, prompt_value: Tensor | None,
     gate: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, window_left: int,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, softcap: float, window_left: int,
     window_right: int, tanh_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::forward_triton`."""
@@ -59,7 +59,7 @@ def forward(
             view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index, key_bias,
             cu_seqlens_q, cu_seqlens_k, view_of(out), lse,
             query.shape[1], key.shape[1], max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2],
-            *windows, prompt.length, prompt.rows, prompt.gate_stride, scale_log2,
+            *windows, prompt.length, prompt.rows, prompt.gate_stride, scale_log2, *_cap(abs(scale), softcap),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
 
@@ -73,7 +73,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, scale: float, window_left: int, window_right: int, tanh_gate: bool, needs: int,
+    max_seqlen_k: int, scale: float, softcap: float, window_left: int, window_right: int, tanh_gate: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`zinit::backward_triton`. What is not wanted is neither allocated nor computed."""
     token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
@@ -112,7 +112,7 @@ def backward(
     def launch_key_value(config: Config) -> None:
         zinit_grad_key_value_kernel[(triton.cdiv(max_seqlen_k, config.block_n) * heads_kv * sequences,)](
             view_of(query), view_of(key), view_of(value), view_of(grad_out), lse, delta, key_bias, cu_seqlens_q,
-            cu_seqlens_k, view_of(grad_key), view_of(grad_value), *lengths, scale, scale_log2,
+            cu_seqlens_k, view_of(grad_key), view_of(grad_value), *lengths, scale, scale_log2, *_cap(scale, softcap),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ def backward(
         zinit_grad_query_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * heads_q * sequences,)](
             view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index,
             view_of(grad_out), lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, view_of(grad_query),
-            *lengths, prompt.length, prompt.rows, prompt.gate_stride, scale, scale_log2,
+            *lengths, prompt.length, prompt.rows, prompt.gate_stride, scale, scale_log2, *_cap(scale, softcap),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p, TANH=tanh_gate, **flags,
             **_resources(config),
         )  # fmt: skip
@@ -128,7 +128,7 @@ def backward(
     with torch.cuda.device_of(query):
         _prompt_gradients(
             grad_out, grad_lse, query, out, delta, prompt, prompt_index, cu_seqlens_q, prompt_grads, sequences,
-            heads_kv, max_seqlen_q, scale, block_d, block_p, tanh_gate, key_of,
+            heads_kv, max_seqlen_q, scale, softcap, block_d, block_p, tanh_gate, key_of,
         )  # fmt: skip
         if has_keys and (grad_key is not None or grad_value is not None):
             with named("backward.key_value"):
@@ -145,7 +145,7 @@ def backward(
 def _prompt_gradients(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, delta: Tensor | None, prompt: Prompt,
     prompt_index: Tensor | None, cu_seqlens_q: Tensor | None, prompt_grads: list[Tensor | None], sequences: int,
-    heads_kv: int, max_seqlen_q: int, scale: float, block_d: int, block_p: int, tanh_gate: bool,
+    heads_kv: int, max_seqlen_q: int, scale: float, softcap: float, block_d: int, block_p: int, tanh_gate: bool,
     key_of: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """Fills delta, where it is wanted, and the gradients of the prompts and the gate."""
@@ -167,7 +167,7 @@ def _prompt_gradients(
             view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, view_of(out),
             view_of(grad_out), grad_lse, delta, *partials,
             heads_q, heads_kv, max_seqlen_q, query.shape[2], prompt.length, prompt.rows, prompt.gate_stride, parts,
-            scale * LOG2E.value,
+            scale * LOG2E.value, *_cap(scale, softcap),
             HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_P=block_p, CHUNK_D=chunk_d, TANH=tanh_gate,
             **_resources(config),
         )  # fmt: skip
@@ -190,7 +190,7 @@ def decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
     prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
     cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, scale: float, window_left: int, window_right: int, tanh_gate: bool,
+    rotary_interleaved: bool, scale: float, softcap: float, window_left: int, window_right: int, tanh_gate: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::decode_triton`. Reads nothing back from the device: safe to capture in a graph."""
@@ -246,7 +246,7 @@ def decode(
             prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens, block_table, rotary_cos, rotary_sin,
             view_of(out), lse, partial_out, partial_lse,
             heads_q, heads_kv, seqlen_q, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-            *windows, prompt.length, prompt.rows, prompt.gate_stride, splits, scale_log2,
+            *windows, prompt.length, prompt.rows, prompt.gate_stride, splits, scale_log2, *_cap(abs(scale), softcap),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
         )  # fmt: skip
         if partial_out is not None:
@@ -255,7 +255,7 @@ def decode(
                 partial_out, partial_lse, view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index,
                 cache_seqlens, rotary_cos, rotary_sin, view_of(out), lse,
                 heads_q, heads_kv, seqlen_q, rotary_rows, half, prompt.length, prompt.rows, prompt.gate_stride, splits,
-                scale * LOG2E.value,
+                scale * LOG2E.value, *_cap(scale, softcap),
                 HEAD_DIM=head_dim, BLOCK_M=combine.block_m, BLOCK_P=block_p, HALF=half, INTERLEAVED=rotary_interleaved,
                 ADVANCE=window_left >= 0 or window_right >= 0, TANH=tanh_gate, **_resources(combine),
             )  # fmt: skip
@@ -314,6 +314,13 @@ def _sign_and_size(scale: float) -> tuple[int, float]:
     if abs(scale) < 1e-37:  # 0, or so small that float32 may flush it
         return 0, 1.0
     return (1 if scale > 0 else -1), abs(scale) * LOG2E.value
+
+
+def _cap(scale: float, softcap: float) -> tuple[float | None, float | None]:
+    """A soft cap as the kernels take it: scale / softcap in float32's range, and softcap."""
+    if not softcap:
+        return None, None
+    return max(-3e38, min(scale / softcap, 3e38)), softcap
 
 
 def _resources(config: Config) -> dict[str, Any]:

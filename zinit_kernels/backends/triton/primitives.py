@@ -58,6 +58,13 @@ class Window(NamedTuple):
     right: Any
 
 
+class Cap(NamedTuple):
+    """A soft cap on scores: scale / softcap, and softcap itself; both None without one."""
+
+    scale: Any
+    size: Any
+
+
 class Prompts(NamedTuple):
     """The prompt table: key and value are Views [N, Hkv, P, D] (no pointer: no prompt branch), gates [N or 1, Hq]."""
 
@@ -243,6 +250,33 @@ def key_stretches(position, num_keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl
         full_first = tl.minimum((all_left + BLOCK_N - 1) // BLOCK_N * BLOCK_N, tl.maximum(whole, first))
     full_last = tl.maximum(full_last, full_first)
     return (first, full_first), (full_last, last), (full_first, full_last)
+
+
+@triton.jit
+def cap_scores(s, cap):
+    """softcap * tanh(scale * s / softcap) of raw scores s.
+
+    Not in base 2, where rounding is relative to larger numbers: capped scores are often near the cap.
+    Near 0, where 1 - decay would cancel, tanh is x + x^3 p(x^2) with a minimax p: 2 units in the last place.
+    """
+    x = s * cap.scale
+    square = x * x
+    near = -5.905871279537678e-3 * square + 2.080538682639599e-2
+    near = near * square - 5.3786683827638626e-2
+    near = near * square + 1.3331958651542664e-1
+    near = near * square - 3.3333298563957214e-1
+    near = x + x * (square * near)
+    decay = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = 1 - 2 * decay / (1 + decay)
+    t = tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
+    return cap.size * t
+
+
+@triton.jit
+def cap_slopes(capped, cap):
+    """The derivative of the cap where it made these scores."""
+    t = capped / cap.size
+    return 1.0 - t * t
 
 
 @triton.jit

@@ -12,9 +12,11 @@ import triton.language as tl
 
 from .primitives import (
     RUN_TIME,
+    Cap,
     Prompts,
     activate,
     block_of,
+    cap_slopes,
     dot,
     load_gate,
     load_prompts,
@@ -52,6 +54,8 @@ def zinit_partial_sums_kernel(
     gate_stride,  # 0: one row of gates for all table rows
     num_parts,
     scale_log2,  # scale * log2(e)
+    cap_scale,  # scale / softcap; None: no soft cap
+    cap_size,  # softcap
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -64,6 +68,7 @@ def zinit_partial_sums_kernel(
     head all columns together would not fit the registers.
     """
     NUM_CHUNKS: tl.constexpr = block_of(HEAD_DIM) // CHUNK_D
+    cap = Cap(cap_scale, cap_size)
     piece, head, sequence = unravel(tl.program_id(0), num_parts * NUM_CHUNKS, num_heads_q)
     part, chunk = piece % num_parts, piece // num_parts
     kv_head = head // (num_heads_q // num_heads_kv)
@@ -99,7 +104,7 @@ def zinit_partial_sums_kernel(
                 delta -= tl.load(grad_lse_ptr + row_offset + start + rows, mask=rows < left, other=0.0)
         if prompt_key.ptr is not None:
             q = load_tile(skip_rows(query_rows, start), left, BLOCK_M, HEAD_DIM, True)
-            p = prompt_softmax(q, prompt_k, prompt_length, scale_log2, BLOCK_P)
+            p, s = prompt_softmax(q, prompt_k, prompt_length, scale_log2, cap, BLOCK_P)
             dp = dot(do, tl.trans(prompt_v))  # [BLOCK_M, BLOCK_P]
             r = tl.sum(p * dp, 1)
             delta -= tl.where(has_row, gate * r, 0.0)  # row 0, read in its place, may hold NaN
@@ -109,6 +114,8 @@ def zinit_partial_sums_kernel(
                 do = _load_columns(skip_rows(grad_out_rows, start), column, left, BLOCK_M, CHUNK_D, HEAD_DIM)
             if partial_key_ptr is not None:
                 ds = gate * p * (dp - r[:, None])
+                if cap.size is not None:
+                    ds *= cap_slopes(s, cap)
                 sum_key = dot(tl.trans(ds.to(q.dtype)), q, sum_key)
             if partial_value_ptr is not None:
                 sum_value = dot(tl.trans((gate * p).to(q.dtype)), do, sum_value)

@@ -10,7 +10,7 @@ alpha: what earlier sums are multiplied by when m grows.
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, dot, is_visible, load_gate, load_prompts, prompt_row
+from .primitives import LN2, LOG2E, cap_scores, dot, is_visible, load_gate, load_prompts, prompt_row
 
 COARSE = tl.constexpr(2.0**28)
 
@@ -61,17 +61,24 @@ def online_softmax(s, m, l, scale_log2):
 
 
 @triton.jit
-def scores(q, k, bias, scale_log2, HAS_BIAS: tl.constexpr):
-    """q k^T, or with a bias scale * q k^T + bias; `exponent_scale` is what makes exponents in base 2 of them."""
+def scores(q, k, bias, scale_log2, cap, HAS_BIAS: tl.constexpr):
+    """q k^T; with a bias scale * q k^T + bias; with a soft cap cap(scale * q k^T) + bias.
+
+    `exponent_scale` is what makes exponents in base 2 of them.
+    """
     s = dot(q, tl.trans(k))
-    if HAS_BIAS:
+    if cap.size is not None:
+        s = cap_scores(s, cap)
+        if HAS_BIAS:
+            s += bias[None, :]
+    elif HAS_BIAS:
         s = s * (scale_log2 * LN2) + bias[None, :]
     return s
 
 
 @triton.jit
-def exponent_scale(scale_log2, HAS_BIAS: tl.constexpr):
-    if HAS_BIAS:
+def exponent_scale(scale_log2, cap, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS or cap.size is not None:
         return LOG2E
     else:
         return scale_log2
@@ -109,6 +116,7 @@ def attend(
     limits,
     window,
     scale_log2,
+    cap,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXACT: tl.constexpr = False,
@@ -119,10 +127,10 @@ def attend(
 
     EXACT: a value that is not finite adds nothing to the queries that do not see it, where the product adds 0 * NaN.
     """
-    s = scores(q, k, bias, scale_log2, HAS_BIAS)
+    s = scores(q, k, bias, scale_log2, cap, HAS_BIAS)
     if MASKED:
         s = tl.where(is_visible(start, k.shape[0], limits, window), s, float("-inf"))
-    p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scale_log2, HAS_BIAS))
+    p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))
     if EXACT:
         sees = tl.where(is_visible(start, k.shape[0], limits, window), 1.0, 0.0).to(v.dtype)
         acc = dot(p.to(v.dtype), finite_part(v), acc * alpha[:, None])
@@ -133,13 +141,13 @@ def attend(
 
 
 @triton.jit
-def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, HAS_BIAS: tl.constexpr):
+def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, cap, HAS_BIAS: tl.constexpr):
     """acc after the values of some more keys, each added to the queries that see it and to no other; m: the final one.
 
     `attend` multiplies a hidden value by the weight 0, which gives NaN if the value is NaN. This is the slow way out.
     """
-    s = scores(q, k, bias, scale_log2, HAS_BIAS)
-    p = weights(s, m, exponent_scale(scale_log2, HAS_BIAS))
+    s = scores(q, k, bias, scale_log2, cap, HAS_BIAS)
+    p = weights(s, m, exponent_scale(scale_log2, cap, HAS_BIAS))
     visible = is_visible(start, k.shape[0], limits, window)
     keys = tl.arange(0, k.shape[0])
     for i in tl.range(0, k.shape[0], loop_unroll_factor=1, num_stages=1):
@@ -160,12 +168,19 @@ def normalise(acc, m, l, scale_log2):
 
 
 @triton.jit
-def prompt_softmax(q, prompt_k, prompt_length, scale_log2, BLOCK_P: tl.constexpr):
-    """softmax(scale q pk^T), [BLOCK_M, BLOCK_P] in float32; 0 behind the last prompt."""
-    s = dot(q, tl.trans(prompt_k)) * scale_log2
-    s = tl.where((tl.arange(0, BLOCK_P) < prompt_length)[None, :], s, float("-inf"))
-    p = tl.math.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+def prompt_softmax(q, prompt_k, prompt_length, scale_log2, cap, BLOCK_P: tl.constexpr):
+    """(p, s), [BLOCK_M, BLOCK_P] in float32: softmax(cap(scale q pk^T)), 0 behind the last prompt; capped scores."""
+    s = dot(q, tl.trans(prompt_k))
+    if cap.size is not None:
+        s = cap_scores(s, cap)
+    else:
+        s = s * scale_log2
+    present = tl.where((tl.arange(0, BLOCK_P) < prompt_length)[None, :], s, float("-inf"))
+    x = present - tl.max(present, 1)[:, None]
+    if cap.size is not None:
+        x *= LOG2E
+    p = tl.math.exp2(x)
+    return p / tl.sum(p, 1)[:, None], s
 
 
 @triton.jit
@@ -177,6 +192,7 @@ def add_prompt_branch(
     head,
     kv_head,
     scale_log2,
+    cap,
     BLOCK_P: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TANH: tl.constexpr,
@@ -190,7 +206,8 @@ def add_prompt_branch(
         if row >= 0:
             gate = load_gate(prompts, row, head, TANH)
             prompt_k = load_prompts(prompts.key, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
-            p = prompt_softmax(q, prompt_k, prompts.length, scale_log2, BLOCK_P) * gate
+            p, _ = prompt_softmax(q, prompt_k, prompts.length, scale_log2, cap, BLOCK_P)
+            p *= gate
             prompt_v = load_prompts(prompts.value, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
             acc = dot(p.to(q.dtype), prompt_v, acc)
     return acc

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 from tiny_transformers import (  # noqa: E402
+    ADAPTED,
     AVAILABLE,
     DECODER,
     EAGER,
@@ -187,19 +188,27 @@ def test_score_options_with_a_paged_cache_are_refused():
         attention.attention_forward(module, *heads, None, softcap=2.0, cache=object())
 
 
-def test_an_option_of_the_operator_is_one_row(monkeypatch):
-    """What is needed when the fused operator learns to cap scores."""
+def test_gemma_2_is_fused_with_its_cap(monkeypatch):
+    """In whole passes and while decoding, with the numbers of the eager formula and the prompt term beside it."""
+    model, inputs = adapted("Gemma 2", gates=3.0), inputs_of("Gemma 2", tokens=6)
+    options = {"max_new_tokens": 2, "do_sample": False}
     given = []
+    for name in ("zero_init_attention", "zero_init_attention_with_kvcache"):
+        function = getattr(attention, name)
 
-    def operator(query, *_, softcap=None, **__):
-        given.append(softcap)
-        return query
+        def counted(*arguments, function=function, **named):
+            given.append(named["softcap"])
+            return function(*arguments, **named)
 
-    model, inputs = adapted("Gemma 2"), inputs_of("Gemma 2", tokens=6)
-    monkeypatch.setitem(attention.FUSED, "softcap", "softcap")
-    monkeypatch.setattr(attention, "zero_init_attention", operator)
-    outputs(model, inputs)
-    assert given == [2.0, 2.0]
+        monkeypatch.setattr(attention, name, counted)
+    fused = outputs(model, inputs)
+    assert given == [2.0] * ADAPTED
+    tokens = model.generate(**inputs, **options).tolist()
+    assert given == [2.0] * 3 * ADAPTED
+    monkeypatch.setattr(attention, "FUSED", {})
+    expected = outputs(model, inputs)
+    assert tokens == model.generate(**inputs, **options).tolist() and len(given) == 3 * ADAPTED
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_classes_in_front_of_an_attention_class_are_seen_through():

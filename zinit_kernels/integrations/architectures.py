@@ -63,7 +63,7 @@ ARCHITECTURES: dict[str, Projection] = {
     "Qwen2Attention": SPLIT,
     "Qwen3Attention": NORMED,
     "Qwen3MoeAttention": NORMED,
-    "Gemma2Attention": SPLIT,  # capped scores: never fused
+    "Gemma2Attention": SPLIT,
     "Gemma3Attention": NORMED,
     "Phi3Attention": Projection(_phi3_key_value, ("qkv_proj",)),
     "GraniteAttention": SPLIT,

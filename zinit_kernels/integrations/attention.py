@@ -6,7 +6,7 @@ Attention modules without prompts get `sdpa`, unchanged. With prompts, one fused
 
 (LLaMA-Adapter, arXiv 2303.16199, equations 5 to 8), where pk and pv are what the layer's own key and value
 projections make of the prompts, without the rotary embedding. What the fused kernels do not take (dense masks,
-dropout, a soft cap, attention sinks, a paged cache) gets the token branch from transformers and the prompt branch
+dropout, attention sinks, a paged cache) gets the token branch from transformers and the prompt branch
 added.
 
 On a CPU, a layer whose gates are all 0 (how training starts) gives the base's output bit for bit, because its tokens
@@ -42,11 +42,11 @@ except ImportError:
 NAME = "zinit"
 NEEDS_KWARGS = _active_collector is None  # of the attention modules, to know about output_attentions
 
-# Arguments of transformers' attention functions that change the scores and that `sdpa` does not know: with them the
-# token branch is the eager formula of the model's own file. A row in FUSED, transformers' name -> the argument of the
-# fused operator that means the same, makes these layers fused instead.
+# Arguments of transformers' attention functions that change the scores and that `sdpa` does not know. Those in FUSED
+# have an argument of the fused operator that means the same. Where a layer has another one, or is not fused for
+# another reason, its token branch is the eager formula of the model's own file.
 EAGER = ("softcap", "s_aux")  # capped scores (Gemma 2), attention sinks (GPT-OSS)
-FUSED: dict[str, str] = {}
+FUSED = {"softcap": "softcap"}
 _UNFUSED = {"cache", "position_bias"}  # arguments of sdpa's that change its keys or scores
 
 # Of a call whose rows have different adapters: what gives an attention module its prompts (None: it has none there).

@@ -73,14 +73,14 @@ def attention_forward(
     Raises:
         UserError: a model with capped scores or attention sinks.
     """
-    own = module._modules.get("shared_prompts")
-    if own is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if changed := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise UserError(
             f"one-softmax: {type(module).__name__} changes its scores by {changed[0]}, which prompts in the same "
             "softmax do not support: leave this method out."
         )
+    own = module._modules.get("shared_prompts")
+    if own is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     prompts = cast(SharedPrompts, own)
     prompt_key, prompt_value = _project(module, prompts, key)
     causal = kwargs.get("is_causal")

@@ -114,15 +114,17 @@ def _without_loaded(
 ) -> checkpoints.AdapterCheckpoint:
     """Without what PEFT saved beside the prompts, which must be in the model already.
 
-    Files name a tensor as the model does, but for the name of its adapter: lora_A.weight is lora_A.default.weight.
+    Files name a tensor as a PeftModel does, but for the name of its adapter: lora_A.weight is lora_A.default.weight.
+    Models that have PEFT's layers by transformers' own `load_adapter` are no PeftModels.
     """
     if checkpoint.extras_format != "peft":
         return checkpoint
     own: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        own[key] = tensor
-        for name in getattr(model, "peft_config", {}):
-            own.setdefault(key.replace(f".{name}.", ".", 1), tensor)
+    for full, tensor in model.state_dict().items():
+        for key in (full, f"base_model.model.{full}"):
+            own[key] = tensor
+            for name in getattr(model, "peft_config", {}):
+                own.setdefault(key.replace(f".{name}.", ".", 1), tensor)
     for key, tensor in checkpoint.extras.items():
         if key not in own or own[key].is_meta or not torch.equal(tensor.to(own[key]), own[key]):
             raise checkpoints.CheckpointError(

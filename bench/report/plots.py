@@ -220,16 +220,28 @@ def speeds_of_ours(rows: Sequence[Measured], other: str) -> list[float]:
 
 
 def grid_of_lines(
-    chosen: Sequence[Measured], by: str, values: Sequence[str], x: str, y: str
-) -> tuple[Any, Any]:
-    """(figure, axes): a row of panels for each value of the column `by`, a column of panels for each dtype."""
+    chosen: Sequence[Measured],
+    by: str,
+    titles: Mapping[str, str],
+    x: tuple[str, str],
+    y: tuple[str, str],
+) -> Any:
+    """A figure with a row of panels for each value of the column `by` and a column of panels for each dtype.
+
+    titles: of the rows, by their values. x, y: (a column, what its axis says).
+    """
     dtypes = dtypes_of(m.row for m in chosen)
-    figure, axes = panels(len(values), len(dtypes), 3.4)
-    for i, value in enumerate(values):
+    figure, axes = panels(len(titles), len(dtypes), 3.4)
+    for i, (value, title) in enumerate(titles.items()):
         for j, dtype in enumerate(dtypes):
             rows = [m.row for m in chosen if (getattr(m.row, by), m.row.dtype) == (value, dtype)]
-            lines(axes[i, j], rows, x, y)
-    return figure, axes
+            lines(axes[i, j], rows, x[0], y[0])
+            axes[i, j].set_title(f"{title}, {dtype}")
+        axes[i, 0].set_ylabel(y[1])
+    for axis in axes[-1]:
+        axis.set_xlabel(x[1])
+    legend(figure, axes)
+    return figure
 
 
 def attention(rows: Sequence[Measured]) -> tuple[Any, str] | None:
@@ -238,14 +250,8 @@ def attention(rows: Sequence[Measured]) -> tuple[Any, str] | None:
     modes = [mode for mode in ("forward", "forward+backward") if any(m.row.mode == mode for m in chosen)]
     if not modes:
         return None
-    figure, axes = grid_of_lines(chosen, "mode", modes, "seqlen_q", "tflops")
-    for i, mode in enumerate(modes):
-        axes[i, 0].set_ylabel("useful TFLOP/s")
-        for axis, dtype in zip(axes[i], dtypes_of(m.row for m in chosen), strict=True):
-            axis.set_title(f"{mode.replace('+', ' + ')}, {dtype}")
-    for axis in axes[-1]:
-        axis.set_xlabel("tokens T")
-    legend(figure, axes)
+    titles = {mode: mode.replace("+", " + ") for mode in modes}
+    figure = grid_of_lines(chosen, "mode", titles, ("seqlen_q", "tokens T"), ("tflops", "useful TFLOP/s"))
     speeds = speeds_of_ours(chosen, "plain SDPA")
     title = "Attention over whole sequences"
     if speeds:
@@ -258,15 +264,10 @@ def decode(rows: Sequence[Measured]) -> tuple[Any, str] | None:
     chosen = swept(rows, "decode")
     if not chosen:
         return None
-    layouts = list(dict.fromkeys(m.row.layout for m in chosen))
-    figure, axes = grid_of_lines(chosen, "layout", layouts, "seqlen_k", "gbps")
-    for i, layout in enumerate(layouts):
-        axes[i, 0].set_ylabel("GB/s of the cache")
-        for axis, dtype in zip(axes[i], dtypes_of(m.row for m in chosen), strict=True):
-            axis.set_title(f"{layout} cache, {dtype}")
-    for axis in axes[-1]:
-        axis.set_xlabel("keys S in the cache")
-    legend(figure, axes)
+    titles = {m.row.layout: f"{m.row.layout} cache" for m in chosen}
+    figure = grid_of_lines(
+        chosen, "layout", titles, ("seqlen_k", "keys S in the cache"), ("gbps", "GB/s of the cache")
+    )
     speeds = speeds_of_ours(chosen, "SDPA twice + add")
     title = "Decode of one token"
     if speeds:

@@ -7,25 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 from benchmark_folders import FOLDERS, PIXEL, right_answer, scienceqa, vicuna
+from evaluate_program import run
 from tiny_runs import make_base, make_folder
 
 from evaluate import benchmark_command, models
-from evaluate.__main__ import main
 from evaluate.asking import batches
 from evaluate.benchmarks import all_benchmarks
 from evaluate.question import Item, Picture
 from model.adapter import LlamaAdapter
 from model.adapter_files import save_adapter
 from model.config import AdapterConfig
-from model.errors import run_program
-
-
-def run(*words):
-    try:
-        run_program(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 import tiny_finetuning as tiny
 import torch
 import transformers
+from evaluate_program import run
 from tiny_transformers import FIVE
 
-from evaluate.__main__ import main
 from evaluate.finetune import protocol
 from evaluate.finetune.image_sets import read_set
 from evaluate.finetune.instruct import Instructions
@@ -20,18 +20,9 @@ from evaluate.finetune.squad import Answering
 from evaluate.finetune.tagging import Tagging
 from evaluate.finetune.token_files import Sentence, read_splits
 from evaluate.finetune.vtab import Classification
-from model.errors import run_program
 
 ENCODER = "BERT" if FIVE else "Llama"
 QUICK = ("--steps", 2, "--batch-size", 4, "--num-layers", 2, "--prompt-length", 3)
-
-
-def run(*words):
-    try:
-        run_program(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 @pytest.fixture(scope="module")

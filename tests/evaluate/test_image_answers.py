@@ -6,27 +6,18 @@ import json
 import pytest
 import torch
 from benchmark_folders import FOLDERS, PIXEL
+from evaluate_program import run
 from tiny_runs import make_base, make_folder
 
 pytest.importorskip("transformers")
 from tiny_vision import encoder_folder, picture  # noqa: E402
 
 from evaluate import models  # noqa: E402
-from evaluate.__main__ import main  # noqa: E402
 from model.config import AdapterConfig  # noqa: E402
-from model.errors import run_program  # noqa: E402
 from model.vision.adapter import VisualAdapter  # noqa: E402
 from model.vision.config import FeatureConfig, VisualConfig  # noqa: E402
 from model.vision.encoders import load_encoder  # noqa: E402
 from model.vision.files import save_adapter  # noqa: E402
-
-
-def run(*words):
-    try:
-        run_program(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 @pytest.fixture(scope="module")

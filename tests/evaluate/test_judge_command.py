@@ -5,18 +5,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from evaluate_program import run
 
 from evaluate import chat_server, judge_command
-from evaluate.__main__ import main
-from model.errors import run_program
-
-
-def run(*words):
-    try:
-        run_program(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 class Judge:

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from evaluate_program import run
 from repository import ROOT
 
 from evaluate import report
-from evaluate.__main__ import main
-from model.errors import UserError, run_program
+from model.errors import UserError
 
 RUN = {"command": "ner", "base": "b1", "data": "d1", "steps": 9, "batch_size": 4}
 
@@ -68,11 +68,3 @@ def test_the_command_writes_it_and_says_what_is_missing(results, tmp_path, capsy
 
 def test_the_page_of_this_checkout_is_that_of_its_ledgers():
     assert (ROOT / "docs" / "results.md").read_text() == report.page(ROOT / "evaluate" / "results")
-
-
-def run(*words):
-    try:
-        run_program(lambda: main([str(word) for word in words]))
-    except SystemExit as end:
-        return end.code
-    return 0

@@ -4,6 +4,7 @@ are refused in one sentence."""
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import struct
 
@@ -20,6 +21,7 @@ from tiny_gguf import byte_level_fields, gguf_tensors, model_fields, write_gguf,
 from model import generate as generate_program  # noqa: E402
 from model.chat import encode_chat  # noqa: E402
 from model.errors import UserError  # noqa: E402
+from model.gguf_weights import read  # noqa: E402
 from model.layers import rotary_frequencies  # noqa: E402
 from model.loading import load_base  # noqa: E402
 from model.rope_scaling import RopeScaling  # noqa: E402
@@ -75,6 +77,11 @@ def test_a_quantised_base_takes_the_dtype_that_is_asked_for(tmp_path, original):
     write_model(tmp_path / "a.gguf", original, "Q8_0")
     whole, half = load_base(tmp_path / "a.gguf"), load_base(tmp_path / "a.gguf", torch.bfloat16)
     assert half.dtype == torch.bfloat16
+    # at once, so that a large base is never in memory as float32
+    matrices = [
+        weight for weight in read(tmp_path / "a.gguf", torch.bfloat16)[1].values() if weight.dim() == 2
+    ]
+    assert {weight.dtype for weight in matrices} == {torch.bfloat16}
     assert all(torch.equal(half.state_dict()[k], v.bfloat16()) for k, v in whole.state_dict().items())
 
 
@@ -93,7 +100,7 @@ def test_the_frequencies_of_llama_3_are_known_by_their_divisors(tmp_path):
             load_base(tmp_path / "a.gguf")
 
 
-TEXTS = ("the quick brown fox", " the  fox 2024", "don't\n\nDon'T é😀", "the </s> fox", "")
+TEXTS = ("the quick brown fox", " the  fox 2024 4202", "don't\n\nDon'T é😀", "the </s> fox", "")
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
@@ -111,7 +118,7 @@ def test_byte_level_ids_are_those_of_the_original(tmp_path, original, pre):
     }[pre]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
     content = json.loads(tokenizer.to_str())
-    for merge in ("2 0", "20 2"):  # "2024" shows how digits are split
+    for merge in ("2 0", "20 2"):  # "2024" and "4202" show how digits are split
         content["model"]["vocab"][merge.replace(" ", "")] = len(content["model"]["vocab"])
         content["model"]["merges"].append(merge.split(" "))
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -129,9 +136,15 @@ def test_byte_level_ids_are_those_of_the_original(tmp_path, original, pre):
 def test_sentencepiece_ids_are_those_of_the_original(tmp_path):
     import sentencepiece
 
-    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog 2024\n" * 50)
+    draw = random.Random(0)
+    words = [
+        "".join(draw.choices(["the", "qu", "ick", "he", "o", "x", "fox", "er"], k=3)) for _ in range(400)
+    ]
+    (tmp_path / "text").write_text(
+        "the quick brown fox jumps over the lazy dog 2024\n" * 50 + " ".join(words)
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=310, minloglevel=2,
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=360, minloglevel=2,
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -148,8 +161,9 @@ def test_sentencepiece_ids_are_those_of_the_original(tmp_path):
     }
     write_gguf(tmp_path / "a.gguf", fields, {"x": np.zeros(8, "f4")})
     ours, theirs = load_tokenizer(tmp_path / "a.gguf"), load_tokenizer(tmp_path)
-    for text in TEXTS[:4]:
-        assert ours.encode(text) == theirs.encode(text)
+    unseen = ["".join(draw.choices("theovrquick wn", k=40)) for _ in range(200)]  # the order of merges shows
+    for text in (*TEXTS[:4], *unseen):
+        assert ours.encode(text) == theirs.encode(text), text
         assert (
             ours.decode(ours.encode(text, eos=True)) == theirs.decode(theirs.encode(text, eos=True)) == text
         )

@@ -64,13 +64,13 @@ class _FusedAttention:
         softcap = self.config.attention_logit_softcapping
         scale = self.mscale**2 / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
         table = recall(self, prompts, q, k.shape[2]) or tabulate(self, prompts, q)
-        if at_rest or softcap is not None or mask is not None or in_transform():
+        if at_rest or mask is not None or in_transform():
             out = CausalSelfAttention.scaled_dot_product_attention(self, q, k, v, mask)
             return out + prompt_branch(q, table, prompts, scale, softcap).transpose(1, 2)
         repeats = k.shape[1] // table.key.shape[2]  # one of every group's equal heads is enough
         fused = zero_init_attention(
             q, k[:, ::repeats], v[:, ::repeats], table.key.transpose(1, 2), table.value.transpose(1, 2),
-            table.gate, is_causal=q.shape[2] > 1, scale=scale, gate_activation="identity",
+            table.gate, is_causal=q.shape[2] > 1, scale=scale, softcap=softcap, gate_activation="identity",
         )  # fmt: skip
         return cast(Tensor, fused).transpose(1, 2)
 

@@ -177,15 +177,15 @@ def prompt_branch(
 ) -> Tensor:
     """act(gate) * softmax(scale * q pk^T) pv, [B, Hq, T, D]; a soft cap bounds these scores as it does the tokens'.
 
-    By PyTorch's own operators where the kernels cannot: for capped scores, and within torch.func's transforms.
+    By PyTorch's own operators within torch.func's transforms, which the kernels cannot follow.
     """
     prompt_key, prompt_value = table.key.transpose(1, 2), table.value.transpose(1, 2)
     gate, index = table.gate, prompts.row_index(query)
-    if softcap is None and not in_transform():
+    if not in_transform():
         no_keys = query.new_empty((query.shape[0], prompt_key.shape[1], 0, query.shape[-1]))
         branch = zero_init_attention(
             query, no_keys, no_keys, prompt_key, prompt_value, gate, scale=scale,
-            gate_activation=prompts.gate_activation, prompt_index=index,
+            softcap=softcap, gate_activation=prompts.gate_activation, prompt_index=index,
         )  # fmt: skip
         return cast(Tensor, branch)
     weight = gate.tanh() if prompts.gate_activation == "tanh" else gate

@@ -15,6 +15,12 @@ GROUPS: dict[str, dict[str, int]] = {  # group -> task (by the names of TensorFl
         "smallnorb_azi": 18, "smallnorb_ele": 9,
     },
 }  # fmt: skip
+ALIASES = {  # other names that the tasks' folders have
+    "cifar": "cifar100", "oxford_flowers102": "flowers102", "oxford_iiit_pet": "pets",
+    "diabetic_retinopathy": "retinopathy", "kitti_dist": "kitti", "dsprites_location": "dsprites_loc",
+    "dsprites_orientation": "dsprites_ori", "smallnorb_azimuth": "smallnorb_azi",
+    "smallnorb_elevation": "smallnorb_ele",
+}  # fmt: skip
 TRAIN, VALIDATION = 800, 200  # images; the chosen setting is trained again on all 1,000
 
 
@@ -30,11 +36,15 @@ class Score(NamedTuple):
 
 
 def score(accuracies: Mapping[str, Sequence[float]]) -> Score:
-    """Args: task -> test accuracy, in percent, of each seed.
+    """Args: task -> test accuracy, in percent, of each seed. Names of GROUPS and of ALIASES count in the groups.
 
     Raises:
-        ValueError: a task without accuracies, or an accuracy outside 0 to 100.
+        ValueError: a task without accuracies or under two names, or an accuracy outside 0 to 100.
     """
+    names = [ALIASES.get(task, task) for task in accuracies]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice} is there under two names")
+    accuracies = dict(zip(names, accuracies.values(), strict=True))
     for task, values in accuracies.items():
         if not values or not all(0 <= value <= 100 for value in values):
             raise ValueError(f"{task}: expected accuracies from 0 to 100, got {list(values)}")

@@ -340,6 +340,14 @@ def test_vtab_is_a_mean_of_means():
         vtab.score({"eurosat": [101]})
 
 
+def test_vtab_knows_the_names_of_folders():
+    names = {"cifar", "oxford_flowers102", "oxford_iiit_pet", "caltech101", "dtd", "svhn", "sun397"}
+    assert vtab.score({name: [60] for name in names}).groups == {"natural": 60}
+    assert set(vtab.ALIASES.values()) <= {name for group in vtab.GROUPS.values() for name in group}
+    with pytest.raises(ValueError, match="cifar100 is there under two names"):
+        vtab.score({"cifar": [60], "cifar100": [60]})
+
+
 def test_base_to_novel_splits_sorted_labels():
     assert base_to_novel.split([4, 0, 2, 2, 9, 7]) == ([0, 2, 4], [7, 9])
     assert base_to_novel.validation_shots(16) == 4 and base_to_novel.validation_shots(2) == 2

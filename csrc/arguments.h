@@ -39,6 +39,10 @@ inline void set_prompt(AttentionParams& w, const Device& device, Layout layout, 
               ") where no prompt_index is given, got ", N);
 }
 
+inline void set_sinks(AttentionParams& w, const Device& device, const OptionalTensor& sinks) {
+  w.sinks = device.array<float>(sinks, "sinks", ScalarType::Float, {w.num_heads_q});
+}
+
 // `by_token`: whether there is a causal mask or a window.
 inline void set_rotary(DecodeParams& w, const Device& device, const OptionalTensor& cos,
                        const OptionalTensor& sin, bool interleaved, bool by_token) {

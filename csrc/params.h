@@ -71,6 +71,10 @@ struct AttentionParams {
   const float* gate;  // [gate_rows, Hq] before the activation; with prompts alone
   int64_t gate_rows;  // 1, or N: then the row is that of the prompt table
   bool tanh_gate;     // the activation is tanh, or else the identity
+
+  // [Hq], a score per query head in the denominator of the token branch, as of a key that every query sees and
+  // whose value is 0: out = sum_j e^{s_j} v_j / (sum_j e^{s_j} + e^{sink}). lse includes it.
+  Array<const float> sinks;
 };
 
 struct ForwardParams : AttentionParams {
@@ -78,7 +82,8 @@ struct ForwardParams : AttentionParams {
   View key;    // [B, Hkv, S, D]
   View value;  // [B, Hkv, S, D]
   View out;    // [B, Hq, T, D], dtype of query
-  float* lse;  // [B, Hq, T] contiguous (packed: [1, Hq, total]); natural log; -inf for a row without keys
+  float*
+      lse;  // [B, Hq, T] contiguous (packed: [1, Hq, total]); natural log; -inf for a row without keys and sink
 };
 
 // Gradients are written, not accumulated. One that is not given costs nothing.
@@ -92,6 +97,7 @@ struct BackwardParams : AttentionParams {
   View grad_prompt_key;         // [N, Hkv, P, D], dtype of prompt_key
   View grad_prompt_value;       // [N, Hkv, P, D]
   Array<float> grad_gate;       // [gate_rows, Hq]
+  Array<float> grad_sinks;      // [Hq]
 };
 
 // Rotary embedding of queries and new keys.

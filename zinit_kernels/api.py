@@ -68,6 +68,7 @@ def zero_init_attention(
     softcap: float | None = 0.0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **ported: Any,
@@ -103,8 +104,10 @@ def zero_init_attention(
             and softmax, as in flash-attn and Gemma 2. 0.0 or None leaves the scores as they are.
         gate_activation: "tanh" (the paper's training code) or "identity" (PEFT, litgpt).
         prompt_index: int32 [B], the row of the prompt table for each sequence; -1 means no prompts.
-        return_lse: also return the token branch's log-sum-exp, float32 [B, Hq, T], in natural logarithms, -inf
-            for a query without keys. It is differentiable.
+        sinks: [Hq], one learned score per query head (attention sinks, as in gpt-oss). It enters the denominator of
+            the first sum: softmax_j is e^s_j / (sum_j e^s_j + e^sinks[h]). Float32 is best. It is differentiable.
+        return_lse: also return the token branch's log-sum-exp, float32 [B, Hq, T], in natural logarithms, its sink
+            included; -inf for a query without keys and sink. It is differentiable.
         backend: "auto" (see `explain`), or a name. A named backend raises where it cannot run the call.
         ported: other keywords of `F.scaled_dot_product_attention` and of flash-attn's functions, for calls ported
             from them. Those that change nothing are accepted (dropout_p=0.0, enable_gqa, deterministic); for any
@@ -124,7 +127,7 @@ def zero_init_attention(
         check_keywords("zero_init_attention", ported)
     given = (
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, softcap,
-        gate_activation, prompt_index,
+        gate_activation, prompt_index, sinks,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention(*given)):
         return done if return_lse else done[0]
@@ -199,6 +202,7 @@ def zero_init_attention_varlen(
     softcap: float | None = 0.0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **ported: Any,
@@ -213,6 +217,7 @@ def zero_init_attention_varlen(
         k, v: [total_k, Hkv, D], divided by cu_seqlens_k.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D].
         gate, prompt_index: as for `zero_init_attention`, by sequence.
+        sinks: as for `zero_init_attention`.
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], from 0 to the totals, never decreasing.
         max_seqlen_q, max_seqlen_k: Python ints, at least the longest sequence. A GPU is not stalled to check
             them; if one is too small there, rows of out may stay uninitialised.
@@ -237,7 +242,7 @@ def zero_init_attention_varlen(
         check_keywords("zero_init_attention_varlen", ported)
     call = arguments.from_varlen(
         q, k, v, prompt_k, prompt_v, gate, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
-        softmax_scale, causal, window_size, softcap, gate_activation, prompt_index,
+        softmax_scale, causal, window_size, softcap, gate_activation, prompt_index, sinks,
     )  # fmt: skip
     try:
         out, lse = dispatch.run(backend, call, return_lse)
@@ -304,6 +309,7 @@ def zero_init_attention_with_kvcache(
     num_splits: int = 0,
     gate_activation: str = "tanh",
     prompt_index: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **ported: Any,
@@ -322,6 +328,7 @@ def zero_init_attention_with_kvcache(
             in memory ([B, Hkv, S, D], passed transposed) is faster.
         k, v: [B, T_new, Hkv, D] to append, or None. All of them have the dtype of q.
         prompt_k, prompt_v: [N, P, Hkv, D] or [P, Hkv, D], or None for no prompts.
+        sinks: as for `zero_init_attention`, without a gradient.
         gate, prompt_index: as for `zero_init_attention`. None for no prompts. A gate [1, Hq] costs 1 us less than
             [Hq].
         cache_seqlens: int32 [B], or one int: the keys in the cache before this call. The slots behind them may
@@ -352,7 +359,7 @@ def zero_init_attention_with_kvcache(
     given = (
         q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, cache_batch_idx, block_table, rotary_cos,
         rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, softcap, num_splits, gate_activation,
-        prompt_index,
+        prompt_index, sinks,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]

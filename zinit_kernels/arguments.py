@@ -32,6 +32,7 @@ def from_sdpa(
     softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> Call:
     """[B, H, T, D] tensors, SDPA's mask rules."""
     attn_mask, lower_right = from_causal_bias(attn_mask, is_causal, query, key)
@@ -44,6 +45,7 @@ def from_sdpa(
         gate=gate,
         attn_mask=attn_mask,
         prompt_index=prompt_index,
+        sinks=sinks,
     )
     query, key, value = _under_autocast(query, key, value)
     checks.check_tensor("query", query, 4, "[B, Hq, T, D]")
@@ -85,6 +87,7 @@ def from_sdpa(
         prompt_key=prompt_key,
         prompt_value=prompt_value,
         gate=gate,
+        sinks=checks.as_sinks(sinks, query, heads_q),
         prompt_index=prompt_index,
         key_bias=key_bias,
         max_seqlen_q=seqlen_q,
@@ -116,6 +119,7 @@ def from_varlen(
     softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> Call:
     """Packed [total, H, D] tensors, flash-attn's rules."""
     checks.check_storage(
@@ -129,6 +133,7 @@ def from_varlen(
         cu_seqlens_k=cu_seqlens_k,
         block_table=block_table,
         prompt_index=prompt_index,
+        sinks=sinks,
     )
     if block_table is not None:
         k, v = gather_pages(q, k, v, cu_seqlens_k, block_table)
@@ -170,6 +175,7 @@ def from_varlen(
         prompt_key=prompt_k,
         prompt_value=prompt_v,
         gate=gate,
+        sinks=checks.as_sinks(sinks, q, q.shape[1]),
         prompt_index=prompt_index,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -214,6 +220,7 @@ def from_cache(
     num_splits: int,
     gate_activation: str,
     prompt_index: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> CacheCall:
     """[B, T, H, D] queries against caches [B, S, Hkv, D] or pages [num_pages, page, Hkv, D], flash-attn's rules."""
     if causal is None:
@@ -236,6 +243,7 @@ def from_cache(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         prompt_index=prompt_index,
+        sinks=sinks,
     )
     layout = "[B, S, Hkv, D]" if block_table is None else "[num_pages, page_size, Hkv, D]"
     if cache_batch_idx is not None:
@@ -322,6 +330,7 @@ def from_cache(
         prompt_key=prompt_k,
         prompt_value=prompt_v,
         gate=gate,
+        sinks=checks.as_sinks(sinks, q, q.shape[2]),
         prompt_index=prompt_index,
         cache_seqlens=cache_seqlens,
         block_table=block_table,

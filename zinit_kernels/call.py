@@ -87,6 +87,8 @@ class Call(NamedTuple):
     prompt_value: Annotated[Tensor | None, strided("[N, Hkv, P, D]", _DIFFERENTIABLE, FLOATS)] = None
     # raw, before its activation
     gate: Annotated[Tensor | None, array("[1 or N, Hq]", _FLOAT32, role=_DIFFERENTIABLE)] = None
+    # one more score in each query's denominator, in the token branch
+    sinks: Annotated[Tensor | None, array("[Hq]", _FLOAT32, role=_DIFFERENTIABLE)] = None
     # each sequence's row of the table, -1 = no prompts; None: row b, or row 0 if there is one row
     prompt_index: Annotated[Tensor | None, array("[B]", _INT32)] = None
     # added to the scaled scores, -inf = masked
@@ -129,6 +131,7 @@ class CacheCall(NamedTuple):
     prompt_key: Annotated[Tensor | None, strided("[N, P, Hkv, D]", dtypes=FLOATS)]
     prompt_value: Annotated[Tensor | None, strided("[N, P, Hkv, D]", dtypes=FLOATS)]
     gate: Annotated[Tensor | None, array("[1 or N, Hq]", _FLOAT32)]
+    sinks: Annotated[Tensor | None, array("[Hq]", _FLOAT32)]
     prompt_index: Annotated[Tensor | None, array("[B]", _INT32)]
     # keys in the cache before the call
     cache_seqlens: Annotated[Tensor, array("[B]", _INT32)]
@@ -203,7 +206,7 @@ class Saved(NamedTuple):
     grad_lse: Annotated[Tensor | None, array("[B, Hq, T]", _FLOAT32)]
     # stored [B, T, Hq, D]
     out: Annotated[Tensor, strided("[B, Hq, T, D]")]
-    # natural logarithm, of the token branch, -inf for a query without keys
+    # natural logarithm, of the token branch with its sink, -inf for a query without keys and sink
     lse: Annotated[Tensor, array("[B, Hq, T]", _FLOAT32)]
 
 

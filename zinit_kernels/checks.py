@@ -267,6 +267,17 @@ def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) 
     return cos.to(dtype).contiguous(), sin.to(dtype).contiguous()
 
 
+def as_sinks(sinks: Tensor | None, query: Tensor, heads_q: int) -> Tensor | None:
+    """[Hq] in the softmax's precision."""
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        came = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise TypeError(f"sinks must be a floating-point tensor [Hq], one score per query head, got {came}")
+    check_shape("sinks", sinks, (heads_q,))
+    return sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32).contiguous()
+
+
 def as_int32(name: str, tensor: Tensor, dims: int) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
         came = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -93,13 +93,14 @@ def attention(
     softcap: float | None,
     gate_activation: str,
     prompt_index: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of the arguments of `zero_init_attention`, or None."""
     try:
         if attn_mask is not None or not _is_open() or is_autocast_enabled("cpu"):
             return None
         keys, values, gates = _with_rows(prompt_key, prompt_value, gate)
-        if not _are_canonical(query, key, value, keys, values, gates, prompt_index, None, None, None):
+        if not _are_canonical(query, key, value, keys, values, gates, sinks, prompt_index, None, None, None):
             return None
         if query.dim() != 4 or key.dim() != 4:
             return None
@@ -116,14 +117,14 @@ def attention(
                 return None
             left, right = window
         operands = (
-            query, key, value, keys, values, gates, prompt_index, None, None, None, seqlen_q, seqlen_k,
+            query, key, value, keys, values, gates, sinks, prompt_index, None, None, None, seqlen_q, seqlen_k,
             head_dim**-0.5 if scale is None else scale, softcap, left, right, gate_activation == "tanh",
         )  # fmt: skip
         return fused.attention_of("cpu", *operands) if is_grad_enabled() else _FORWARD(*operands)
     except RuntimeError as error:
         _refuse(
             error, arguments.from_sdpa, query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal,
-            window_size, scale, softcap, gate_activation, prompt_index,
+            window_size, scale, softcap, gate_activation, prompt_index, sinks,
         )  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def attention_with_cache(
     num_splits: int,
     gate_activation: str,
     prompt_index: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) of the arguments of `zero_init_attention_with_kvcache`, or None."""
     try:
@@ -156,8 +158,8 @@ def attention_with_cache(
             return None
         keys, values, gates = _with_rows(prompt_k, prompt_v, gate)
         tensors = (
-            q, k_cache, v_cache, k, v, keys, values, gates, prompt_index, cache_seqlens, block_table, rotary_cos,
-            rotary_sin,
+            q, k_cache, v_cache, k, v, keys, values, gates, sinks, prompt_index, cache_seqlens, block_table,
+            rotary_cos, rotary_sin,
         )  # fmt: skip
         if not _are_canonical_with_cache(*tensors):
             return None
@@ -194,7 +196,7 @@ def attention_with_cache(
         _refuse(
             error, arguments.from_cache, q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens,
             cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal,
-            window_size, softcap, num_splits, gate_activation, prompt_index,
+            window_size, softcap, num_splits, gate_activation, prompt_index, sinks,
         )  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 One operator per stage and backend, `zinit::<stage>_<backend>`:
 
     forward(Call) -> (out, lse)             out [B, Hq, T, D], stored [B, T, Hq, D], in the query's dtype;
-                                            lse float32 [B, Hq, T], natural logarithm of the token branch's sum, -inf
-                                            for a query without keys
+                                            lse float32 [B, Hq, T], natural logarithm of the token branch's sum with
+                                            its sink, -inf for a query without keys and sink
     backward(Saved, Call, needs) -> grads   one for each differentiable field, as `call.batched` says; bit i of `needs`
                                             asks for the i-th, one not asked for comes back with no elements
     decode(CacheCall) -> (out, lse)         out [B, T, Hq, D] contiguous; writes the caches

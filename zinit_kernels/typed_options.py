@@ -32,6 +32,7 @@ class SdpaOptions(SdpaPorted, total=False):
     softcap: float | None
     gate_activation: str
     prompt_index: Tensor | None
+    sinks: Tensor | None
     backend: str
 
 
@@ -41,6 +42,7 @@ class FlashOptions(TypedDict, total=False):
     softcap: float | None
     gate_activation: str
     prompt_index: Tensor | None
+    sinks: Tensor | None
     backend: str
 
 

@@ -4,8 +4,10 @@
 //   dS = P (dO v^T - delta)    dSp = s Pp (dPp - r)
 //   dq = scale (dS k + dSp pk)    dk = scale dS^T q    dv = P^T dO
 //   dpk = scale dSp^T q    dpv = s Pp^T dO    dgate = act'(gate) sum r
+//   dsink = -sum exp(sink - lse) delta
 // With a soft cap, dS and dSp are multiplied by its slope at their scores.
-// delta belongs to the token branch alone: out holds the prompt branch too, and s r takes it off again.
+// delta belongs to the token branch alone: out holds the prompt branch too, and s r takes it off again. With a
+// sink in lse, P, dS and all that follows from them stay as they are.
 #pragma once
 #include "backward_columns.h"
 #include "kernels.h"
@@ -53,6 +55,7 @@ class BackwardUnit {
       queries = min(w.block_queries, sequence.queries - first);
       pack_queries();
       if (prompt.given()) prompts_added |= prompt_gradients(pass % blocks);
+      if (w.grad_sinks.given) sink_gradients(pass % blocks);
       if (w.wants_tokens()) token_gradients();
       if (w.grad_query.given) {
         store_rows<true>(s.grad_query, width, queries, w.scale, sequence.query_row(w.grad_query, head, first),
@@ -159,7 +162,8 @@ class BackwardUnit {
     pack(w.query, s.query, s.query_lanes, w.grad_key.given || w.grad_prompt_key.given);
     pack(w.grad_out, s.grad_out, s.grad_out_lanes, w.grad_value.given || w.grad_prompt_value.given);
     clear(s.grad_query, queries * width);
-    if (w.wants_tokens() && row_statistics<Tile>(w, sequence, how, head, first, queries, s)) {
+    if ((w.wants_tokens() || w.grad_sinks.given) &&
+        row_statistics<Tile>(w, sequence, how, head, first, queries, s)) {
       for (int64_t row = 0; row < queries; row += kStrip) redo_coarse_statistics(row);
     }
   }
@@ -188,8 +192,17 @@ class BackwardUnit {
     const float* lse = w.lse + sequence.lse_index(w.num_heads_q, head, start);
     for (int64_t i = 0; i < rows; ++i) {
       if (lse[i] == -kInfinity || __builtin_fabsf(lse[i]) <= kCoarse) continue;
-      s.pivot[row + i] = state.m[i];
-      s.rest[row + i] = __builtin_log2f(state.l[i]);
+      if (w.sinks.given) {
+        const double scale = static_cast<double>(how.remaining), m = static_cast<double>(state.m[i]) * scale;
+        const double sum = end_row(m, state.l[i], w.sinks.data[head]).lse;
+        // the larger of the two is near lse, so the rest is small
+        const float pivot = m < static_cast<double>(w.sinks.data[head]) ? pivot_of(sum, scale) : state.m[i];
+        s.pivot[row + i] = pivot;
+        s.rest[row + i] = static_cast<float>((sum - static_cast<double>(pivot) * scale) / kLn2);
+      } else {
+        s.pivot[row + i] = state.m[i];
+        s.rest[row + i] = __builtin_log2f(state.l[i]);
+      }
     }
   }
 
@@ -227,6 +240,12 @@ class BackwardUnit {
     }
     w.gate_partials[(b * w.num_heads_q + head) * w.blocks + block] = reduce_add(gate_sum);
     return gate != 0.f;
+  }
+
+  void sink_gradients(int64_t block) {
+    const float* lse = w.lse + sequence.lse_index(w.num_heads_q, head, first);
+    w.sink_partials[(b * w.num_heads_q + head) * w.blocks + block] =
+        sink_gradient<Tile>(how, w.sinks.data[head], lse, queries, s);
   }
 
   void token_gradients() {

@@ -10,7 +10,8 @@ namespace zinit::cpu {
 namespace {
 
 constexpr int64_t kBackwardKeys = 64;
-constexpr int64_t kGroup = 64;  // queries over which gradients of keys are reduced in one product
+constexpr int64_t kGroup = 64;     // queries over which gradients of keys are reduced in one product
+constexpr float kNothing = 1e30f;  // as the rest of a row: every p is 0
 
 template <class Tile>
 struct BackwardScratch {
@@ -109,13 +110,18 @@ inline void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
 }
 
+// What is subtracted from a score of the tile, for a row with that log-sum-exp.
+inline float pivot_of(double lse, double scale) {
+  const double score = lse / scale;
+  return __builtin_fabs(score) < 1e30 ? static_cast<float>(score) : 0.f;
+}
+
 // pivot, rest and the part of delta that is not the prompt's, for the queries of a pass; neutral beyond them.
 // Returns whether some lse is too coarse to take them from.
 template <class Tile>
 inline bool row_statistics(const BackwardWork& w, const Sequence& sequence, const ScoreScale& how,
                            int64_t head, int64_t first, int64_t queries, const BackwardScratch<Tile>& s) {
-  constexpr int64_t kAhead = 8;      // rows
-  constexpr float kNothing = 1e30f;  // as a rest: every p of the row is 0
+  constexpr int64_t kAhead = 8;  // rows
   const int64_t index = sequence.lse_index(w.num_heads_q, head, first);
   const double scale = static_cast<double>(how.remaining);
   bool coarse = false;
@@ -133,8 +139,7 @@ inline bool row_statistics(const BackwardWork& w, const Sequence& sequence, cons
                  if (lse == -kInfinity) {
                    s.pivot[i] = 0.f, s.rest[i] = kNothing;
                  } else {
-                   const double score = static_cast<double>(lse) / scale;
-                   s.pivot[i] = __builtin_fabs(score) < 1e30 ? static_cast<float>(score) : 0.f;
+                   s.pivot[i] = pivot_of(static_cast<double>(lse), scale);
                    s.rest[i] = static_cast<float>(
                        (static_cast<double>(lse) - static_cast<double>(s.pivot[i]) * scale) / kLn2);
                    coarse |= __builtin_fabsf(lse) > kCoarse;
@@ -149,11 +154,29 @@ inline bool row_statistics(const BackwardWork& w, const Sequence& sequence, cons
   return coarse;
 }
 
+// The gradient of a head's sink by the queries of a pass, after delta is complete. The sink's value is 0, so its
+// dS is -p delta.
+template <class Tile>
+inline float sink_gradient(const ScoreScale& how, float sink, const float* lse, int64_t queries,
+                           const BackwardScratch<Tile>& s) {
+  constexpr float kAlone = 1e25f;  // a sink that large leaves nothing to the keys, and its rest is rounded
+  double sum = 0;
+  for (int64_t i = 0; i < queries; ++i) {
+    if (lse[i] == -kInfinity || sink == -kInfinity) continue;
+    const double m = static_cast<double>(s.pivot[i]) * static_cast<double>(how.remaining);
+    const double exponent = (static_cast<double>(sink) - m) / kLn2 - static_cast<double>(s.rest[i]);
+    const bool alone = lse[i] == sink && __builtin_fabsf(sink) > kAlone;
+    const double p = alone ? 1. : __builtin_exp2(exponent);
+    sum -= p * static_cast<double>(s.delta[i]);
+  }
+  return static_cast<float>(sum);
+}
+
 // Scores (masked) and dO v^T of one column -> p and ds, 0 outside the extent.
 template <class Tile>
-inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how, int64_t row,
-                                  int64_t column, bool wants_scores, bool careful,
-                                  const BackwardScratch<Tile>& s) {
+[[gnu::always_inline]] inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how,
+                                                         int64_t row, int64_t column, bool wants_scores,
+                                                         bool careful, const BackwardScratch<Tile>& s) {
   const float* scores = s.scores + column;
   float* dp = s.dp + column;
   const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
@@ -173,7 +196,7 @@ inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScal
     const Vec score = load(scores + j * kGroup), x = fma(score - pivot, factor, minus_rest);
     Vec p = masked ? exp2_clamped(x) : exp2(x);
     Vec ds = wants_scores ? p * (load(dp + j * kGroup) - delta) : zero;
-    if (masked) {  // a key that the query does not see: its value may be NaN, and so may the query's lse
+    if (careful) {  // a key that the query does not see: its value may be NaN, and so may the query's lse
       p = select_ge(nothing, score, zero, p);
       ds = select_ge(nothing, score, zero, ds);
     }

@@ -10,11 +10,12 @@ namespace {
 
 constexpr int64_t kReduceKeys = 64;
 
-// An item is: one table row and key head of the prompts; all gates; or a block of keys of one head.
+// An item is: one table row and key head of the prompts; all gates; all sinks; or a block of keys of one head.
 inline int64_t prompt_items(const BackwardWork& w) {
   return w.wants_prompt() ? w.prompt_rows * w.num_heads_kv : 0;
 }
 inline int64_t gate_items(const BackwardWork& w) { return w.grad_gate.given ? 1 : 0; }
+inline int64_t sink_items(const BackwardWork& w) { return w.grad_sinks.given ? 1 : 0; }
 inline int64_t key_blocks(const BackwardWork& w) {
   return w.stores_partials() ? ceil_div(w.seqlen_k, kReduceKeys) : 0;
 }
@@ -77,6 +78,18 @@ inline void reduce_gates(const BackwardWork& w) {
   }
 }
 
+inline void reduce_sinks(const BackwardWork& w) {
+  for (int64_t head = 0; head < w.num_heads_q; ++head) {
+    double sum = 0;
+    for (int64_t b = 0; b < w.num_sequences; ++b) {
+      const int64_t blocks = ceil_div(Sequence(w, b).queries, w.block_queries);
+      const float* partial = w.sink_partials + (b * w.num_heads_q + head) * w.blocks;
+      for (int64_t i = 0; i < blocks; ++i) sum += static_cast<double>(partial[i]);
+    }
+    w.grad_sinks.data[head] = static_cast<float>(sum);
+  }
+}
+
 inline void reduce_keys(const BackwardWork& w, int64_t b, int64_t head, int64_t block) {
   const Sequence sequence(w, b);
   const int64_t part = w.seqlen_k * w.padded_dim;
@@ -94,7 +107,7 @@ inline void reduce_keys(const BackwardWork& w, int64_t b, int64_t head, int64_t 
 }
 
 int64_t backward_reduce_items(const BackwardWork& w) {
-  return prompt_items(w) + gate_items(w) + w.num_sequences * w.num_heads_kv * key_blocks(w);
+  return prompt_items(w) + gate_items(w) + sink_items(w) + w.num_sequences * w.num_heads_kv * key_blocks(w);
 }
 
 int64_t backward_reduce_scratch(const BackwardWork& w) {
@@ -108,8 +121,10 @@ void backward_reduce_run(const BackwardWork& w, int64_t begin, int64_t end, void
       reduce_prompt(w, i / w.num_heads_kv, i % w.num_heads_kv, static_cast<float*>(scratch));
     } else if ((i -= prompt_items(w)) < gate_items(w)) {
       reduce_gates(w);
+    } else if ((i -= gate_items(w)) < sink_items(w)) {
+      reduce_sinks(w);
     } else {
-      i -= gate_items(w);
+      i -= sink_items(w);
       const int64_t pair = i / key_blocks(w);
       reduce_keys(w, pair / w.num_heads_kv, pair % w.num_heads_kv, i % key_blocks(w) * kReduceKeys);
     }

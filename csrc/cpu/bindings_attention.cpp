@@ -1,6 +1,7 @@
 // zinit::forward_cpu and zinit::backward_cpu: tensors in, parameter structs to the kernels, tensors out.
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "plan.h"
@@ -57,11 +58,11 @@ void set_tokens(Params& w, const Device& device, const Tensor& query, const Tens
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const OptionalTensor& prompt_key, const OptionalTensor& prompt_value,
-                                   const OptionalTensor& gate, const OptionalTensor& prompt_index,
-                                   const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q,
-                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
-                                   int64_t max_seqlen_k, double scale, double softcap, int64_t window_left,
-                                   int64_t window_right, bool tanh_gate) {
+                                   const OptionalTensor& gate, const OptionalTensor& sinks,
+                                   const OptionalTensor& prompt_index, const OptionalTensor& key_bias,
+                                   const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                   int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap,
+                                   int64_t window_left, int64_t window_right, bool tanh_gate) {
   const Device device = Device::cpu();
   ForwardParams w{};
   Copies copies;
@@ -70,6 +71,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
+  set_sinks(w, device, sinks);
   const int64_t batch = query.size(0), rows = query.size(2);
   Tensor out = device.empty_token_major(batch, w.num_heads_q, rows, w.head_dim, query.scalar_type());
   Tensor lse = device.empty_contiguous({batch, w.num_heads_q, rows}, ScalarType::Float);
@@ -79,13 +81,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& prompt_key,
-    const OptionalTensor& prompt_value, const OptionalTensor& gate, const OptionalTensor& prompt_index,
-    const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double softcap, int64_t window_left,
-    int64_t window_right, bool tanh_gate, int64_t needs) {
+    const OptionalTensor& prompt_value, const OptionalTensor& gate, const OptionalTensor& sinks,
+    const OptionalTensor& prompt_index, const OptionalTensor& key_bias, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+    double softcap, int64_t window_left, int64_t window_right, bool tanh_gate, int64_t needs) {
   const Device device = Device::cpu();
   BackwardWork w{};
   Copies copies;
@@ -94,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
+  set_sinks(w, device, sinks);
   const int64_t batch = query.size(0), rows = query.size(2), keys = key.size(2), D = w.head_dim;
   w.out = device.view(out, "out", Layout::kHeadMajor);
   w.grad_out = device.view(grad_out, "grad_out", Layout::kHeadMajor);
@@ -105,7 +108,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   w.lse = device.array<float>(lse, "lse", ScalarType::Float, {batch, w.num_heads_q, rows}).data;
   w.grad_lse = device.array<float>(grad_lse, "grad_lse", ScalarType::Float, {batch, w.num_heads_q, rows});
 
-  const auto wanted = [&](int bit) { return (needs >> bit & 1) != 0 && (bit < 3 || prompt_key.has_value()); };
+  const auto wanted = [&](int bit) {
+    const bool given = bit < 3 || (bit < 6 ? prompt_key.has_value() : sinks.has_value());
+    return (needs >> bit & 1) != 0 && given;
+  };
   const auto gradient = [&](int bit, View& view, auto allocate) {
     Tensor grad = wanted(bit) ? allocate() : device.empty_contiguous({0}, ScalarType::Float);
     if (wanted(bit)) view = device.view(grad, "gradient", Layout::kHeadMajor);
@@ -125,9 +131,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_value = gradient(2, w.grad_value, token_major(w.num_heads_kv, keys));
   Tensor grad_prompt_key = gradient(3, w.grad_prompt_key, contiguous(prompt_key));
   Tensor grad_prompt_value = gradient(4, w.grad_prompt_value, contiguous(prompt_value));
-  Tensor grad_gate = wanted(5) ? device.empty_contiguous({w.gate_rows, w.num_heads_q}, ScalarType::Float)
-                               : device.empty_contiguous({0}, ScalarType::Float);
-  if (wanted(5)) w.grad_gate = {static_cast<float*>(grad_gate.mutable_data_ptr()), true};
+  const auto array_gradient = [&](int bit, Array<float>& array, const std::vector<int64_t>& sizes) {
+    Tensor grad = device.empty_contiguous(wanted(bit) ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+    if (wanted(bit)) array = {static_cast<float*>(grad.mutable_data_ptr()), true};
+    return grad;
+  };
+  Tensor grad_gate = array_gradient(5, w.grad_gate, {w.gate_rows, w.num_heads_q});
+  Tensor grad_sinks = array_gradient(6, w.grad_sinks, {w.num_heads_q});
 
   plan_backward(w, torch::stable::get_num_threads());
   const BackwardWorkspace workspace(w);
@@ -135,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   workspace.give_to(w, static_cast<float*>(floats.mutable_data_ptr()));
   run_stage(kernels().backward, w);
   run_stage(kernels().backward_reduce, w);
-  return {grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value, grad_gate};
+  return {grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value, grad_gate, grad_sinks};
 }
 
 }  // namespace

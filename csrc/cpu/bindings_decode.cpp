@@ -11,11 +11,12 @@ namespace {
 std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                                   const OptionalTensor& new_key, const OptionalTensor& new_value,
                                   const OptionalTensor& prompt_key, const OptionalTensor& prompt_value,
-                                  const OptionalTensor& gate, const OptionalTensor& prompt_index,
-                                  const Tensor& cache_seqlens, const OptionalTensor& block_table,
-                                  const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
-                                  bool rotary_interleaved, double scale, double softcap, int64_t window_left,
-                                  int64_t window_right, bool tanh_gate, int64_t num_splits) {
+                                  const OptionalTensor& gate, const OptionalTensor& sinks,
+                                  const OptionalTensor& prompt_index, const Tensor& cache_seqlens,
+                                  const OptionalTensor& block_table, const OptionalTensor& rotary_cos,
+                                  const OptionalTensor& rotary_sin, bool rotary_interleaved, double scale,
+                                  double softcap, int64_t window_left, int64_t window_right, bool tanh_gate,
+                                  int64_t num_splits) {
   const Device device = Device::cpu();
   DecodeWork w{};
   Copies copies;
@@ -58,6 +59,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
   copy_prompt_index(w, copies);
+  set_sinks(w, device, sinks);
   set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);
   plan_decode(w, copy_lengths(w, copies), torch::stable::get_num_threads());
 

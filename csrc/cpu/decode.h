@@ -11,6 +11,7 @@
 #include "decode_tiles.h"
 #include "kernels.h"
 #include "softcap.h"
+#include "softmax.h"
 #include "special.h"
 
 namespace zinit::cpu {
@@ -334,12 +335,17 @@ class DecodeItem {
         bool all_open = true;
         for (int r = 0; r < N; ++r) {
           const int64_t h = q.head_of(head, row + r);
-          const float l = sum_of_row<N>(state, r), inverse = l > 0 ? 1 / l : l;
+          const float l = sum_of_row<N>(state, r);
+          float inverse = l > 0 ? 1 / l : l;
+          float lse = l == 0 ? -kInfinity : (state.m[r] + __builtin_log2f(l)) * static_cast<float>(kLn2);
+          if (w.sinks.given) {  // here and nowhere else, however many splits there are
+            const RowEnd end = end_row(static_cast<double>(state.m[r]) * kLn2, l, w.sinks.data[h]);
+            inverse = end.factor, lse = static_cast<float>(end.lse);
+          }
           for (int64_t d = r * q.padded; d < (r + 1) * q.padded; d += kLanes) {
             store(out + d, broadcast(inverse) * load(out + d));
           }
-          const float lse = (state.m[r] + __builtin_log2f(l)) * static_cast<float>(kLn2);
-          w.lse[(q.b * w.num_heads_q + h) * w.seqlen_q + q.token_of(row + r)] = l == 0 ? -kInfinity : lse;
+          w.lse[(q.b * w.num_heads_q + h) * w.seqlen_q + q.token_of(row + r)] = lse;
           gate[r] = prompt.gate(w, h);
           all_open = all_open && gate[r] != 0;
         }

@@ -227,10 +227,10 @@ class ForwardBlock {
     const SoftmaxState& state = s.states[t];
     float* lse = w.lse + sequence.lse_index(w.num_heads_q, head, first + t * kStrip);
     for (int64_t i = 0; i < rows; ++i) {
-      const float l = state.l[i];
       const double m = static_cast<double>(state.m[i]) * static_cast<double>(how.remaining);
-      inverse[i] = l == 0.f ? 0.f : 1.f / l;
-      lse[i] = l == 0.f ? -kInfinity : static_cast<float>(m + static_cast<double>(__builtin_logf(l)));
+      const RowEnd end = w.sinks.given ? end_row(m, state.l[i], w.sinks.data[head]) : end_row(m, state.l[i]);
+      inverse[i] = end.factor;
+      lse[i] = static_cast<float>(end.lse);
     }
   }
 

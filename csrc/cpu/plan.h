@@ -29,19 +29,21 @@ inline void plan_backward(BackwardWork& w, int64_t threads) {
 }
 
 struct BackwardWorkspace {
-  int64_t key_floats, prompt_floats, gate_floats;
+  int64_t key_floats, prompt_floats, gate_floats, sink_floats;
 
   explicit BackwardWorkspace(const BackwardWork& w) {
     const int64_t splits = w.num_sequences * w.num_heads_kv * w.splits;
     key_floats = w.stores_partials() ? splits * 2 * w.seqlen_k * w.padded_dim : 0;
     prompt_floats = w.wants_prompt() ? splits * 2 * w.prompt_length * w.padded_dim : 0;
     gate_floats = w.num_sequences * w.num_heads_q * w.blocks;
+    sink_floats = w.grad_sinks.given ? gate_floats : 0;
   }
-  int64_t floats() const { return key_floats + prompt_floats + gate_floats; }
+  int64_t floats() const { return key_floats + prompt_floats + gate_floats + sink_floats; }
   void give_to(BackwardWork& w, float* memory) const {
     w.key_partials = memory;
     w.prompt_partials = memory + key_floats;
     w.gate_partials = memory + key_floats + prompt_floats;
+    w.sink_partials = memory + key_floats + prompt_floats + gate_floats;
   }
 };
 

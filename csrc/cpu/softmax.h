@@ -21,6 +21,27 @@ struct alignas(64) SoftmaxState {
   }
 };
 
+// The end of a row: its result is acc times `factor`.
+struct RowEnd {
+  float factor;
+  double lse;  // natural logarithm
+};
+
+// m: natural logarithm too.
+inline RowEnd end_row(double m, float l) {
+  if (l == 0.f) return {0.f, -static_cast<double>(kInfinity)};
+  return {1.f / l, m + static_cast<double>(__builtin_logf(l))};
+}
+
+// With a sink, which is one more p in l. A row without keys has a sum of its sink alone.
+inline RowEnd end_row(double m, float l, float sink) {
+  if (sink == -kInfinity) return end_row(m, l);
+  const double s = static_cast<double>(sink), top = l == 0.f || s > m ? s : m;
+  const double keys = l == 0.f ? 0. : __builtin_exp(m - top);
+  const double sum = keys * static_cast<double>(l) + __builtin_exp(s - top);
+  return {static_cast<float>(keys / sum), top + __builtin_log(sum)};
+}
+
 // Where p is stored, as units along the keys. FloatTile's lie where the scores were.
 template <class Tile>
 struct WeightStore {

@@ -26,6 +26,7 @@ struct BackwardWork : BackwardParams {
   float* key_partials;     // [B, Hkv, splits, 2, S, padded_dim], dK and dV; only where stores_partials()
   float* prompt_partials;  // [B, Hkv, splits, 2, P, padded_dim]; only where wants_prompt()
   float* gate_partials;    // [B, Hq, blocks]
+  float* sink_partials;    // [B, Hq, blocks]; only where grad_sinks is given
 
   bool wants_keys() const { return grad_key.given || grad_value.given; }
   bool wants_tokens() const { return grad_query.given || wants_keys(); }
@@ -41,9 +42,8 @@ struct BackwardWork : BackwardParams {
 struct DecodeWork : DecodeParams {
   int64_t query_block;   // tokens of an item, at most
   int64_t query_blocks;  // of a sequence
-  int64_t
-      heads_per_item;   // key heads walked together, block by block of keys: a token-major cache is then read
-                        // in long runs
+  // Key heads walked together, block by block of keys: a token-major cache is then read in long runs.
+  int64_t heads_per_item;
   int64_t head_blocks;  // of a sequence
   int64_t splits;
   float* partials;  // [B, Hq, T, splits, partial_size(D)]; only with more than one split

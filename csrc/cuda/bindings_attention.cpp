@@ -26,11 +26,11 @@ void set_packing(AttentionParams& w, const Device& device, const OptionalTensor&
 
 std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, OptionalTensor prompt_key,
                                         OptionalTensor prompt_value, OptionalTensor gate,
-                                        OptionalTensor prompt_index, OptionalTensor key_bias,
-                                        OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                        int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                                        double softcap, int64_t window_left, int64_t window_right,
-                                        bool tanh_gate) {
+                                        OptionalTensor sinks, OptionalTensor prompt_index,
+                                        OptionalTensor key_bias, OptionalTensor cu_seqlens_q,
+                                        OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                        int64_t max_seqlen_k, double scale, double softcap,
+                                        int64_t window_left, int64_t window_right, bool tanh_gate) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   PrefillParams w{};
@@ -56,6 +56,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor query, Tensor key, Tensor value, 
     w.seqlen_k = std::clamp<int64_t>(max_seqlen_k, 0, S);
   }
   set_prompt(w, device, Layout::kHeadMajor, prompt_key, prompt_value, gate, prompt_index);
+  set_sinks(w, device, sinks);
   check_limits(w);
   check_half_precision(w.query);
 

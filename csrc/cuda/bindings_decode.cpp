@@ -44,14 +44,12 @@ void set_new_tokens(DecodeParams& w, const Device& device, const OptionalTensor&
               "new_key and new_value must have the query's dtype");
 }
 
-std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
-                                       OptionalTensor new_key, OptionalTensor new_value,
-                                       OptionalTensor prompt_key, OptionalTensor prompt_value,
-                                       OptionalTensor gate, OptionalTensor prompt_index, Tensor cache_seqlens,
-                                       OptionalTensor block_table, OptionalTensor rotary_cos,
-                                       OptionalTensor rotary_sin, bool rotary_interleaved, double scale,
-                                       double softcap, int64_t window_left, int64_t window_right,
-                                       bool tanh_gate, int64_t num_splits) {
+std::tuple<Tensor, Tensor> decode_cuda(
+    Tensor query, Tensor key_cache, Tensor value_cache, OptionalTensor new_key, OptionalTensor new_value,
+    OptionalTensor prompt_key, OptionalTensor prompt_value, OptionalTensor gate, OptionalTensor sinks,
+    OptionalTensor prompt_index, Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor rotary_cos,
+    OptionalTensor rotary_sin, bool rotary_interleaved, double scale, double softcap, int64_t window_left,
+    int64_t window_right, bool tanh_gate, int64_t num_splits) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   DecodeParams w{};
@@ -66,6 +64,7 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
   set_cache(w, device, key_cache, value_cache, cache_seqlens, block_table);
   set_new_tokens(w, device, new_key, new_value);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
+  set_sinks(w, device, sinks);
   set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);
   ZINIT_CHECK(!w.rotary.given || w.rotary.positions > 0, "rotary_cos must have a position");
   ZINIT_CHECK(num_splits >= 0, "num_splits must be 0 (choose) or positive, got ", num_splits);

@@ -10,6 +10,7 @@ import torch
 
 from zinit_kernels import zero_init_attention, zero_init_attention_with_kvcache
 from zinit_kernels.backends import extension
+from zinit_kernels.call import CALL
 
 pytestmark = pytest.mark.native
 
@@ -29,6 +30,7 @@ def arguments_of(stage: str) -> dict:
         "prompt_key": tensor(PROMPTS, batch=3),
         "prompt_value": tensor(PROMPTS, batch=3),
         "gate": torch.rand(3, HEADS),
+        "sinks": torch.randn(HEADS),
         "prompt_index": torch.tensor([2, -1], dtype=torch.int32),
     }
     last = {"scale": 0.3, "softcap": 1.3, "window_left": -1, "window_right": 0, "tanh_gate": True}
@@ -54,7 +56,7 @@ def arguments_of(stage: str) -> dict:
     out, lse = tensor(TOKENS, HEADS), torch.randn(B, HEADS, TOKENS)
     return {
         "grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse), "out": out, "lse": lse, **attention,
-        **table, **packing, **last, "needs": 63,
+        **table, **packing, **last, "needs": 127,
     }  # fmt: skip
 
 
@@ -202,11 +204,10 @@ def test_gradients_of_keys_that_no_query_reads_are_zero(form, heads, queries):
         given[name] = given[name][:, :heads, :queries]
     for name in ("lse", "grad_lse"):
         given[name] = given[name][:, :heads, :queries].contiguous()
-    given["gate"] = given["gate"][:, :heads].contiguous()
+    given["gate"], given["sinks"] = given["gate"][:, :heads].contiguous(), given["sinks"][:heads]
     if given["cu_seqlens_q"] is not None:
         given["cu_seqlens_q"].clamp_(max=queries)
-    names = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
-    for name, gradient in zip(names, call("backward", given), strict=True):
+    for name, gradient in zip(CALL.differentiable, call("backward", given), strict=True):
         assert gradient.shape == given[name].shape and (gradient == 0).all(), name
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.native
 PROGRAM = """
 import torch
 import special_numbers as special
-from zinit_kernels.testing import CACHE_CASES, CASES, check_cache_case, check_case
+from zinit_kernels.testing import CACHE_CASES, CASES, SINK_CACHE_CASES, SINK_CASES, check_cache_case, check_case
 failed = []
 
 def run(name, check, *arguments):
@@ -22,7 +22,8 @@ def run(name, check, *arguments):
         failed.append(f"{name}: {error}")
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for case, check in [(c, check_case) for c in CASES] + [(c, check_cache_case) for c in CACHE_CASES]:
+    cases = [(c, check_case) for c in (*CASES, *SINK_CASES)]
+    for case, check in cases + [(c, check_cache_case) for c in (*CACHE_CASES, *SINK_CACHE_CASES)]:
         run(f"{case.name} {dtype}", check, case, dtype, "cpu")
     for mask in special.MASKS:
         run(f"hidden {mask} {dtype}", special.check_hidden_values, "cpu", dtype, mask, special.INF)

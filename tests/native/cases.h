@@ -20,6 +20,7 @@ struct Case {
   float value_scale = 1.f;
   float softcap = 0.f;
   bool tanh = true;
+  bool sinks = false;
   Layout layout = Layout::kTokenMajor;
   int64_t gap = 0;
 
@@ -61,6 +62,8 @@ inline const Case kAttentionCases[] = {
     {.name = "tiny values", .T = 40, .S = 40, .P = 0, .value_scale = 1e-38f},
     {.name = "soft cap, window", .T = 70, .S = 81, .P = 100, .window_left = 30, .softcap = 0.5f},
     {.name = "soft cap, padding", .B = 3, .padded = true, .special = true, .softcap = 2.f},
+    {.name = "sinks", .B = 3, .T = 70, .S = 81, .window_left = 9, .padded = true, .sinks = true},
+    {.name = "sinks, packed, no prompts", .B = 4, .T = 50, .S = 40, .P = 0, .packed = true, .sinks = true},
 };
 
 inline const Case kDecodeCases[] = {
@@ -84,6 +87,7 @@ inline const Case kDecodeCases[] = {
      .interleaved = true},
     {.name = "widest", .B = 1, .Hq = 8, .Hkv = 1, .T = 1, .S = 70, .D = 256, .P = 128, .splits = 2},
     {.name = "NaN, chunk, splits", .T = 9, .S = 70, .special = true, .splits = 3, .query_block = 4},
+    {.name = "sinks", .T = 2, .S = 50, .sinks = true, .splits = 3, .heads_per_item = 2},
     {.name = "tiny values", .T = 2, .S = 50, .value_scale = 1e-38f, .splits = 2, .query_block = 2},
     {.name = "soft cap", .T = 5, .S = 70, .softcap = 0.5f, .page_size = 7, .splits = 2, .query_block = 4},
 };
@@ -105,6 +109,7 @@ class Shared {
     for (int64_t i = 0; i < c.N * c.Hq; ++i) gate.push_back(i % 5 == 3 ? 0.f : uniform(random));
     for (int64_t b = 0; b < c.B; ++b)
       prompt_index.push_back(b == c.B - 1 ? -1 : static_cast<int32_t>((b + 1) % c.N));
+    for (int64_t h = 0; h < c.Hq; ++h) sinks.push_back(static_cast<float>(h) - 1.f);
   }
 
   void describe(const Case& c, AttentionParams& p) {
@@ -113,6 +118,7 @@ class Shared {
     p.window_left = c.window_left, p.window_right = c.window_right;
     p.scale = 1.f / std::sqrt(static_cast<float>(c.D));
     p.softcap = c.softcap, p.tanh_gate = c.tanh;
+    p.sinks = {sinks.data(), c.sinks};
     if (c.P == 0) return;
     p.prompt_key = prompt_key.view(), p.prompt_value = prompt_value.view();
     p.prompt_length = c.P, p.prompt_rows = c.N;
@@ -122,7 +128,7 @@ class Shared {
 
   std::mt19937 random;
   Tensor prompt_key, prompt_value;
-  std::vector<float> gate;
+  std::vector<float> gate, sinks;
   std::vector<int32_t> prompt_index;
 };
 

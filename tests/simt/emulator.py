@@ -59,6 +59,7 @@ _ATTENTION_FIELDS = _fields(
     p1="gate",
     i4="gate_rows",
     b1="tanh_gate",
+    a3="sinks",
 )
 
 
@@ -72,7 +73,7 @@ class DecodeParams(ctypes.Structure):
         *_fields(
             v2="query key_cache value_cache new_key new_value",
             i5="seqlen_new",
-            a3="cache_seqlens block_table",
+            a4="cache_seqlens block_table",
             i6="block_table_stride page_size num_pages",
             r1="rotary",
             i7="num_splits",
@@ -135,7 +136,7 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
     page_size, paged = call.key_cache.shape[1], call.block_table is not None
     pages_each = call.block_table.shape[1] if paged else 1
     params = DecodeParams(
-        **_prompt_fields(call, False),
+        **_prompt_fields(call, False), sinks=_array(call.sinks),
         num_sequences=batch, num_heads_q=heads_q, num_heads_kv=call.key_cache.shape[2], head_dim=head_dim,
         seqlen_q=seqlen_q, seqlen_k=page_size * pages_each, window_left=call.window_left,
         window_right=call.window_right, scale=call.scale, softcap=call.softcap,
@@ -152,7 +153,7 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
 
 def _attention_fields(call: Call) -> dict:
     return dict(
-        **_prompt_fields(call, True),
+        **_prompt_fields(call, True), sinks=_array(call.sinks),
         num_sequences=call.batch_size, num_heads_q=call.query.shape[1], num_heads_kv=call.key.shape[1],
         head_dim=call.query.shape[3], seqlen_q=call.max_seqlen_q, seqlen_k=call.max_seqlen_k,
         cu_seqlens_q=_array(call.cu_seqlens_q), cu_seqlens_k=_array(call.cu_seqlens_k),

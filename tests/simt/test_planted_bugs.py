@@ -39,6 +39,8 @@ CAPPED_ROW = CacheCase("capped_alone", heads_q=2, heads_kv=2, seqlens=(0, 17, 10
 # all queries see the same keys: no row is computed again
 SEE_ALL = CacheCase("see_all", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False)
 
+SINKS = CacheCase("sinks", heads_q=2, heads_kv=1, seqlens=(0, 40), num_splits=2, sinks=True)
+
 
 class Bug(NamedTuple):
     file: str
@@ -66,6 +68,10 @@ BUGS = {
         "decode/stage.cuh", "kv_head * w.group + (first + row) % w.group", "(first + row) % w.group * 2 + kv_head"
     ),
     "gate_without_its_activation": Bug("prompt_table.cuh", "tanhf(raw)", "raw", "w.tanh_gate ? @ : raw"),
+    "sink_of_another_head": Bug("row_end.cuh", "head", "0", "w.sinks.data[@]", SINKS),
+    "sink_as_an_exponent_of_2": Bug("row_end.cuh", "kLog2E", "1.f", "* @ : -INFINITY", SINKS),
+    "sinks_added_to_no_sum": Bug("row_end.cuh", "fast_exp2(sink - top)", "0.f", "keys * l + @", SINKS),
+    "lse_without_its_sink": Bug("row_end.cuh", "sum", "(keys * l)", "logf(@)", SINKS),
     "combined_without_a_wait": Bug("decode/combine.cuh", "grid_dependency_synchronize();", ""),
     "one_split_for_all": Bug("decode/combine.cuh", "head_dim", "0", "+ d, @, w.splits"),
     "splits_without_keys_are_read": Bug(
@@ -96,7 +102,7 @@ BUGS = {
     "wrong_key_head": prefill("work.cuh", "b.head / w.group", "b.head % 2"),
     "not_rescaled": prefill("kernel.cuh", "multiply_rows<Shape>(acc, alpha);", ""),
     "not_divided": prefill("kernel.cuh", "multiply_rows<Shape>(acc, inverse);", ""),
-    "lse_without_its_sum": prefill("kernel.cuh", "logf(l)", "0.f", "kLn2 + @"),
+    "lse_without_its_sum": Bug("row_end.cuh", "logf(l)", "0.f", "kLn2 + @", CAUSAL),
     "masked_keys_are_read": prefill("stage.cuh", "w.key_bias.data[block.batch * w.seqlen_k + key] != -INFINITY", "true",
                                     "wanted && @;", PADDED),
     "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", SEE_ALL),
@@ -159,7 +165,7 @@ def compile_planted(folder: Path) -> Path:
     library = simt.build("kernels.so", simt.ALL)
     plant([(bug, choice(number, bug)) for number, bug in enumerate(BUGS.values(), 1)], folder)
     cuda = folder / "csrc" / "cuda"
-    edit(cuda / "elements.cuh", "#pragma once\n", '#pragma once\nextern "C" int simt_planted;\n')
+    edit(cuda / "device.cuh", "#pragma once\n", '#pragma once\nextern "C" int simt_planted;\n')
     only_64 = "if (head_dim == 64) return f.template operator()<64>();\n"
     edit(cuda / "elements.cuh", r"switch \(head_dim\) \{.*?\n  \}\n", only_64)
     (folder / "planted.cpp").write_text('extern "C" { int simt_planted = 0; }\n')

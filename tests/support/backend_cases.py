@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zinit_kernels.backends.cuda import HEAD_DIMS, MAX_DECODE_TOKENS
-from zinit_kernels.testing import CACHE_CASES, CASES, CacheCase, Case
+from zinit_kernels.testing import CACHE_CASES, CASES, SINK_CACHE_CASES, SINK_CASES, CacheCase, Case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DENSE = Case("dense", mask="dense", causal=False)
@@ -102,7 +102,7 @@ EMULATED_OWN = [
     Case("negative_scale", scale=-0.2, heads_q=2, heads_kv=2),
     Case("scale_0", scale=0.0, heads_q=2, heads_kv=2),
 ]  # fmt: skip
-EMULATED = [*(c for c in CASES if c.head_dim in HEAD_DIMS), *EMULATED_OWN]
+EMULATED = [*(c for c in (*CASES, *SINK_CASES) if c.head_dim in HEAD_DIMS), *EMULATED_OWN]
 EMULATED_PREFILL_OWN = [
     CacheCase("prefill_lengths", seqlens=(0, 1, 15, 16, 17), seqlen_q=17, heads_q=4, heads_kv=2),
     CacheCase("prefill_paged", seqlens=(0, 15, 16), seqlen_q=33, page_size=16, rotary_dim=64, heads_q=2, heads_kv=1),
@@ -114,13 +114,13 @@ EMULATED_PREFILL_OWN = [
     CacheCase("prefill_no_append", seqlens=(100, 0, 128), seqlen_q=21, append=False, table="indexed"),
     CacheCase("prefill_per_sample", seqlens=(20, 5), seqlen_q=17, table="per_sample", gate_activation="identity"),
 ]  # fmt: skip
+_FITTING = [c for c in (*CACHE_CASES, *SINK_CACHE_CASES) if c.head_dim in HEAD_DIMS]
 EMULATED_PREFILL = [
-    *(c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q > MAX_DECODE_TOKENS),
+    *(c for c in _FITTING if c.seqlen_q > MAX_DECODE_TOKENS),
     *EMULATED_PREFILL_OWN,
 ]
-_DECODED = [c for c in CACHE_CASES if c.head_dim in HEAD_DIMS and c.seqlen_q <= MAX_DECODE_TOKENS]
 EMULATED_DECODE = [
-    *_DECODED,
+    *(c for c in _FITTING if c.seqlen_q <= MAX_DECODE_TOKENS),
     CacheCase("lengths", seqlens=(0, 1, 15, 16, 17), heads_q=4, heads_kv=2, num_splits=2),
     CacheCase("lengths_grouped", seqlens=(0, 1, 15, 16, 17), heads_q=8, heads_kv=2, num_splits=2, page_size=16),
     CacheCase("4095", capacity=4096, seqlens=(4095,), heads_q=8, heads_kv=2, page_size=16),
@@ -144,8 +144,8 @@ EMULATED_DECODE = [
 
 ATTENTION = _parameters(
     [
-        ("cpu", CASES, DTYPES),
-        ("composed", [*CASES, DENSE], DTYPES[:1]),
+        ("cpu", [*CASES, *SINK_CASES], DTYPES),
+        ("composed", [*CASES, *SINK_CASES, DENSE], DTYPES[:1]),
         ("reference", [DENSE], DTYPES[:1]),
         ("triton", INTERPRETED, DTYPES[:1]),
         # with all heads: the rule compares with eager's largest error, and of one gate's gradient that is luck
@@ -155,8 +155,8 @@ ATTENTION = _parameters(
 )
 CACHE = _parameters(
     [
-        ("cpu", CACHE_CASES, DTYPES),
-        ("composed", CACHE_CASES, DTYPES[:1]),
+        ("cpu", [*CACHE_CASES, *SINK_CACHE_CASES], DTYPES),
+        ("composed", [*CACHE_CASES, *SINK_CACHE_CASES], DTYPES[:1]),
         ("triton", CACHE_CASES, DTYPES[:1]),
         ("triton", [c for c in CACHE_CASES if c.name in _CACHE_HALF_PRECISION], [torch.float16]),
         ("cuda", EMULATED_DECODE, DTYPES),

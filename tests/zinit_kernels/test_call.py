@@ -71,7 +71,7 @@ def test_a_call_of_an_operators_arguments_is_the_call():
     assert tensors + numbers == arguments and tensors[:3] == call[:3] and 0.5 in numbers
     saved, rebuilt, needs = from_backward_arguments((*"abcd", *arguments, 5))
     assert saved == tuple("abcd") and rebuilt == Call(*arguments) and needs == 5
-    assert CALL.differentiable == ("query", "key", "value", "prompt_key", "prompt_value", "gate")
+    assert CALL.differentiable == ("query", "key", "value", "prompt_key", "prompt_value", "gate", "sinks")
 
 
 def test_head_major_turns_tensors_of_four_dimensions_and_nothing_else():

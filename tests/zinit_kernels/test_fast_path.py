@@ -66,6 +66,7 @@ FAST = {
     "identity": {"gate_activation": "identity"},
     "fewer_keys": {"key": torch.randn(2, 2, 5, 8), "value": torch.randn(2, 2, 5, 8)},
     "index": {"prompt_index": torch.tensor([0, -1], dtype=torch.int32)},
+    "sinks": {"sinks": torch.randn(4)},
     "token_major": {"query": torch.randn(2, 6, 4, 8).transpose(1, 2)},
     "half": {n: t.half() for n, t in whole().items() if n != "gate"},
     "float32_prompts": {n: t.bfloat16() for n, t in whole().items() if n in ("query", "key", "value")},
@@ -104,6 +105,7 @@ def test_gives_the_bits_of_the_long_way(monkeypatch, packed_gate):
 
 CONVERTED = {
     "gate_number": {"gate": 0.5},
+    "sinks_dtype": {"sinks": torch.randn(4).double()},
     "one_gate": {"gate": torch.randn(1)},
     "gate_row_of_one": {"gate": torch.randn(1, 1)},
     "gate_of_four_dims": {"gate": torch.randn(1, 4, 1, 1)},
@@ -275,7 +277,7 @@ def test_every_tensor_is_asked():
     for form, predicate, given in (
         (CALL, fast_path._are_canonical, {"key_bias": torch.zeros(2, 6)} | {
             name: torch.zeros(3, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")
-        } | whole() | {"prompt_index": torch.zeros(2, dtype=torch.int32)}),
+        } | whole() | {"prompt_index": torch.zeros(2, dtype=torch.int32), "sinks": torch.zeros(4)}),
         (CACHE_CALL, fast_path._are_canonical_with_cache, {
             name: torch.zeros([4] * spec.dims, dtype=spec.dtypes[0] if spec.dtypes else torch.float32)
             for name, spec in CACHE_CALL.specs.items()

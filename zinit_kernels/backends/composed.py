@@ -98,7 +98,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
 def _nothing(call: Call) -> Tensor:
     """The token branch where no query sees a key: zeros, which depend on their inputs as every output does."""
-    return _depending(torch.zeros_like(call.query), call.query, call.key, call.value, call.dense_mask)
+    inputs = call.query, call.key, call.value, call.sinks, call.dense_mask
+    return _depending(torch.zeros_like(call.query), *inputs)
 
 
 def _depending(out: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -116,7 +117,7 @@ def _token_branch(call: Call) -> Tensor:
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     if seqlen_k == 0 or call.query.numel() == 0:
         return _nothing(call)
-    if call.softcap:  # SDPA cannot cap scores
+    if call.softcap or call.sinks is not None:  # SDPA has neither
         return formula.token_branch(call)[0].to(call.query.dtype)
     plain_causal = (call.window_left, call.window_right) == (-1, 0) and seqlen_q == seqlen_k
     # SDPA's CPU kernel scales its causal mask too: NaN where the scale is 0 or negative

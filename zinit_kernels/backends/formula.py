@@ -80,11 +80,21 @@ def token_branch(call: Call) -> tuple[Tensor, Tensor]:
         scores = scores + bias.to(scores.dtype)
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
-    weights, lse = _softmax(scores)
+    if call.sinks is not None:
+        weights, lse = _softmax(_with_sinks(scores, call.sinks))
+        weights = weights[..., :-1]
+    else:
+        weights, lse = _softmax(scores)
     out = weights @ value
     if infinite is not None:
         out = out + infinite * weights.sum(-1, keepdim=True)
     return out, lse
+
+
+def _with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """The scores, behind them each head's sink."""
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +180,7 @@ def _one_sequence(call: Call | CacheCall, query: Tensor, key: Tensor, value: Ten
         value=value[:, :, first:],
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k - first,
+        sinks=call.sinks,
         scale=call.scale,
         softcap=call.softcap,
         window_left=call.window_left,

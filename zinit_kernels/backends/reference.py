@@ -5,13 +5,14 @@
 
 g = h // (Hq // Hkv), n = prompt table row of sequence b, act = tanh or identity (LLaMA-Adapter, arXiv 2303.16199,
 eqs. 5-8), cap(s) = softcap * tanh(s / softcap), or s without a softcap (Gemma 2, arXiv 2408.00118, section 2). Two
-softmaxes that share nothing. Scores are materialised: this file is for reading and for judging the other
-backends, none of which imports it.
+softmaxes that share nothing. With sinks, the first has one more score, sinks[h], whose value is 0. Scores are
+materialised: this file is for reading and for judging the other backends, none of which imports it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import AnyCall, CacheCall, Call, PromptCall, has_values
@@ -58,7 +59,8 @@ def add_prompt_branch(call: PromptCall) -> None:
 
 def _attention(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
-    out, lse = _softmax_attention(query, key, value, call.scale, call.softcap, *token_mask(call))
+    sinks = None if call.sinks is None else call.sinks.to(dtype)
+    out, lse = _softmax_attention(query, key, value, call.scale, call.softcap, *token_mask(call), sinks)
     if call.prompt_key is not None and call.prompt_value is not None and call.gate is not None:
         out = out + _prompt_branch(call, query, dtype)
     return out.to(call.query.dtype), lse.to(torch.promote_types(dtype, torch.float32))
@@ -125,6 +127,7 @@ def _append(call: CacheCall) -> tuple[Call, Tensor]:
         prompt_key=turned.prompt_key,
         prompt_value=turned.prompt_value,
         gate=call.gate,
+        sinks=call.sinks,
         prompt_index=call.prompt_index,
         max_seqlen_q=query.shape[1],
         max_seqlen_k=key.shape[1],
@@ -178,6 +181,7 @@ def _softmax_attention(
     softcap: float,
     bias: Tensor | None,
     visible: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -191,6 +195,9 @@ def _softmax_attention(
         scores = scores + bias.to(scores.dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:  # a key that every query sees, and whose value is 0
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+        value = F.pad(value, (0, 0, 0, 1))
     if scores.shape[-1] == 0:
         return scores @ value, scores.new_full(scores.shape[:-1], float("-inf"))
     # a finite pivot for rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN
@@ -238,13 +245,15 @@ def _prompt_branch(call: Call, query: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(query)
     prompt_key, prompt_value, weight = (t.to(dtype) for t in _gather_prompts(call))
     if call.cu_seqlens_q is None:
-        branch, _ = _softmax_attention(query, prompt_key, prompt_value, call.scale, call.softcap, None, None)
+        branch, _ = _softmax_attention(
+            query, prompt_key, prompt_value, call.scale, call.softcap, None, None, None
+        )
         return weight[:, :, None, None] * branch
     total = query.shape[2]
     sequence, _ = _sequence_and_position(call.cu_seqlens_q, total)
     tokens = query[0].transpose(0, 1).unsqueeze(2)  # one "sequence" per token: [total, Hq, 1, D]
     branch, _ = _softmax_attention(
-        tokens, prompt_key[sequence], prompt_value[sequence], call.scale, call.softcap, None, None
+        tokens, prompt_key[sequence], prompt_value[sequence], call.scale, call.softcap, None, None, None
     )
     return (weight[sequence][:, :, None, None] * branch).squeeze(2).transpose(0, 1).unsqueeze(0)
 

@@ -38,6 +38,7 @@ class Case:
     scale: float | None = None
     softcap: float = 0.0
     packed: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -94,20 +95,32 @@ CASES = [
     Case("packed_window", packed=True, seqlens_q=(90, 33), window=(11, 0), table="per_sample"),
 ]  # fmt: skip
 
+SINK_CASES = [
+    Case("sinks", heads_kv=2, seqlens_q=(150,), sinks=True),
+    Case("sinks_without_prompts", seqlens_q=(33,), seqlens_k=(95,), causal=False, table="none", sinks=True),
+    Case("sinks_all_masked", mask="all_masked", sinks=True),
+    Case("sinks_without_keys", seqlens_q=(9,), seqlens_k=(0,), causal=False, sinks=True),
+    Case("sinks_window", window=(16, -1), seqlens_q=(90,), head_dim=80, softcap=2.0, sinks=True),
+    Case(
+        "sinks_packed", packed=True, heads_q=8, heads_kv=2, seqlens_q=(7, 40, 3, 5), seqlens_k=(31, 12, 3, 0),
+        sinks=True,
+    ),
+]  # fmt: skip
+
 
 @dataclass
 class Inputs:
     """The arguments of one public call, in its own layout."""
 
     case: Case
-    tensors: dict[str, Tensor | None]  # keyed by GRADIENTS
+    tensors: dict[str, Tensor | None]  # keyed by GRADIENTS, and "sinks" where the case has them
     options: dict[str, Any]
 
     def call(self, backend: str, **overrides: Any) -> tuple[Tensor, Tensor]:
         """(out [B, H, T, D] or [1, H, total, D], lse) through the public function."""
         tensors = self.tensors
         named = [tensors[name] for name in GRADIENTS]
-        options = {**self.options, "backend": backend, **overrides}
+        options = {**self.options, "sinks": tensors.get("sinks"), "backend": backend, **overrides}
         want_lse = options.setdefault("return_lse", True)
         function = zero_init_attention_varlen if self.case.packed else zero_init_attention
         result = function(*named, **options)
@@ -120,7 +133,7 @@ class Inputs:
         convert = arguments.from_varlen if self.case.packed else arguments.from_sdpa
         function = zero_init_attention_varlen if self.case.packed else zero_init_attention
         defaults = dict(function.__kwdefaults__)
-        defaults.update(self.options)
+        defaults.update(self.options, sinks=self.tensors.get("sinks"))
         defaults.pop("return_lse")
         defaults.pop("backend")
         return convert(*(self.tensors[name] for name in GRADIENTS), **defaults)
@@ -196,6 +209,8 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cp
         unused = [row for row in range(rows) if row not in index.tolist()]
         for name in ("prompt_key", "prompt_value", *(["gate"] if case.gate == "per_row" else [])):
             tensors[name].data[unused] = float("nan")
+    if case.sinks:  # from negligible to as large as all keys together
+        tensors["sinks"] = torch.linspace(-3, 5, case.heads_q).to(device).requires_grad_()
     return Inputs(case, tensors, options)
 
 
@@ -254,6 +269,7 @@ class CacheCase:
     num_splits: int = 0
     softcap: float = 0.0
     prompt_dtype: torch.dtype | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -293,6 +309,14 @@ CACHE_CASES = [
     CacheCase("no_prompt", table="none"),
     CacheCase("prompt_length_0", prompt_length=0),
     CacheCase("float32_prompts", prompt_dtype=torch.float32),
+]  # fmt: skip
+
+SINK_CACHE_CASES = [
+    CacheCase("sinks", heads_q=8, heads_kv=2, sinks=True),
+    CacheCase("sinks_split", num_splits=3, seqlens=(127, 1, 0), heads_kv=1, seqlen_q=2, capacity=160, sinks=True),
+    CacheCase("sinks_chunk", seqlen_q=19, seqlens=(0, 3, 90), page_size=16, sinks=True),
+    CacheCase("sinks_empty", append=False, seqlens=(0, 5), num_splits=2, sinks=True),
+    CacheCase("sinks_without_prompts", table="none", window=(20, -1), seqlens=(90, 5, 0), sinks=True),
 ]  # fmt: skip
 
 
@@ -358,4 +382,6 @@ def make_cache_arguments(
     arguments_["gate"] = None if case.table == "none" else normal(rows, case.heads_q).float() + 0.3
     if case.table == "indexed":
         arguments_["prompt_index"] = torch.tensor([-1, *range(1, batch)], dtype=torch.int32)
+    if case.sinks:
+        arguments_["sinks"] = torch.linspace(-3, 5, case.heads_q)
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments_.items()}

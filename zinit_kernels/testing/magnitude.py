@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..call import Call
+from ..call import CALL, Call
 
 
 class _Sequence(NamedTuple):
@@ -35,14 +35,18 @@ def magnitudes(
 ) -> dict[str, float]:
     """The largest sum of absolute terms in out, lse and each gradient of a float64 call; out is stored in `dtype`."""
     stored = 0.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    found = dict.fromkeys(("out", "lse", "query", "key", "value", "prompt_key", "prompt_value", "gate"), 0.0)
+    found = dict.fromkeys(("out", "lse", *CALL.differentiable), 0.0)
+    dsinks = torch.zeros(call.query.shape[1], dtype=call.query.dtype, device=call.query.device)
     rows: dict[str, dict[int, Tensor]] = {"prompt_key": {}, "prompt_value": {}, "gate": {}}
     table_rows = reference.prompt_rows(call).tolist() if call.prompt_key is not None else []
     for one in _sequences(call):
         dout = grad_out[one.batch, :, one.rows].abs()
         scores, slope = _capped(call.scale * one.query @ one.key.mT, call.softcap)
         scores = scores if one.hidden is None else scores + one.hidden
+        if call.sinks is not None:
+            scores = torch.cat((scores, call.sinks[:, None, None].expand(*scores.shape[:2], 1)), -1)
         weights = torch.softmax(scores, -1).nan_to_num(0) if scores.shape[-1] else scores
+        weights, sink_weights = weights.split((one.key.shape[1], weights.shape[-1] - one.key.shape[1]), -1)
         key, value, query = one.key.abs(), one.value.abs(), one.query.abs()
         dweights = dout @ value.mT
         delta = (weights * dweights).sum(-1, keepdim=True)
@@ -50,6 +54,7 @@ def magnitudes(
             delta = delta + grad_lse[one.batch, :, one.rows, None].abs()
         delta = delta + stored * (dout * out[one.batch, :, one.rows].abs()).sum(-1, keepdim=True)
         dscores = weights * (dweights + delta) * slope
+        dsinks += (sink_weights * delta).sum((1, 2))
         summed, dquery = weights @ value, call.scale * dscores @ key
         dkey, dvalue = call.scale * dscores.mT @ query, weights.mT @ dout
         if one.prompt_key is not None and one.prompt_value is not None and one.gate is not None:
@@ -74,6 +79,8 @@ def magnitudes(
             ("value", dvalue),
         ):
             found[name] = max(found[name], _largest(term))
+    if call.sinks is not None:
+        found["lse"], found["sinks"] = max(found["lse"], _largest(call.sinks)), _largest(dsinks)
     group = call.query.shape[1] // call.key.shape[1]
     for name, by_row in rows.items():
         found[name] = group * max((_largest(term) for term in by_row.values()), default=0.0)

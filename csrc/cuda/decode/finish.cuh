@@ -1,6 +1,7 @@
 // The end of a query row: acc divided by l, the gated prompt term added exactly once.
 #pragma once
 #include "../prompt_table.cuh"
+#include "../row_end.cuh"
 #include "../softcap.cuh"
 #include "../warp.cuh"
 #include "work.cuh"
@@ -75,7 +76,7 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
   const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
   for (int row = 0; row < count; ++row) {
     const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-    const float m = states[2 * row], l = states[2 * row + 1];
+    const RowEnd end = end_row(w, head, states[2 * row], states[2 * row + 1]);
     const int taken = prompts && takes_prompts(w, table_row, head) ? prompts : 0;
     for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
       float prompt = 0.f;
@@ -86,11 +87,11 @@ __device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, i
         });
       }
       const float acc = shared.merged[row * shared.merged_stride + d];
-      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>((l == 0.f ? 0.f : acc / l) + prompt);
+      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>(acc * end.factor + prompt);
     }
     if (threadIdx.x == 0) {
       const int64_t at = (sequence * w.num_heads_q + head) * w.seqlen_q + token;
-      w.lse[at] = l == 0.f ? -INFINITY : m * kLn2 + logf(l);
+      w.lse[at] = end.lse;
     }
   }
 }

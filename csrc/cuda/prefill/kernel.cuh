@@ -2,6 +2,7 @@
 // prompts are the last tile, with a softmax of their own. The letters m, l, acc, p and alpha are those of
 // tiles/softmax.cuh.
 #pragma once
+#include "../row_end.cuh"
 #include "repeat.cuh"
 #include "stage.cuh"
 
@@ -86,13 +87,12 @@ __global__ void __launch_bounds__(kThreads, 2) zinit_prefill(const PrefillWork w
   for (int t = 0; t < Shape::kRowTiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float l = row_sum(softmax.l[t][half]);
-      inverse[t][half] = l == 0.f ? 0.f : 1.f / l;
+      const RowEnd end = end_row(w, block.head, softmax.m[t][half], row_sum(softmax.l[t][half]));
+      inverse[t][half] = end.factor;
       const int row = row_of_result<Shape>(t, half);
       if (lane_index() % 4 == 0 && row < block.count) {
         const int64_t head = static_cast<int64_t>(block.batch) * w.num_heads_q + block.head;
-        w.lse[head * w.total_q + block.first_q + block.first + row] =
-            l == 0.f ? -INFINITY : softmax.m[t][half] * kLn2 + logf(l);
+        w.lse[head * w.total_q + block.first_q + block.first + row] = end.lse;
       }
     }
   }

@@ -38,9 +38,9 @@ _MOST_SPLITS = 64
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor | None, prompt_value: Tensor | None,
-    gate: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float, softcap: float, window_left: int,
-    window_right: int, tanh_gate: bool,
+    gate: Tensor | None, sinks: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+    softcap: float, window_left: int, window_right: int, tanh_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::forward_triton`."""
     query, key, value = (addressable(t) for t in (query, key, value))
@@ -71,9 +71,10 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
-    key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, scale: float, softcap: float, window_left: int, window_right: int, tanh_gate: bool, needs: int,
+    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, sinks: Tensor | None,
+    prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, scale: float, softcap: float, window_left: int, window_right: int,
+    tanh_gate: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`zinit::backward_triton`. What is not wanted is neither allocated nor computed."""
     token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
@@ -139,7 +140,7 @@ def backward(
                 candidates = _candidates("grad_query", query, block_d, block_p)
                 tuning.run(("grad_query", *key_of), candidates, launch_query)
     unwanted = query.new_empty((0,), dtype=torch.float32)
-    return tuple(unwanted.clone() if grad is None else grad for grad in (*token_grads, *prompt_grads))
+    return tuple(unwanted.clone() if grad is None else grad for grad in (*token_grads, *prompt_grads, None))
 
 
 def _prompt_gradients(
@@ -188,10 +189,10 @@ def _prompt_gradients(
 
 def decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, prompt_index: Tensor | None,
-    cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, scale: float, softcap: float, window_left: int, window_right: int, tanh_gate: bool,
-    num_splits: int,
+    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, sinks: Tensor | None,
+    prompt_index: Tensor | None, cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None, rotary_interleaved: bool, scale: float, softcap: float, window_left: int,
+    window_right: int, tanh_gate: bool, num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`zinit::decode_triton`. Reads nothing back from the device: safe to capture in a graph."""
     out = token_major_like(query := query.transpose(1, 2))

@@ -34,7 +34,11 @@ TEXT, SEEING = "zinit, text alone", "zinit, an image each"
 ONE, EACH = "zinit, one image for all", "zinit, 8 images"
 STEP, PREFILL, DECODE = "training step", "prefill", "decode"
 FEATURE_SIZE, TOKENS_AN_IMAGE, GATE = 1536, 26, 0.3
-QUESTIONS, QUESTION, DECODED = 8, 128, 8  # sequences, their tokens (as a ScienceQA question has), tokens decoded
+QUESTIONS, QUESTION, DECODED = (
+    8,
+    128,
+    8,
+)  # sequences, their tokens (as a ScienceQA question has), tokens decoded
 PEAK_MB, PROMPTS_MB = "peak MB", "prompts MB"
 LIMIT = 1.02
 

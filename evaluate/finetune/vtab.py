@@ -103,6 +103,10 @@ def main(arguments: list[str]) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
     folders = find_sets(options.data)
+    try:
+        vtab.score({folder.name: [0.0] for folder in folders})
+    except ValueError as error:
+        raise UserError(f"{options.data}: {error}.") from error
     sets = [read_set(folder) for folder in folders]
     more = {"image_size": options.image_size, "test_images": options.test_images}
     run = run_of("vtab", options, plan, " ".join(data.fingerprint() for data in sets), more)

@@ -256,6 +256,9 @@ DAMAGE = {
     "zhou: names": ("zhou", lambda d: rewritten(split(d), '0, "blue"', '1, "blue"'), "one name a label"),
     "zhou: a file": ("zhou", lambda d: (d / "jpg/train/red/0.png").unlink(), "there is no train/red/0.png"),
     "zhou: a part": ("zhou", lambda d: rewritten(split(d), '"test"', '"probe"'), "'test' is missing"),
+    "vtab: two names": (
+        "vtab", lambda d: [(d / "folders").rename(d / "cifar"), (d / "lists").rename(d / "cifar100")], "two names",
+    ),
     "instruct: few": ("instruct", lambda d: d.write_text(d.read_text().split("\n")[0]), "at least 10"),
 }  # fmt: skip
 

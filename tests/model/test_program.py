@@ -33,8 +33,14 @@ def commands(folder, tmp_path):
     }
 
 
+# of torchrun, mpirun (Open MPI, MVAPICH), jsrun, mpiexec and srun
+LAUNCHERS = [
+    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["train", "generate", "demo"])
-@pytest.mark.parametrize("launcher", shared._LAUNCHERS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_several_processes_are_refused_by_the_first(folder, tmp_path, capsys, monkeypatch, launcher, name):
     monkeypatch.setattr(shared, "_WAIT", 0)
     monkeypatch.setattr(shared.signal, "signal", lambda *_: None)

@@ -35,7 +35,8 @@ def commands(folder, tmp_path):
 
 # of torchrun, mpirun (Open MPI, MVAPICH), jsrun, mpiexec and srun
 LAUNCHERS = [
-    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS",
+    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "PMI_SIZE",
+    "SLURM_STEP_NUM_TASKS",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 // cpu/arguments.h; CUDA kernels clamp instead, because the host would have to wait for the device.
 #pragma once
 #include "checks.h"
+#include "memory.h"
 
 namespace zinit {
 
@@ -37,6 +38,25 @@ inline void set_prompt(AttentionParams& w, const Device& device, Layout layout, 
   ZINIT_CHECK(index.has_value() || N == 1 || N == w.num_sequences,
               "prompt_key must have 1 row or one per sequence (", w.num_sequences,
               ") where no prompt_index is given, got ", N);
+}
+
+inline Footprint footprint_of(const Tensor& tensor, const void* data) {
+  Footprint f{reinterpret_cast<uintptr_t>(data), static_cast<int64_t>(tensor.element_size()), {}, {}};
+  for (int64_t i = 0; i < 4; ++i) {
+    f.sizes[static_cast<size_t>(i)] = tensor.size(i), f.strides[static_cast<size_t>(i)] = tensor.stride(i);
+  }
+  return f;
+}
+
+// New keys and values are written at places of their own.
+inline void check_apart(const DecodeParams& w, const Tensor& key_cache, const Tensor& value_cache) {
+  if (!w.new_key.given) return;
+  const Footprint keys = footprint_of(key_cache, w.key_cache.data);
+  const Footprint values = footprint_of(value_cache, w.value_cache.data);
+  ZINIT_CHECK(
+      !share_memory(keys, values) && !overlaps_itself(keys) && !overlaps_itself(values),
+      "key_cache and value_cache must share no memory, and have a place for each element, where new_key "
+      "is given");
 }
 
 inline void set_sinks(AttentionParams& w, const Device& device, const OptionalTensor& sinks) {

@@ -2,10 +2,12 @@
 // needs neither torch nor CUDA. ZINIT_BUILD_FACTS is JSON; kernel_facts.inc is written by the build, from
 // what ptxas reports.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/plan.h"
 #include "cuda/decode/plan.h"
 #include "cuda/decode/shared_layout.h"
+#include "memory.h"
 
 namespace py = pybind11;
 using zinit::cuda::choose_num_splits;
@@ -65,6 +67,14 @@ py::dict plan_cpu_decode(int64_t num_sequences, int64_t num_heads_q, int64_t num
                   py::arg("partial_floats") = zinit::cpu::decode_partial_floats(w));
 }
 
+using Layout = std::array<int64_t, 4>;
+
+bool share_memory(int64_t begin_a, const Layout& sizes_a, const Layout& strides_a, int64_t begin_b,
+                  const Layout& sizes_b, const Layout& strides_b) {
+  return zinit::share_memory({static_cast<uintptr_t>(begin_a), 1, sizes_a, strides_a},
+                             {static_cast<uintptr_t>(begin_b), 1, sizes_b, strides_b});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_host, m) {
@@ -84,6 +94,7 @@ PYBIND11_MODULE(_C_host, m) {
   m.def("plan_cpu_decode", &plan_cpu_decode, py::kw_only(), py::arg("num_sequences"), py::arg("num_heads_q"),
         py::arg("num_heads_kv"), py::arg("seqlen_q") = 1, py::arg("longest"), py::arg("head_dim") = 64,
         py::arg("token_major") = true, py::arg("num_splits") = 0, py::arg("threads"));
+  m.def("share_memory", &share_memory, "Of two views of one-byte elements: (begin, sizes, strides) of each.");
   m.attr("build_facts") = ZINIT_BUILD_FACTS;
   m.attr("kernel_facts") = kKernelFacts;
 }

@@ -269,10 +269,10 @@ def from_cache(
     checks.check_written("k_cache", k_cache)
     checks.check_written("v_cache", v_cache)
     if k is not None and v is not None:
-        if k_cache is v_cache or checks.overlaps(k_cache) or checks.overlaps(v_cache):
+        if checks.share_memory(k_cache, v_cache) or checks.overlaps(k_cache) or checks.overlaps(v_cache):
             raise ValueError(
-                "to append, k_cache and v_cache must be two caches in which every sequence has slots of its own, not "
-                f"expanded ones; got strides {k_cache.stride()} and {v_cache.stride()}"
+                "to append, k_cache and v_cache must be two caches that share no memory, in which every sequence has "
+                f"slots of its own, not expanded ones; got strides {k_cache.stride()} and {v_cache.stride()}"
             )
         checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
         checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)

@@ -240,8 +240,41 @@ def check_written(name: str, cache: Tensor) -> None:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether it is an expanded tensor: one place in memory stands for several of its elements."""
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    """Whether one place in memory stands for several elements: expanded tensors, sliding windows."""
+    reach = 0  # of the dimensions with shorter steps
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += step * (size - 1)
+    return False
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of one lies where an element of the other does. As `csrc/memory.h`."""
+    if not (has_values(a) and has_values(b)) or 0 in a.shape or 0 in b.shape:
+        return a is b
+    size = a.element_size()
+    reach_a, reach_b = (
+        size * sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (a, b)
+    )
+    distance = b.data_ptr() - a.data_ptr()
+    if distance > reach_a or -distance > reach_b:
+        return False
+    walks = [
+        (size * step, n - 1) for t in (a, b) for n, step in zip(t.shape, t.stride(), strict=True) if step
+    ]
+    return _reaches(sorted(walks, reverse=True), distance + reach_b)
+
+
+def _reaches(walks: Sequence[tuple[int, int]], distance: int) -> bool:
+    """Whether the distance is a sum of steps; walks: (step, how many at most), the longest steps first."""
+    rest = sum(step * count for step, count in walks)
+    if distance == 0 or not walks or distance > rest:
+        return distance == 0
+    (step, count), *others = walks
+    least = max(0, -(-(distance - rest + step * count) // step))
+    return any(_reaches(others, distance - n * step) for n in range(least, min(count, distance // step) + 1))
 
 
 def as_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
     ZINIT_CHECK(w.new_key.dtype == w.query.dtype && w.new_value.dtype == w.query.dtype,
                 "new_key and new_value must have the query's dtype ", query.scalar_type());
   }
+  check_apart(w, key_cache, value_cache);
   w.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {B});
   w.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {B, -1});
   if (block_table.has_value()) {

@@ -144,13 +144,55 @@ def test_what_has_to_be_converted_is(name):
 @pytest.mark.native
 def test_one_cache_twice_is_no_place_to_append_to():
     given = make_cache_arguments(CacheCase("aliased"), torch.float32)
-    with pytest.raises(ValueError, match="must be two caches"):
+    with pytest.raises(ValueError, match="must be two caches that share no memory"):
         zero_init_attention_with_kvcache(**given | {"v_cache": given["k_cache"]})
     shared = {name: given[name][:1].expand(3, -1, -1, -1) for name in ("k_cache", "v_cache")}
     slots = {"k_cache": given["k_cache"][:, :1].expand_as(given["k_cache"])}
     for expanded in (shared, {"v_cache": shared["v_cache"]}, slots):
         with pytest.raises(ValueError, match="slots of its own, not expanded ones"):
             zero_init_attention_with_kvcache(**given | expanded)
+
+
+def _caches_of_one_buffer():
+    """Pairs of views [2, 8, 2, 16] of one buffer: whether they share an element."""
+    half = torch.zeros(2, 2, 8, 2, 16)
+    fused, wide, windows = torch.zeros(2, 8, 4, 16), torch.zeros(2, 9, 2, 16), torch.zeros(2, 60, 16)
+    sliding = windows.as_strided((2, 8, 2, 16), (960, 16, 16, 1))
+    return {
+        "halves": (half[0], half[1], False),
+        "heads of one token": (fused[:, :, :2], fused[:, :, 2:], False),
+        "every other head": (fused[:, :, ::2], fused[:, :, 1::2], False),
+        "dimensions of one head": (torch.zeros(2, 8, 2, 32)[..., :16], torch.zeros(2, 8, 2, 32)[..., 16:], False),
+        "layers of one buffer, head-major": (
+            *(layer.transpose(1, 2) for layer in torch.zeros(4, 2, 2, 8, 16)[1:3]), False,
+        ),
+        "the same view": (wide[:, :8], wide[:, :8], True),
+        "one token on": (wide[:, :8], wide[:, 1:], True),
+        "other strides": (wide[:, :8], wide.flatten()[:512].view(2, 2, 8, 16).transpose(1, 2), True),
+        "sliding windows": (sliding, torch.zeros(2, 8, 2, 16), True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["auto", *backends("cpu", "composed", "reference")])
+@pytest.mark.parametrize("name", _caches_of_one_buffer())
+def test_caches_that_share_memory_are_no_place_to_append_to(name, backend):
+    key, value, shared = _caches_of_one_buffer()[name]
+    new = torch.randn(2, 1, 2, 16)
+    call = dict(
+        q=new, k_cache=key, v_cache=value, prompt_k=None, prompt_v=None, gate=None, cache_seqlens=3, causal=True,
+        backend=backend,
+    )  # fmt: skip
+    zero_init_attention_with_kvcache(**call)  # reads
+    if shared:
+        with pytest.raises(ValueError, match="share no memory, in which every sequence has slots of its own"):
+            zero_init_attention_with_kvcache(**call, k=new, v=new)
+    else:
+        zero_init_attention_with_kvcache(**call, k=new, v=new)
+        assert torch.equal(key[:, 3], new[:, 0]) and torch.equal(value[:, 3], new[:, 0])
+
+
+def test_an_index_without_prompts_is_refused():
+    given = make_cache_arguments(CacheCase("aliased"), torch.float32)
     index = {
         "prompt_k": None,
         "prompt_v": None,

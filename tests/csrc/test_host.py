@@ -6,10 +6,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from random import Random
 
 import kernel_facts
 import pytest
+import torch
 from repository import ROOT
+
+from zinit_kernels import checks
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -197,3 +201,23 @@ def test_decode_on_a_cpu(host, given, threads, heads_per_item, splits):
     assert (plan["heads_per_item"], plan["splits"]) == (heads_per_item, splits)
     floats = (DECODE | given)["num_sequences"] * 8 * splits * (64 + 2)
     assert plan["partial_floats"] == (0 if splits == 1 else floats)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_for_shared_memory_is_exact(host, seed):
+    """In C++ and in Python, against all addresses of small random views."""
+    random = Random(seed)
+
+    def view(buffer):
+        sizes = [random.randint(1, 3) for _ in range(4)]
+        return buffer.as_strided(sizes, [random.randint(0, 12) for _ in range(4)], random.randint(0, 60))
+
+    for _ in range(300):
+        buffer = torch.zeros(200, dtype=torch.uint8)
+        views = [view(buffer), view(buffer)]
+        numbers = torch.arange(200)
+        a, b = (numbers.as_strided(v.shape, v.stride(), v.storage_offset()).flatten().tolist() for v in views)
+        expected = not set(a).isdisjoint(b)
+        assert checks.share_memory(*views) == expected
+        described = [part for v in views for part in (v.storage_offset(), list(v.shape), list(v.stride()))]
+        assert host.share_memory(*described) == expected

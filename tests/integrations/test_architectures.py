@@ -188,6 +188,37 @@ def test_score_options_with_a_paged_cache_are_refused():
         attention.attention_forward(module, *heads, None, softcap=2.0, cache=object())
 
 
+def test_attention_sinks_are_fused(monkeypatch):
+    """By the same numbers as unfused. Layer 1 alone: layer 2 masks the keys outside of its window."""
+    model, inputs = adapted("GPT-OSS", gates=2.0), inputs_of("GPT-OSS")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    layers, given = [layer.self_attn for layer in model.model.layers], []
+
+    def spy(name):
+        function = getattr(attention, name)
+
+        def called(*args, sinks=None, **kwargs):
+            if sinks is not None:  # the prompt branch by itself has none
+                given.extend((name, place) for place, layer in enumerate(layers) if sinks is layer.sinks)
+            return function(*args, sinks=sinks, **kwargs)
+
+        monkeypatch.setattr(attention, name, called)
+
+    spy("zero_init_attention")
+    spy("zero_init_attention_with_kvcache")
+    with torch.no_grad():
+        fused = outputs(model, inputs)
+    assert given == [("zero_init_attention", 1)]
+    given.clear()
+    tokens = model.generate(**inputs, **options)
+    assert given == [("zero_init_attention", 1), *[("zero_init_attention_with_kvcache", 1)] * 3]
+    monkeypatch.setattr(attention, "FUSED", {})
+    given.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(model, inputs), fused, rtol=0, atol=1e-5)
+    assert torch.equal(model.generate(**inputs, **options), tokens) and not given
+
+
 def test_gemma_2_is_fused_with_its_cap(monkeypatch):
     """In whole passes and while decoding, with the numbers of the eager formula and the prompt term beside it."""
     model, inputs = adapted("Gemma 2", gates=3.0), inputs_of("Gemma 2", tokens=6)

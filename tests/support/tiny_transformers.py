@@ -76,7 +76,7 @@ MODELS = {
 }
 ENCODERS = ("BERT", "RoBERTa", "ViT", "DINOv2", "CLIP", "SigLIP")
 GENERATE = tuple(name for name in MODELS if name not in ENCODERS)
-# their token branch is transformers' eager formula, which has capped scores and attention sinks
+# where it is not fused, their token branch is transformers' eager formula, which has capped scores and attention sinks
 EAGER = ("Gemma 2", "GPT-OSS")
 # before transformers 5 these do not take their attention from AttentionInterface
 FIVE_ONLY = ("BERT", "RoBERTa")

@@ -71,7 +71,7 @@ ARCHITECTURES: dict[str, Projection] = {
     "SmolLM3Attention": SPLIT,
     "Olmo2Attention": NORMED._replace(norm_of="width"),
     "CohereAttention": NORMED,  # where use_qk_norm is set
-    "GptOssAttention": SPLIT,  # attention sinks: never fused
+    "GptOssAttention": SPLIT,  # attention sinks, which are the tokens' alone
     "GPT2Attention": Projection(_gpt2_key_value, ("c_attn",)),
     "BertSelfAttention": ENCODER,
     "RobertaSelfAttention": ENCODER,

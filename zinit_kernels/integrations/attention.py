@@ -5,13 +5,13 @@ Attention modules without prompts get `sdpa`, unchanged. With prompts, one fused
     out = softmax(scale * q k^T + mask) v + act(gate) * softmax(scale * q pk^T) pv
 
 (LLaMA-Adapter, arXiv 2303.16199, equations 5 to 8), where pk and pv are what the layer's own key and value
-projections make of the prompts, without the rotary embedding. What the fused kernels do not take (dense masks,
-dropout, attention sinks, a paged cache) gets the token branch from transformers and the prompt branch
-added.
+projections make of the prompts, without the rotary embedding. Attention sinks (GPT-OSS) enter the first softmax alone.
+What the fused kernels do not take (dense masks, dropout, a paged cache) gets the token branch from transformers and the
+prompt branch added.
 
 On a CPU, a layer whose gates are all 0 (how training starts) gives the base's output bit for bit, because its tokens
-then go through `sdpa` too. On other devices and under torch.compile, looking at the gates would cost a synchronisation
-or a graph; there the tokens go through the fused kernel, whose output differs from `sdpa`'s by rounding.
+then take transformers' own function too. On other devices and under torch.compile, looking at the gates would cost a
+synchronisation or a graph; there the tokens go through the fused kernel, whose output differs by rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NEEDS_KWARGS = _active_collector is None  # of the attention modules, to know ab
 # have an argument of the fused operator that means the same. Where a layer has another one, or is not fused for
 # another reason, its token branch is the eager formula of the model's own file.
 EAGER = ("softcap", "s_aux")  # capped scores (Gemma 2), attention sinks (GPT-OSS)
-FUSED = {"softcap": "softcap"}
+FUSED = {"softcap": "softcap", "s_aux": "sinks"}
 _UNFUSED = {"cache", "position_bias"}  # arguments of sdpa's that change its keys or scores
 
 # Of a call whose rows have different adapters: what gives an attention module its prompts (None: it has none there).

@@ -74,7 +74,7 @@ def add_zero_init_attention(
     """Gives the topmost layers of a transformers model prompts and gates of their own, in place, and returns it.
 
     Everything else is frozen, and the attention implementation becomes "zinit": in layers without prompts, and where
-    the fused kernels do not apply (a mask per query, dropout, GPT-OSS's sinks), transformers
+    the fused kernels do not apply (a mask per query, dropout), transformers
     computes as before and the prompt branch is added. A pass of an adapted layer by another implementation, which would
     leave the prompts out, is a RuntimeError. `output_attentions` gives the token branch's weights.
 

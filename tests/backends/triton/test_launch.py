@@ -180,6 +180,10 @@ def test_tuning_keys_tell_calls_apart(compiled, monkeypatch):
     attend(Case("any", seqlens_q=(63,)), torch.bfloat16)
     assert [key[0] for key in keys[:4]] == ["forward", "prompt_gradients", "grad_key_value", "grad_query"]
     assert len(set(keys)) == 4 * 5
+    keys.clear()
+    for needs in (0b000010, 0b000100, 0b000110):  # gradients of the key, the value, both
+        attend(Case("any", seqlens_q=(63,)), needs=needs)
+    assert len({key for key in keys if key[0] == "grad_key_value"}) == 3
 
 
 def test_nvtx_ranges_when_asked_for(monkeypatch):

@@ -1,13 +1,19 @@
-"""From canonical tensors to kernel launches: allocations, grids, strides. Torch on the host side, no arithmetic."""
+"""From an operator's arguments to kernel launches: allocations, grids, tiles. Torch on the host side, no arithmetic.
+
+Each operator describes its call once, as a dictionary of operands by name, and each kernel takes those that it names.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ...call import CALL, CacheCall, Call, batched, from_backward_arguments
 from . import configs, tuning
 from .backward import zinit_grad_key_value_kernel, zinit_grad_query_kernel
 from .cache import zinit_append_kernel
@@ -15,11 +21,14 @@ from .configs import Config, block_of
 from .decode import zinit_combine_kernel, zinit_decode_kernel
 from .forward import zinit_forward_kernel
 from .operands import (
-    Prompt,
+    Operands,
     addressable,
     arch_of,
+    cache_operands,
+    key_operands,
     num_processors,
-    num_sequences,
+    prompt_operands,
+    query_operands,
     token_major_like,
     view_of,
 )
@@ -27,265 +36,196 @@ from .primitives import LOG2E
 from .prompt_gradients import zinit_add_partials_kernel, zinit_partial_sums_kernel
 from .ranges import named
 
-_LONGEST_WINDOW = 1 << 30  # as good as unlimited, and sums with positions stay int32
 _PARTIAL_ELEMENTS = 8192  # of dpk and of dpv that one program accumulates: 64 KB of registers together
 _PARTIAL_ROWS = 64  # queries in the unit that the partial sums are dealt in
+_ADD_PARTIALS = Config(0, 0, 4, 1)
+_APPEND = Config(0, 0, 4, 1)
 _BLOCK_E = 128
 _BLOCK_T = 16  # new tokens of a tile
 _MOST_FUSED = _BLOCK_T  # new tokens that the decode kernel appends by itself
 _MOST_SPLITS = 64
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor | None, prompt_value: Tensor | None,
-    gate: Tensor | None, sinks: Tensor | None, prompt_index: Tensor | None, key_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, scale: float,
-    softcap: float, window_left: int, window_right: int, tanh_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`zinit::forward_triton`."""
-    query, key, value = (addressable(t) for t in (query, key, value))
+    call = Call(*arguments)
+    query = call.query
     out = token_major_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    prompt = Prompt(prompt_key, prompt_value, gate)
-    block_d, block_p = block_of(query.shape[3]), block_of(prompt.length)
-    columns = query.shape[1] * num_sequences(query, cu_seqlens_q)
-    sign, scale_log2 = _sign_and_size(scale)
-    flags = {"HEAD_DIM": query.shape[3], "BLOCK_P": block_p, "TANH": tanh_gate, "SCALE_SIGN": sign}
-    windows = _limit(window_left), _limit(window_right)
-    key_of = _key(query, key, flags, windows, key_bias, cu_seqlens_q, max_seqlen_q, max_seqlen_k, columns)
+    sign, scale_log2 = _sign_and_size(call.scale)
+    columns = query.shape[1] * call.batch_size
+    operands = query_operands(call) | key_operands(call) | prompt_operands(call)
+    operands |= {
+        "out": view_of(out),
+        "lse_ptr": lse,
+        "scale_log2": scale_log2,
+        "SCALE_SIGN": sign,
+        **_cap(abs(call.scale), call.softcap),
+    }
 
     def launch(config: Config) -> None:
-        zinit_forward_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * columns,)](
-            view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index, key_bias,
-            cu_seqlens_q, cu_seqlens_k, view_of(out), lse,
-            query.shape[1], key.shape[1], max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2],
-            *windows, prompt.length, prompt.rows, prompt.gate_stride, scale_log2, *_cap(abs(scale), softcap),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
-        )  # fmt: skip
+        programs = triton.cdiv(call.max_seqlen_q, config.block_m) * columns
+        _launch(zinit_forward_kernel, programs, operands, config)
 
-    if max_seqlen_q * columns:
+    if call.max_seqlen_q * columns:
         with torch.cuda.device_of(query), named("forward"):
-            tuning.run(("forward", *key_of), _candidates("forward", query, block_d, block_p), launch)
+            _run("forward", query, operands, columns, launch)
     return out, lse
 
 
-def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, sinks: Tensor | None,
-    prompt_index: Tensor | None, key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int, max_seqlen_k: int, scale: float, softcap: float, window_left: int, window_right: int,
-    tanh_gate: bool, needs: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """`zinit::backward_triton`. What is not wanted is neither allocated nor computed."""
-    token_grads = [token_major_like(t) if needs >> i & 1 else None for i, t in enumerate((query, key, value))]
-    prompt_grads = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format)
-        if t is not None and needs >> i & 1
-        else None
-        for i, t in enumerate((prompt_key, prompt_value, gate), 3)
-    ]
-    grad_query, grad_key, grad_value = token_grads
-    query, key, value, grad_out = (addressable(t) for t in (query, key, value, grad_out))
-    prompt = Prompt(prompt_key, prompt_value, gate)
-    sequences = num_sequences(query, cu_seqlens_q)
-    heads_q, heads_kv = query.shape[1], key.shape[1]
-    block_d, block_p = block_of(query.shape[3]), block_of(prompt.length)
-    flags = {"HEAD_DIM": query.shape[3]}
-    windows = _limit(window_left), _limit(window_right)
-    lengths = (heads_q, heads_kv, max_seqlen_q, max_seqlen_k, query.shape[2], key.shape[2], *windows)
-    scale_log2 = scale * LOG2E.value
-    key_of = _key(
-        query,
-        key,
-        flags,
-        windows,
-        key_bias,
-        cu_seqlens_q,
-        max_seqlen_q,
-        max_seqlen_k,
-        heads_q * sequences,
-        needs,
-    )
-    has_queries, has_keys = (length * heads_q * sequences > 0 for length in (max_seqlen_q, max_seqlen_k))
-    wants_delta = grad_query is not None or grad_key is not None
-    delta = torch.empty_like(lse) if wants_delta else None
+    saved, call, needs = from_backward_arguments(arguments)
+    grads = {name: _empty_gradient(call, name, needs >> i & 1) for i, name in enumerate(CALL.differentiable)}
+    wants_delta = grads["query"] is not None or grads["key"] is not None
+    operands = query_operands(call) | key_operands(call) | prompt_operands(call)
+    operands |= {
+        "out": view_of(saved.out),
+        "lse_ptr": saved.lse,
+        "grad_out": view_of(addressable(saved.grad_out)),
+        "grad_lse_ptr": saved.grad_lse,
+        "grad_query": view_of(grads["query"]),
+        "grad_key": view_of(grads["key"]),
+        "grad_value": view_of(grads["value"]),
+        "grad_prompt_key_ptr": grads["prompt_key"],
+        "grad_prompt_value_ptr": grads["prompt_value"],
+        "grad_gate_ptr": grads["gate"],
+        "delta_ptr": torch.empty_like(saved.lse) if wants_delta else None,
+        "scale": call.scale,
+        "scale_log2": call.scale * LOG2E.value,
+        **_cap(call.scale, call.softcap),
+    }
+    heads_q, heads_kv = (call.batch_size * tensor.shape[1] for tensor in (call.query, call.key))
 
     def launch_key_value(config: Config) -> None:
-        zinit_grad_key_value_kernel[(triton.cdiv(max_seqlen_k, config.block_n) * heads_kv * sequences,)](
-            view_of(query), view_of(key), view_of(value), view_of(grad_out), lse, delta, key_bias, cu_seqlens_q,
-            cu_seqlens_k, view_of(grad_key), view_of(grad_value), *lengths, scale, scale_log2, *_cap(scale, softcap),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
-        )  # fmt: skip
+        programs = triton.cdiv(call.max_seqlen_k, config.block_n) * heads_kv
+        _launch(zinit_grad_key_value_kernel, programs, operands, config)
 
     def launch_query(config: Config) -> None:
-        zinit_grad_query_kernel[(triton.cdiv(max_seqlen_q, config.block_m) * heads_q * sequences,)](
-            view_of(query), view_of(key), view_of(value), prompt.key, prompt.value, prompt.gate, prompt_index,
-            view_of(grad_out), lse, delta, key_bias, cu_seqlens_q, cu_seqlens_k, view_of(grad_query),
-            *lengths, prompt.length, prompt.rows, prompt.gate_stride, scale, scale_log2, *_cap(scale, softcap),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_P=block_p, TANH=tanh_gate, **flags,
-            **_resources(config),
-        )  # fmt: skip
+        programs = triton.cdiv(call.max_seqlen_q, config.block_m) * heads_q
+        _launch(zinit_grad_query_kernel, programs, operands, config)
 
-    with torch.cuda.device_of(query):
-        _prompt_gradients(
-            grad_out, grad_lse, query, out, delta, prompt, prompt_index, cu_seqlens_q, prompt_grads, sequences,
-            heads_kv, max_seqlen_q, scale, softcap, block_d, block_p, tanh_gate, key_of,
-        )  # fmt: skip
-        if has_keys and (grad_key is not None or grad_value is not None):
+    with torch.cuda.device_of(call.query):
+        _prompt_gradients(call, operands, heads_q)
+        if call.max_seqlen_k * heads_q > 0 and (grads["key"] is not None or grads["value"] is not None):
             with named("backward.key_value"):
-                candidates = _candidates("grad_key_value", query, block_d, 16)
-                tuning.run(("grad_key_value", *key_of), candidates, launch_key_value)
-        if has_queries and grad_query is not None:
+                _run("grad_key_value", call.query, operands, heads_q, launch_key_value)
+        if call.max_seqlen_q * heads_q > 0 and grads["query"] is not None:
             with named("backward.query"):
-                candidates = _candidates("grad_query", query, block_d, block_p)
-                tuning.run(("grad_query", *key_of), candidates, launch_query)
-    unwanted = query.new_empty((0,), dtype=torch.float32)
-    return tuple(unwanted.clone() if grad is None else grad for grad in (*token_grads, *prompt_grads, None))
+                _run("grad_query", call.query, operands, heads_q, launch_query)
+    unwanted = call.query.new_empty((0,), dtype=torch.float32)
+    return tuple(unwanted.clone() if grad is None else grad for grad in grads.values())
 
 
-def _prompt_gradients(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, delta: Tensor | None, prompt: Prompt,
-    prompt_index: Tensor | None, cu_seqlens_q: Tensor | None, prompt_grads: list[Tensor | None], sequences: int,
-    heads_kv: int, max_seqlen_q: int, scale: float, softcap: float, block_d: int, block_p: int, tanh_gate: bool,
-    key_of: tuple[Any, ...],
-) -> None:  # fmt: skip
-    """Fills delta, where it is wanted, and the gradients of the prompts and the gate."""
-    heads_q, head_dim = query.shape[1], query.shape[3]
-    wants_prompt = prompt.gate is not None and any(grad is not None for grad in prompt_grads)
-    if delta is None and not wants_prompt:
+def _empty_gradient(call: Call, name: str, wanted: int) -> Tensor | None:
+    """Where the gradient of a differentiable argument is written; None where it is not wanted."""
+    tensor = getattr(call, name)
+    if tensor is None or not wanted:
+        return None
+    if batched(name):
+        return token_major_like(tensor)
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
+    """Fills delta, where it is wanted, and the gradients of the prompts and the gate.
+
+    heads_q: query heads of all sequences together.
+    """
+    wanted = [operands[f"grad_{name}_ptr"] for name in ("prompt_key", "prompt_value", "gate")]
+    wants_prompt = operands["gate_ptr"] is not None and any(grad is not None for grad in wanted)
+    if operands["delta_ptr"] is None and not wants_prompt:
         return
-    parts = num_parts(triton.cdiv(max_seqlen_q, _PARTIAL_ROWS), heads_q * sequences)
-    slots, table = (sequences, heads_q, parts), (prompt.length, head_dim)
-    partials = [
+    query, prompt_length = call.query, operands["prompt_length"]
+    head_dim, sequences = query.shape[3], call.batch_size
+    block_d, block_p = block_of(head_dim), operands["BLOCK_P"]
+    parts = num_parts(triton.cdiv(call.max_seqlen_q, _PARTIAL_ROWS), heads_q)
+    slots, table = (sequences, query.shape[1], parts), (prompt_length, head_dim)
+    partial_key, partial_value, partial_gate = (
         None if not wants_prompt or grad is None else query.new_empty(slots + shape, dtype=torch.float32)
-        for grad, shape in zip(prompt_grads, (table, table, ()), strict=True)
-    ]
-    wants_table = any(partial is not None for partial in partials[:2])
+        for grad, shape in zip(wanted, (table, table, ()), strict=True)
+    )
+    wants_table = partial_key is not None or partial_value is not None
     chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
+    operands = operands | {
+        "partial_key_ptr": partial_key,
+        "partial_value_ptr": partial_value,
+        "partial_gate_ptr": partial_gate,
+        "num_parts": parts,
+        "num_sequences": sequences,
+        "CHUNK_D": chunk_d,
+        "BLOCK_E": _BLOCK_E,
+        "BLOCK_S": 16,
+    }
 
     def launch(config: Config) -> None:
-        zinit_partial_sums_kernel[(parts * (block_d // chunk_d) * heads_q * sequences,)](
-            view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index, cu_seqlens_q, view_of(out),
-            view_of(grad_out), grad_lse, delta, *partials,
-            heads_q, heads_kv, max_seqlen_q, query.shape[2], prompt.length, prompt.rows, prompt.gate_stride, parts,
-            scale * LOG2E.value, *_cap(scale, softcap),
-            HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_P=block_p, CHUNK_D=chunk_d, TANH=tanh_gate,
-            **_resources(config),
-        )  # fmt: skip
+        _launch(zinit_partial_sums_kernel, parts * (block_d // chunk_d) * heads_q, operands, config)
 
-    if heads_q * sequences:
+    if heads_q:
         with named("backward.prompt_sums"):
-            candidates = _candidates("prompt_gradients", query, block_d, block_p)
-            tuning.run(("prompt_gradients", *key_of), candidates, launch)
+            _run("prompt_gradients", query, operands, heads_q, launch)
     if wants_prompt:
-        tiles = triton.cdiv(prompt.length * head_dim, _BLOCK_E)  # the kernel counts them so, wanted or not
+        tiles = triton.cdiv(prompt_length * head_dim, _BLOCK_E) if wants_table else 1
+        programs = tiles * call.key.shape[1] * operands["prompt_rows"]
         with named("backward.prompt_finish"):
-            zinit_add_partials_kernel[(tiles * heads_kv * prompt.rows,)](
-                *partials, prompt.gate, prompt_index, *prompt_grads,
-                heads_q, heads_kv, sequences, prompt.length, prompt.rows, prompt.gate_rows, parts, scale,
-                HEAD_DIM=head_dim, BLOCK_E=_BLOCK_E, BLOCK_S=16, TANH=tanh_gate, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+            _launch(zinit_add_partials_kernel, programs, operands, _ADD_PARTIALS)
 
 
-def decode(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, new_key: Tensor | None, new_value: Tensor | None,
-    prompt_key: Tensor | None, prompt_value: Tensor | None, gate: Tensor | None, sinks: Tensor | None,
-    prompt_index: Tensor | None, cache_seqlens: Tensor, block_table: Tensor | None, rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None, rotary_interleaved: bool, scale: float, softcap: float, window_left: int,
-    window_right: int, tanh_gate: bool, num_splits: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`zinit::decode_triton`. Reads nothing back from the device: safe to capture in a graph."""
-    out = token_major_like(query := query.transpose(1, 2))
-    key_cache, value_cache = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
-    new_key, new_value, prompt_key, prompt_value = (
-        None if tensor is None else tensor.transpose(1, 2)
-        for tensor in (new_key, new_value, prompt_key, prompt_value)
-    )
+    call = CacheCall(*arguments).head_major()
+    if call.new_key is not None and 0 in call.new_key.shape:
+        call = call._replace(new_key=None, new_value=None)
+    query = call.query
+    out = token_major_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    sequences, heads_q, seqlen_q, head_dim = query.shape
-    heads_kv = key_cache.shape[1]
-    if new_key is not None and 0 in new_key.shape:
-        new_key = new_value = None
-    seqlen_new = 0 if new_key is None else new_key.shape[2]
-    num_pages, page_size = key_cache.shape[0], key_cache.shape[2]
-    capacity = page_size if block_table is None else page_size * block_table.shape[1]
-    table_stride = 0 if block_table is None else block_table.stride(0)
-    prompt = Prompt(prompt_key, prompt_value, gate)
-    if rotary_cos is not None and rotary_sin is not None:
-        rotary_cos, rotary_sin = rotary_cos.contiguous(), rotary_sin.contiguous()
-    rotary_rows, half = (0, 0) if rotary_cos is None else rotary_cos.shape
-    block_d, block_p = block_of(head_dim), block_of(prompt.length)
-    cache_flags = {
-        "HEAD_DIM": head_dim, "BLOCK_T": _BLOCK_T, "HALF": half, "INTERLEAVED": rotary_interleaved,
-        "PAGE_SIZE": 1 if block_table is None else page_size,  # compile-time: no kernel per capacity
-    }  # fmt: skip
-    sign, scale_log2 = _sign_and_size(scale)
-    flags = cache_flags | {
-        "BLOCK_P": block_p,
-        "TANH": tanh_gate,
+    sequences, heads_q, seqlen_q, _ = query.shape
+    heads_kv = call.key_cache.shape[1]
+    rows, columns = seqlen_q * (heads_q // heads_kv), heads_kv * sequences
+    sign, scale_log2 = _sign_and_size(call.scale)
+    operands = cache_operands(call) | prompt_operands(call)
+    operands |= {
+        "query": view_of(query),
+        "new_key": view_of(call.new_key),
+        "new_value": view_of(call.new_value),
+        "out": view_of(out),
+        "lse_ptr": lse,
+        "num_heads_q": heads_q,
+        "seqlen_q": seqlen_q,
+        "scale_log2": scale_log2,
         "SCALE_SIGN": sign,
+        **_cap(abs(call.scale), call.softcap),
         "ONE_TOKEN": seqlen_q == 1,
+        "ADVANCE": call.window_left >= 0 or call.window_right >= 0,
+        "BLOCK_T": _BLOCK_T,
     }
-    windows = _limit(window_left), _limit(window_right)
-    rows = seqlen_q * (heads_q // heads_kv)
-    columns = heads_kv * sequences
-    # A long chunk is rotated once, by a launch of its own: in the decode kernel every tile of queries would do it.
-    is_fused = new_key is not None and seqlen_new <= _MOST_FUSED and rows > 0
-    fused_key, fused_value = (new_key, new_value) if is_fused else (None, None)
 
     def launch(config: Config) -> None:
         programs = triton.cdiv(rows, config.block_m) * columns
-        splits = num_splits or choose_splits(
-            programs, triton.cdiv(capacity, config.block_n), num_processors(query)
-        )
+        key_blocks = triton.cdiv(operands["capacity"], config.block_n)
+        splits = call.num_splits or choose_splits(programs, key_blocks, num_processors(query))
         partial_out = partial_lse = None
         if splits > 1:
             partial_out = query.new_empty((splits, *query.shape), dtype=torch.float32)
             partial_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
-        zinit_decode_kernel[(splits * programs,)](
-            view_of(query), view_of(key_cache), view_of(value_cache), view_of(fused_key), view_of(fused_value),
-            prompt.key, prompt.value, prompt.gate, prompt_index, cache_seqlens, block_table, rotary_cos, rotary_sin,
-            view_of(out), lse, partial_out, partial_lse,
-            heads_q, heads_kv, seqlen_q, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-            *windows, prompt.length, prompt.rows, prompt.gate_stride, splits, scale_log2, *_cap(abs(scale), softcap),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **flags, **_resources(config),
-        )  # fmt: skip
-        if partial_out is not None:
-            combine = _candidates("combine", query, block_d, block_p)[0]
-            zinit_combine_kernel[(triton.cdiv(rows, combine.block_m) * columns,)](
-                partial_out, partial_lse, view_of(query), prompt.key, prompt.value, prompt.gate, prompt_index,
-                cache_seqlens, rotary_cos, rotary_sin, view_of(out), lse,
-                heads_q, heads_kv, seqlen_q, rotary_rows, half, prompt.length, prompt.rows, prompt.gate_stride, splits,
-                scale * LOG2E.value, *_cap(scale, softcap),
-                HEAD_DIM=head_dim, BLOCK_M=combine.block_m, BLOCK_P=block_p, HALF=half, INTERLEAVED=rotary_interleaved,
-                ADVANCE=window_left >= 0 or window_right >= 0, TANH=tanh_gate, **_resources(combine),
-            )  # fmt: skip
+        split = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "num_splits": splits}
+        _launch(zinit_decode_kernel, splits * programs, operands | split, config)
+        if splits > 1:
+            split |= {"scale_log2": call.scale * LOG2E.value, **_cap(call.scale, call.softcap)}
+            config = _candidates("combine", query, operands)[0]
+            programs = triton.cdiv(rows, config.block_m) * columns
+            _launch(zinit_combine_kernel, programs, operands | split, config)
 
     with torch.cuda.device_of(query):
-        if new_key is not None and not is_fused:
+        # A long chunk is rotated once, by a launch of its own: in the decode kernel every tile of queries would do it.
+        if call.new_key is not None and (operands["seqlen_new"] > _MOST_FUSED or not rows):
             with named("decode.append"):
-                zinit_append_kernel[(triton.cdiv(seqlen_new, _BLOCK_T) * columns,)](
-                    view_of(new_key), view_of(new_value), view_of(key_cache), view_of(value_cache), cache_seqlens,
-                    block_table, rotary_cos, rotary_sin,
-                    heads_kv, seqlen_new, capacity, num_pages, table_stride, rotary_rows, half,
-                    **cache_flags, num_warps=4, enable_fp_fusion=True,
-                )  # fmt: skip
+                programs = triton.cdiv(operands["seqlen_new"], _BLOCK_T) * columns
+                _launch(zinit_append_kernel, programs, operands, _APPEND)
+            operands |= {"new_key": view_of(None), "new_value": view_of(None)}
         if rows * columns:
-            key_of = _key(
-                query,
-                key_cache,
-                flags,
-                windows,
-                block_table,
-                fused_key,
-                seqlen_q,
-                capacity,
-                columns,
-                num_splits,
-            )
             with named("decode"):
-                stage = "decode" if seqlen_q == 1 else "extend"
-                tuning.run((stage, *key_of), _candidates(stage, query, block_d, block_p), launch)
+                _run("decode" if seqlen_q == 1 else "extend", query, operands, columns, launch)
     return out.transpose(1, 2), lse
 
 
@@ -305,11 +245,6 @@ def choose_splits(programs: int, key_blocks: int, processors: int) -> int:
     return max(1, min(2 * processors // max(programs, 1), key_blocks // 4, _MOST_SPLITS))
 
 
-def _limit(window: int) -> int | None:
-    """One side of a window as the kernels take it: None where it is unlimited."""
-    return None if window < 0 else min(window, _LONGEST_WINDOW)
-
-
 def _sign_and_size(scale: float) -> tuple[int, float]:
     """The scale as forward and decode take it: its sign, and its size times log2(e), which is never 0."""
     if abs(scale) < 1e-37:  # 0, or so small that float32 may flush it
@@ -317,41 +252,41 @@ def _sign_and_size(scale: float) -> tuple[int, float]:
     return (1 if scale > 0 else -1), abs(scale) * LOG2E.value
 
 
-def _cap(scale: float, softcap: float) -> tuple[float | None, float | None]:
+def _cap(scale: float, softcap: float) -> Operands:
     """A soft cap as the kernels take it: scale / softcap in float32's range, and softcap."""
     if not softcap:
-        return None, None
-    return max(-3e38, min(scale / softcap, 3e38)), softcap
+        return {"cap_scale": None, "cap_size": None}
+    return {"cap_scale": max(-3e38, min(scale / softcap, 3e38)), "cap_size": softcap}
 
 
-def _resources(config: Config) -> dict[str, Any]:
-    """Compiler options; fused multiply-adds are named because Triton 3.10 turns its default around."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return options | ({"maxnreg": config.max_registers} if config.max_registers else {})
+def _run(
+    stage: str, query: Tensor, operands: Operands, columns: int, launch: Callable[[Config], None]
+) -> None:
+    """Launches a stage with the configuration for its sizes and chip. columns: heads of all sequences together."""
+    candidates = _candidates(stage, query, operands)
+    key = (stage, query.device, query.dtype, *tuning.key_of(operands, columns)) if tuning.ENABLED else ()
+    tuning.run(key, candidates, launch)
 
 
-def _candidates(stage: str, query: Tensor, block_d: int, block_p: int) -> tuple[Config, ...]:
+def _candidates(stage: str, query: Tensor, operands: Operands) -> tuple[Config, ...]:
+    block_d, block_p = block_of(operands["HEAD_DIM"]), operands["BLOCK_P"]
+    if stage == "grad_key_value":  # reads no prompts
+        block_p = block_of(0)
     return configs.candidates(stage, block_d, block_p, query.element_size(), arch_of(query))
 
 
-def _key(
-    query: Tensor, key: Tensor, flags: dict[str, Any], windows: tuple[int | None, ...], bias: Tensor | None,
-    packing: Tensor | None, seqlen_q: int, seqlen_k: int, columns: int, *rest: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    """What the fastest candidate depends on: chip, dtype, what is compiled in, and lengths to a factor of two."""
-    if not tuning.ENABLED:
-        return ()
-    sizes = (triton.next_power_of_2(size) for size in (seqlen_q, seqlen_k, columns))
-    group = query.shape[1] // key.shape[1]
-    limited = (window is None for window in windows)
-    return (
-        query.device,
-        query.dtype,
-        *flags.values(),
-        *limited,
-        group,
-        bias is None,
-        packing is None,
-        *sizes,
-        *rest,
-    )
+def _launch(kernel: Any, programs: int, operands: Operands, config: Config) -> None:
+    """Launches a kernel with those of the operands that are its parameters."""
+    operands = operands | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    taken = {name: operands[name] for name in _parameters(kernel)}
+    # fused multiply-adds are named because Triton 3.10 turns its default around
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers:
+        options["maxnreg"] = config.max_registers
+    kernel[(programs,)](**taken, **options)
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[str, ...]:
+    """Triton makes a new list of them at every look, which costs 30 us."""
+    return tuple(kernel.arg_names)

@@ -7,9 +7,11 @@ order of their tiles, so bits repeat within a process, and between processes onl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import triton
 from triton import testing
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -32,6 +34,20 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
             _fastest[key] = min(times, key=times.__getitem__)
         choice = _fastest.get(key, choice)
     launch(choice)
+
+
+def key_of(operands: Mapping[str, Any], *sizes: int) -> Iterator[Hashable]:
+    """What the fastest candidate depends on: what is compiled in, which tensors there are, sizes to a factor of two."""
+    for name, operand in operands.items():
+        if name.isupper():
+            yield operand
+        elif isinstance(operand, tuple):  # a View
+            yield operand[0] is None
+        elif isinstance(operand, int):
+            yield triton.next_power_of_2(operand)
+        elif not isinstance(operand, float):
+            yield operand is None
+    yield from map(triton.next_power_of_2, sizes)
 
 
 def _milliseconds(config: Config, launch: Callable[[Config], None]) -> float:

@@ -18,6 +18,7 @@ from .primitives import (
     Prompts,
     Rows,
     Window,
+    always_careful,
     block_of,
     cap_scores,
     cap_slopes,
@@ -206,6 +207,8 @@ def zinit_grad_key_value_kernel(
     their own, which nothing reads.
     """
     HAS_BIAS: tl.constexpr = key_bias_ptr is not None
+    HIDES: tl.constexpr = window_left is not None or window_right is not None
+    ALWAYS_CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     WANTS_KEY: tl.constexpr = grad_key.ptr is not None
     WANTS_VALUE: tl.constexpr = grad_value.ptr is not None
     tile, kv_head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_N), num_heads_kv)
@@ -262,12 +265,12 @@ def zinit_grad_key_value_kernel(
                 BLOCK_M,
                 HEAD_DIM,
                 phase < 2,
-                False,
+                ALWAYS_CAREFUL and phase < 2,
                 HAS_BIAS,
                 WANTS_KEY,
                 WANTS_VALUE,
             )
-        if phase == 1 and (window_left is not None or window_right is not None):
+        if phase == 1 and HIDES and not ALWAYS_CAREFUL:
             # NaN, perhaps of a query that not all of these keys see: the masked stretches again, with care. A NaN in
             # the gradient of a query makes dk NaN too.
             if has_nan(dk if WANTS_KEY else dv):
@@ -409,6 +412,8 @@ def zinit_grad_query_kernel(
     The prompt term is recomputed here (three products with P columns) rather than read: no rounding in between, and
     no pass over memory.
     """
+    HIDES: tl.constexpr = window_left is not None or window_right is not None
+    ALWAYS_CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     window = Window(window_left, window_right)
     cap = Cap(cap_scale, cap_size)
     tile, head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_M), num_heads_q)
@@ -459,9 +464,9 @@ def zinit_grad_query_kernel(
                 BLOCK_N,
                 HEAD_DIM,
                 phase < 2,
-                False,
+                ALWAYS_CAREFUL and phase < 2,
             )
-        if phase == 1 and (window_left is not None or window_right is not None):
+        if phase == 1 and HIDES and not ALWAYS_CAREFUL:
             # NaN, perhaps of a key that not all of these queries see: the masked stretches again, with care.
             if has_nan(dq):
                 dq = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)

@@ -15,6 +15,7 @@ from .primitives import (
     Cap,
     Prompts,
     Window,
+    always_careful,
     block_of,
     has_nan,
     key_limits,
@@ -130,6 +131,7 @@ def zinit_decode_kernel(
     call's arguments, so that nobody waits for the one program of a head that writes them into the cache.
     """
     HIDES: tl.constexpr = (window_left is not None or window_right is not None) and not ONE_TOKEN
+    CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     window = Window(window_left, None if ONE_TOKEN else window_right)
     cap = Cap(cap_scale, cap_size)
     pages = Pages(block_table_ptr, table_stride, num_pages)
@@ -203,83 +205,69 @@ def zinit_decode_kernel(
                     cap,
                     phase < 2,
                     False,
-                    False,
+                    CAREFUL and phase < 2,
                 )
-        if phase == 1 and HIDES:
+        if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a value that not all of these rows see: the masked stretches again, with care.
             if has_nan(acc):
                 acc = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
                 for masked in tl.static_range(2):
                     first = tl.maximum(split_first, stretches[masked][0])
                     last = tl.minimum(split_last, stretches[masked][1])
-                    for start in tl.range(first, last, 16, num_stages=1):
+                    for one in tl.range(first, last, num_stages=1):
                         k, v = load_cached(
                             key_cache,
                             value_cache,
                             pages,
                             sequence,
                             kv_head,
-                            start,
+                            one,
                             lowest,
                             cached,
-                            16,
+                            1,
                             HEAD_DIM,
                             PAGE_SIZE,
                             True,
                         )
                         acc = attend_visible(
-                            acc, m, q, k, v, None, start, limits, window, scale_log2, cap, False
+                            acc, m, q, k, v, None, one, limits, window, scale_log2, cap, False
                         )
-        if phase == 1 and new_key.ptr is not None:
-            if split == num_splits - 1:
-                new = tl.arange(0, BLOCK_T)
-                present = (new < seqlen_new) & (cached + new < num_k)
-                k, v = load_new(
-                    new_key,
-                    new_value,
-                    sequence,
-                    kv_head,
-                    new,
-                    cached + new,
-                    present,
-                    rotary,
-                    HEAD_DIM,
-                    HALF,
-                    INTERLEAVED,
-                )
-                if tile == 0:
-                    store_new(
-                        k,
-                        v,
-                        key_cache,
-                        value_cache,
-                        pages,
-                        sequence,
-                        kv_head,
-                        cached + new,
-                        present,
-                        HEAD_DIM,
-                        PAGE_SIZE,
-                    )
-                if window_left is not None:
-                    v = tl.where((cached + new >= lowest)[:, None], v, 0.0)
-                acc, m, l = attend(
-                    acc,
-                    m,
-                    l,
-                    q,
+    if new_key.ptr is not None:
+        if split == num_splits - 1:
+            new = tl.arange(0, BLOCK_T)
+            present = (new < seqlen_new) & (cached + new < num_k)
+            k, v = load_new(
+                new_key,
+                new_value,
+                sequence,
+                kv_head,
+                new,
+                cached + new,
+                present,
+                rotary,
+                HEAD_DIM,
+                HALF,
+                INTERLEAVED,
+            )
+            if tile == 0:
+                store_new(
                     k,
                     v,
-                    None,
-                    cached,
-                    new_limits,
-                    window,
-                    scale_log2,
-                    cap,
-                    True,
-                    False,
-                    HIDES,
+                    key_cache,
+                    value_cache,
+                    pages,
+                    sequence,
+                    kv_head,
+                    cached + new,
+                    present,
+                    HEAD_DIM,
+                    PAGE_SIZE,
                 )
+            if window_left is not None:
+                v = tl.where((cached + new >= lowest)[:, None], v, 0.0)
+            acc, m, l = attend(
+                acc, m, l, q, k, v, None, cached, new_limits, window, scale_log2, cap, True, False, HIDES
+            )
 
     acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, False))
     if partial_out_ptr is None:

@@ -9,6 +9,7 @@ from .primitives import (
     Cap,
     Prompts,
     Window,
+    always_careful,
     block_of,
     has_nan,
     key_limits,
@@ -64,6 +65,8 @@ def zinit_forward_kernel(
     branch's denominator and adds the gated prompt branch into the same accumulator.
     """
     HAS_BIAS: tl.constexpr = key_bias_ptr is not None
+    HIDES: tl.constexpr = window_left is not None or window_right is not None
+    CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     window = Window(window_left, window_right)
     cap = Cap(cap_scale, cap_size)
     prompts = Prompts(
@@ -100,19 +103,33 @@ def zinit_forward_kernel(
                     key_rows, value_rows, key_bias_ptr, first, num_k, BLOCK_N, HEAD_DIM, phase < 2
                 )
                 acc, m, l = attend(
-                    acc, m, l, q, k, v, bias, first, limits, window, scale_log2, cap, phase < 2, HAS_BIAS
+                    acc,
+                    m,
+                    l,
+                    q,
+                    k,
+                    v,
+                    bias,
+                    first,
+                    limits,
+                    window,
+                    scale_log2,
+                    cap,
+                    phase < 2,
+                    HAS_BIAS,
+                    CAREFUL and phase < 2,
                 )
-        if phase == 1 and (window_left is not None or window_right is not None):
+        if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a value that not all of these queries see: the masked stretches again, with care.
             if has_nan(acc):
                 acc = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
                 for masked in tl.static_range(2):
-                    for first in tl.range(stretches[masked][0], stretches[masked][1], 16, num_stages=1):
+                    for one in tl.range(stretches[masked][0], stretches[masked][1], num_stages=1):
                         k, v, bias = load_key_tile(
-                            key_rows, value_rows, key_bias_ptr, first, num_k, 16, HEAD_DIM, True
+                            key_rows, value_rows, key_bias_ptr, one, num_k, 1, HEAD_DIM, True
                         )
                         acc = attend_visible(
-                            acc, m, q, k, v, bias, first, limits, window, scale_log2, cap, HAS_BIAS
+                            acc, m, q, k, v, bias, one, limits, window, scale_log2, cap, HAS_BIAS
                         )
 
     acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))

@@ -165,7 +165,7 @@ def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
         with named("backward.prompt_sums"):
             _run("prompt_gradients", query, operands, heads_q, launch)
     if wants_prompt:
-        tiles = triton.cdiv(prompt_length * head_dim, _BLOCK_E) if wants_table else 1
+        tiles = triton.cdiv(prompt_length * head_dim, _BLOCK_E)  # the kernel counts them so, wanted or not
         programs = tiles * call.key.shape[1] * operands["prompt_rows"]
         with named("backward.prompt_finish"):
             _launch(zinit_add_partials_kernel, programs, operands, _ADD_PARTIALS)

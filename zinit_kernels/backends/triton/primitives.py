@@ -252,6 +252,16 @@ def key_stretches(position, num_keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl
     return (first, full_first), (full_last, last), (full_first, full_last)
 
 
+@triton.constexpr_function
+def always_careful(dtype):
+    """Whether masked tiles are computed with care for NaN at once, and not again where NaN was found.
+
+    The products of float32 run on the CUDA cores, and beside them the care costs little. A branch between the loops
+    makes ptxas spill there: 148 instructions in forward at 128 dimensions, 517 for dK and dV.
+    """
+    return dtype == tl.float32
+
+
 @triton.jit
 def cap_scores(s, cap):
     """softcap * tanh(scale * s / softcap) of raw scores s.

@@ -61,12 +61,11 @@ def online_softmax(s, m, l, scale_log2):
 
 
 @triton.jit
-def scores(q, k, bias, scale_log2, cap, HAS_BIAS: tl.constexpr):
-    """q k^T; with a bias scale * q k^T + bias; with a soft cap cap(scale * q k^T) + bias.
+def finish_scores(s, bias, scale_log2, cap, HAS_BIAS: tl.constexpr):
+    """Of s = q k^T: s; with a bias scale * s + bias; with a soft cap cap(scale * s) + bias.
 
     `exponent_scale` is what makes exponents in base 2 of them.
     """
-    s = dot(q, tl.trans(k))
     if cap.size is not None:
         s = cap_scores(s, cap)
         if HAS_BIAS:
@@ -94,7 +93,7 @@ def finite_part(v):
 def sum_of_others(sees, v):
     """What NaN and infinities in v add to the rows that see them: they themselves, or 0. sees: 1 or 0.
 
-    One product counts all three: digits of base 64, since a tile has at most 32 values in a column.
+    One product counts all three: digits of base 64, since a tile has at most 63 values in a column.
     """
     kind = tl.where(v == float("inf"), 1.0, tl.where(v == float("-inf"), 64.0, tl.where(v == v, 0.0, 4096.0)))
     count = dot(sees, kind.to(v.dtype)).to(tl.int32)
@@ -126,8 +125,10 @@ def attend(
     limits: (lower, upper) of the keys that each query sees. Without MASKED every query sees every key of the tile.
 
     EXACT: a value that is not finite adds nothing to the queries that do not see it, where the product adds 0 * NaN.
+    At most 63 keys then.
     """
-    s = scores(q, k, bias, scale_log2, cap, HAS_BIAS)
+    tl.static_assert(not EXACT or k.shape[0] < 64)
+    s = finish_scores(dot(q, tl.trans(k)), bias, scale_log2, cap, HAS_BIAS)
     if MASKED:
         s = tl.where(is_visible(start, k.shape[0], limits, window), s, float("-inf"))
     p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))
@@ -142,21 +143,14 @@ def attend(
 
 @triton.jit
 def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, cap, HAS_BIAS: tl.constexpr):
-    """acc after the values of some more keys, each added to the queries that see it and to no other; m: the final one.
+    """acc after the value of one more key, added to the queries that see it and to no other; m: the final one.
 
     `attend` multiplies a hidden value by the weight 0, which gives NaN if the value is NaN. This is the slow way out.
     """
-    s = scores(q, k, bias, scale_log2, cap, HAS_BIAS)
+    s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None]
+    s = finish_scores(s, bias, scale_log2, cap, HAS_BIAS)
     p = weights(s, m, exponent_scale(scale_log2, cap, HAS_BIAS))
-    visible = is_visible(start, k.shape[0], limits, window)
-    keys = tl.arange(0, k.shape[0])
-    for i in tl.range(0, k.shape[0], loop_unroll_factor=1, num_stages=1):
-        chosen = keys == i
-        weight = tl.sum(tl.where(chosen[None, :], p, 0.0), 1)
-        sees = tl.max(tl.where(chosen[None, :] & visible, 1, 0), 1) > 0
-        value = tl.sum(tl.where(chosen[:, None], v.to(tl.float32), 0.0), 0)
-        acc = tl.where(sees[:, None], acc + weight[:, None] * value[None, :], acc)
-    return acc
+    return tl.where(is_visible(start, 1, limits, window), acc + p * v.to(tl.float32), acc)
 
 
 @triton.jit

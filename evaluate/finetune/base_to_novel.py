@@ -77,7 +77,8 @@ class BaseToNovel(Task):
 
     def loss(self, model: Any, rows: Tensor, refit: bool) -> Tensor:
         pixels = self.pixels.batch(self.train, rows.tolist(), keep=True)
-        return F.cross_entropy(self._logits(model, pixels, self.halves[0]), self.train.labels[rows])
+        logits = self._logits(model, pixels, self.halves[0])
+        return F.cross_entropy(logits, self.train.labels[rows].to(logits.device))
 
     def validate(self, model: Any) -> float:
         return self._accuracy(model, self.validation, 0)
@@ -97,7 +98,7 @@ class BaseToNovel(Task):
         among, right = self.halves[half], 0
         for first in range(0, len(images), _EVALUATED_AT_ONCE):
             rows = list(range(first, min(first + _EVALUATED_AT_ONCE, len(images))))
-            best = self._logits(model, self.pixels.batch(images, rows, keep=False), among).argmax(-1)
+            best = self._logits(model, self.pixels.batch(images, rows, keep=False), among).argmax(-1).cpu()
             right += int((torch.tensor(among)[best] == images.labels[rows]).sum())
         return 100 * right / len(images)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
             f"{folder} needs a tokenizer.json: only fast tokenizers say where a token stands in the text."
         )
     return tokenizer
+
+
+def call(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """The model's outputs; tensors are brought to its device first."""
+    device = getattr(model, "device", torch.device("cpu"))
+    return model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
 
 
 def _check(folder: Path) -> None:

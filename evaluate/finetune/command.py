@@ -15,7 +15,7 @@ from ..asking import Interrupted
 from ..ledgers import Entry, table_of
 from ..models import identity
 from ..question import Quoted, Table
-from ..shared import UserError, command_name, messages, program, write_file
+from ..shared import UserError, command_name, default_device, messages, open_device, program, write_file
 from ..tables import as_json, show, with_quoted
 from .checkpoint import quiet
 from .methods import ABOUT, LEARNING_RATES, Size
@@ -63,6 +63,7 @@ def parser_of(name: str, description: str, layout: str, defaults: Defaults) -> P
     parser.add_argument(
         "--head-learning-rate", type=float, default=1e-2, help="beside a method (default: 0.01)"
     )
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     return parser
 
 
@@ -91,7 +92,7 @@ def plan_of(options: Any, with_head: bool = True) -> Plan:
         raise UserError(f"--seeds must lie in 0 .. 2**31 - 1, got {options.seeds!r}.")
     return Plan(
         methods, seeds, options.steps, options.batch_size, Size(options.prompt_length, options.num_layers),
-        options.head_learning_rate, with_head, rates,
+        options.head_learning_rate, with_head, open_device(options.device), rates,
     )  # fmt: skip
 
 

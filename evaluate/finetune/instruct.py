@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..shared import UserError, format_prompt, read_records
-from .checkpoint import load_model, load_tokenizer
+from .checkpoint import call, load_model, load_tokenizer
 from .command import Defaults, command, digest_of, finish, parser_of, plan_of, run_of
 from .protocol import Task
 
@@ -88,10 +88,12 @@ class Instructions(Task):
             if "logits_to_keep" in inspect.signature(model.forward).parameters
             else {}
         )
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **few).logits
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **few}
+        logits = call(model, inputs).logits
         places = [(n, place) for n, (row, begin) in enumerate(rows) for place in range(begin, len(row))]
         row, place = torch.tensor(places).unbind(1)
-        return logits[row, place - 1 - longest + logits.shape[1]].float(), ids[row, place]
+        chosen = logits[row.to(logits.device), (place - 1 - longest + logits.shape[1]).to(logits.device)]
+        return chosen.float(), ids[row, place].to(logits.device)
 
     def _encode(self, record: Any, max_length: int) -> tuple[list[int], int] | None:
         """(tokens, where the answer begins), or None if no token of the answer is within max_length."""

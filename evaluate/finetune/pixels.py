@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..shared import UserError
+from .checkpoint import call
 from .image_sets import Images
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,7 +49,7 @@ def forward(model: Any, pixels: Tensor, **inputs: Any) -> Any:
     takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if takes and getattr(config, "image_size", None) != pixels.shape[-1]:
         inputs["interpolate_pos_encoding"] = True
-    return model(pixel_values=pixels, **inputs)
+    return call(model, {"pixel_values": pixels, **inputs})
 
 
 def accuracy(model: Any, pixels: Pixels, images: Images, keep: bool = False) -> float:
@@ -56,7 +57,7 @@ def accuracy(model: Any, pixels: Pixels, images: Images, keep: bool = False) -> 
     right = 0
     for first in range(0, len(images), _EVALUATED_AT_ONCE):
         rows = list(range(first, min(first + _EVALUATED_AT_ONCE, len(images))))
-        found = forward(model, pixels.batch(images, rows, keep)).logits.argmax(-1)
+        found = forward(model, pixels.batch(images, rows, keep)).logits.argmax(-1).cpu()
         right += int((found == images.labels[rows]).sum())
     return 100 * right / len(images)
 

@@ -84,6 +84,7 @@ class Plan:
     size: Size
     head_learning_rate: float
     with_head: bool = True
+    device: torch.device = torch.device("cpu")
     learning_rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def rates(self, method: str) -> Sequence[float]:
@@ -160,6 +161,7 @@ def _train(task: Task, plan: Plan, kind: str, method: str, rate: float, seed: in
     model = task.make(seed)
     torch.manual_seed(seed)
     groups = adapt(model, method, plan.size, rate, plan.head_learning_rate, plan.with_head)
+    model.to(plan.device)
     began = time.perf_counter()
     if groups:
 

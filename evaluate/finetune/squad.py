@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..question import Quoted
 from ..scorers import squad
 from ..shared import UserError
-from .checkpoint import load_model, load_tokenizer
+from .checkpoint import call, load_model, load_tokenizer
 from .command import Defaults, command, digest_of, finish, parser_of, plan_of, run_of
 from .protocol import Task
 from .squad_files import LAYOUT, Question, files_of, read_splits, truths_of
@@ -75,8 +75,10 @@ class Answering(Task):
 
     def loss(self, model: Any, rows: Tensor, refit: bool) -> Tensor:
         chosen = [self.examples[row] for row in rows.tolist()]
-        found = model(**self._batch([window for window, _ in chosen]))
-        starts, ends = torch.tensor([place for _, place in chosen]).unbind(1)
+        found = call(model, self._batch([window for window, _ in chosen]))
+        starts, ends = torch.tensor([place for _, place in chosen], device=found.start_logits.device).unbind(
+            1
+        )
         return (F.cross_entropy(found.start_logits, starts) + F.cross_entropy(found.end_logits, ends)) / 2
 
     def validate(self, model: Any) -> float:
@@ -97,9 +99,9 @@ class Answering(Task):
         none: dict[str, float] = {question.id: float("inf") for question in questions}
         for first in range(0, len(windows), _EVALUATED_AT_ONCE):
             chosen = windows[first : first + _EVALUATED_AT_ONCE]
-            found = model(**self._batch([window for _, window in chosen]))
+            found = call(model, self._batch([window for _, window in chosen]))
             for (question, window), starts, ends in zip(
-                chosen, found.start_logits, found.end_logits, strict=True
+                chosen, found.start_logits.cpu(), found.end_logits.cpu(), strict=True
             ):
                 none[question.id] = min(none[question.id], float(starts[0] + ends[0]))
                 best[question.id] = max(best[question.id], self._best_span(question, window, starts, ends))

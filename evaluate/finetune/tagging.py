@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..scorers import spans
 from ..shared import UserError
-from .checkpoint import load_model, load_tokenizer
+from .checkpoint import call, load_model, load_tokenizer
 from .protocol import Task
 from .token_files import Sentence, read_splits, tags_of
 
@@ -51,12 +51,15 @@ class Tagging(Task):
 
     def loss(self, model: Any, rows: Tensor, refit: bool) -> Tensor:
         chosen = [self.examples[row] for row in rows.tolist()]
-        logits = model(**self._batch([ids for ids, _, _ in chosen], [kinds for _, kinds, _ in chosen])).logits
+        logits = call(
+            model, self._batch([ids for ids, _, _ in chosen], [kinds for _, kinds, _ in chosen])
+        ).logits
         labels = torch.full(logits.shape[:2], IGNORED)
         for row, (_, _, places) in enumerate(chosen):
             for place, tag in places.items():
                 labels[row, place] = tag
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        targets = labels.flatten().to(logits.device)
+        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED)
 
     def validate(self, model: Any) -> float:
         return self._f1(model, self.splits.validation)
@@ -78,7 +81,7 @@ class Tagging(Task):
         for first in range(0, len(order), _EVALUATED_AT_ONCE):
             chosen = order[first : first + _EVALUATED_AT_ONCE]
             encoded = [self._tokens(sentences[place]) for place in chosen]
-            logits = model(**self._batch([e.ids for e in encoded], [e.type_ids for e in encoded])).logits
+            logits = call(model, self._batch([e.ids for e in encoded], [e.type_ids for e in encoded])).logits
             tags = logits.argmax(-1).tolist()
             for row, place in enumerate(chosen):
                 for token, word in _first_tokens(encoded[row]):

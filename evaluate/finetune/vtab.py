@@ -64,7 +64,8 @@ class Classification(Task):
             if chosen
         ]
         labels = torch.cat([self.train.labels[first], self.validation.labels[second]])
-        return F.cross_entropy(forward(model, torch.cat(pixels)).logits, labels)
+        logits = forward(model, torch.cat(pixels)).logits
+        return F.cross_entropy(logits, labels.to(logits.device))
 
     def validate(self, model: Any) -> float:
         return accuracy(model, self.pixels, self.validation, keep=True)

@@ -14,6 +14,7 @@ from evaluate_program import run
 from tiny_transformers import FIVE
 
 from evaluate.finetune import protocol
+from evaluate.finetune.base_to_novel import BaseToNovel
 from evaluate.finetune.image_sets import read_set
 from evaluate.finetune.instruct import Instructions
 from evaluate.finetune.squad import Answering
@@ -205,6 +206,36 @@ def test_vtab_trains_again_on_all_images(place):
     assert len(few.test_data) == 7
 
 
+class Elsewhere:
+    """A model on the meta device, whose tensors have no values but refuse those of another device."""
+
+    device = torch.device("meta")
+    config = SimpleNamespace(image_size=12)
+
+    def forward(self, **inputs):
+        assert {x.device.type for x in inputs.values() if isinstance(x, torch.Tensor)} == {"meta"}
+        rows = inputs["pixel_values" if "pixel_values" in inputs else "input_ids"].shape[0]
+        tokens = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+        classes = torch.zeros(rows, tokens, 96, device="meta")
+        spans = torch.zeros(rows, tokens, device="meta")
+        logits = classes[:, 0] if "pixel_values" in inputs else classes
+        return SimpleNamespace(logits=logits, logits_per_image=logits, start_logits=spans, end_logits=spans)
+
+    __call__ = forward
+
+
+@pytest.mark.parametrize("name", ["ner", "squad", "vtab", "base-to-novel", "instruct"])
+def test_inputs_and_targets_follow_the_model_to_its_device(name, place):
+    base, data = place / COMMANDS[name][0], place / COMMANDS[name][1]
+    task = {
+        "ner": lambda: Tagging(base, data, False, 32), "squad": lambda: Answering(base, data, 64, 8, 30),
+        "vtab": lambda: Classification(base, read_set(place / "images" / "idx"), 12, None),
+        "base-to-novel": lambda: BaseToNovel(base, read_set(data), "a {}", 2, 12),
+        "instruct": lambda: Instructions(base, data, 200),
+    }[name]()  # fmt: skip
+    assert task.loss(Elsewhere(), torch.tensor([0, 1, 2]), False).device.type == "meta"
+
+
 def test_the_loss_of_instructions_is_that_of_transformers(place):
     task = Instructions(place / "Llama", place / "records.jsonl", 200)
     model = task.make(0)
@@ -300,6 +331,8 @@ def test_damaged_data_are_one_sentence(case, place, tmp_path, capsys):
         ("base-to-novel", ("--template", "a photo"), "--template must hold {} once"),
         ("base-to-novel", ("--shots", "0"), "--shots and --image-size"),
         ("vtab", ("--test-images", "0"), "--test-images must be at least 1"),
+        ("ner", ("--device", "tpu9"), "--device tpu9: "),
+        ("ner", ("--device", "meta"), "--device meta: "),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(name, more, said, place, tmp_path, capsys):

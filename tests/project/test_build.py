@@ -159,7 +159,7 @@ def test_the_wheel_holds_one_package_and_serves_every_python(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"zinit_kernels"}
     assert {"zinit_kernels/_C_cpu.so", "zinit_kernels/py.typed"} <= set(names)
     assert {"zinit_kernels/model/train.py", "zinit_kernels/evaluate/scorers/mme.py"} <= set(names)
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o", ".jsonl"))]
 
 
 def tracked() -> list[str]:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST_NAME = 200  # characters of a foreign name that a message shows
@@ -50,10 +51,12 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, with two differences.
+    """argparse's parser, with three differences.
 
     An option given twice is an error. argparse keeps the last value and drops the first without a word, so
     `--data a --data b` would read b alone. Options with action="append" may be repeated, as in argparse.
+
+    An empty name of a file or folder (an option of type Path) is an error: Path("") is the working directory.
 
     An error is one printable sentence, without the usage before it. The exit status is argparse's, 2.
     """
@@ -69,6 +72,12 @@ class Parser(argparse.ArgumentParser):
         """As argparse's; what an earlier call was given does not count."""
         self._given.clear()
         return super().parse_known_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # Path("") is the working directory: a variable of a shell that is not set would name it
+        if not arg_string and action.type is Path:
+            raise argparse.ArgumentError(action, "the name of a file or folder is empty")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         """Says the sentence on stderr and exits with status 2."""

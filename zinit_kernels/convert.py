@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from .checkpoints import WRITABLE, CheckpointError, save_adapter
 from .checkpoints.formats import identify
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source_arguments(parser)
-    parser.add_argument("destination", metavar="DST", help="the file to write; with --to peft a folder")
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="the file to write; with --to peft a folder"
+    )
     parser.add_argument(
         "--to", choices=WRITABLE, default="zinit", help="the format to write (default: zinit)"
     )

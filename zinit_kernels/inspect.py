@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from .checkpoints.adapter import AdapterCheckpoint, CheckpointError, Told, name_of
 from .checkpoints.formats import identify
@@ -44,7 +45,9 @@ def describe(format: str, checkpoint: AdapterCheckpoint) -> str:
 
 def source_arguments(parser: argparse.ArgumentParser) -> None:
     """The adapter to read, and what its file may not say."""
-    parser.add_argument("source", metavar="SRC", help="an adapter's file, or a folder that holds one")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="an adapter's file, or a folder that holds one"
+    )
     parser.add_argument(
         "--prompt-length", type=int, metavar="P", help="prompts per layer (official files; default 10)"
     )

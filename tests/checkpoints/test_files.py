@@ -76,6 +76,10 @@ def test_prompt_length_is_told_by_the_caller_or_by_the_training_file(tmp_path):
         CheckpointError, match="not a whole number of at most 6 layers of 7 prompts.*pass prompt_length"
     ):
         load_adapter(tmp_path / "extracted.pth", prompt_length=7)
+    with pytest.raises(CheckpointError, match="topmost 2 of 6 layers, and layer 2 has a gate that is not 0"):
+        load_adapter(
+            tmp_path / "extracted.pth", prompt_length=20
+        )  # the gates of layers 2 and 3 would be dropped
 
 
 @pytest.mark.parametrize(("adapted", "length"), [(2, 5), (4, 5), (1, 20), (2, 20)])

@@ -6,6 +6,7 @@ import os
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import replace
 
@@ -166,6 +167,16 @@ def test_a_compressed_archive_is_refused(tmp_path):
         for record in file.infolist():
             out.writestr(record, file.read(record), zipfile.ZIP_DEFLATED)
     assert "is a compressed archive" in refusal(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "data/0", "DATA/0"])
+def test_an_archive_with_two_records_of_one_name_is_refused(tmp_path, name):
+    """torch took one of them, the checks another."""
+    torch.save(official_v1(), tmp_path / "a")
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a", "a") as file:
+        warnings.simplefilter("ignore")  # zipfile's own, of the name
+        file.writestr(f"a/{name}", file.read("a/data/0") if "0" in name else file.read("a/data.pkl"))
+    assert "holds two records of one name" in refusal(tmp_path / "a")
 
 
 def test_checksums_are_compared(tmp_path):

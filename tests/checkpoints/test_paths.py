@@ -35,7 +35,6 @@ def test_sources_that_are_no_adapter(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for source, message in {
-        "": "is a folder without adapter_model.safetensors",
         tmp_path / "folder": "is a folder without adapter_model.safetensors",
         tmp_path / "absent": "No such file or directory",
         tmp_path / "loop": "symbolic links",
@@ -122,3 +121,12 @@ def test_what_the_caller_says_may_not_contradict_the_file(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             load_adapter(path, **options)
     assert load_adapter(v1, num_heads=HEADS, prompt_length=10).num_heads == HEADS
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
+    """A private adapter would become one that everybody reads."""
+    for mode in (0o600, 0o640):
+        write_atomically(tmp_path / "file", b"before")
+        (tmp_path / "file").chmod(mode)
+        save_adapter(tmp_path / "file", ours())
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode

@@ -58,3 +58,21 @@ def test_a_parser_may_be_used_again():
     for seed in (1, 2):
         told = parser.parse_args(["--seed", str(seed), "--stop", "a", "--stop", "b", "--flag"])
         assert (told.seed, told.stop, told.flag) == (seed, ["a", "b"], True)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (train.main, ["--base", "", "--data", "a", "--out", "b"]),
+        (train.main, ["--base", "a", "--data", "a", "--out", ""]),
+        (generate.main, ["--base", "a", "--prompt", "x", "--adapter", ""]),
+        (convert.main, ["", "a"]),
+        (convert.main, ["a", ""]),
+        (inspect.main, [""]),
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(main, words, capsys):
+    """Path("") is ".": `--out "$OUT"` with OUT not set would write where the shell happens to be."""
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "the name of a file or folder is empty" in capsys.readouterr().err

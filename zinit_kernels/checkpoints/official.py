@@ -196,6 +196,11 @@ def _topmost(
             f"{file.path}: with {length} prompts a layer it would adapt {len(layers)} layers, but {len(trained)} "
             "have a gate that is not 0; the format does not store P: pass prompt_length"
         )
+    if trained - set(layers):  # what the caller says does not fit: these gates would be dropped
+        raise CheckpointError(
+            f"{file.path}: with {length} prompts a layer it would adapt the topmost {len(layers)} of {num_layers} "
+            f"layers, and layer {min(trained)} has a gate that is not 0: prompt_length must be smaller"
+        )
     adapted = [by_layer[layer] for layer in layers]  # [1, Hq, 1, 1]; before 2023-04-15 [1]
     stacked = stack_rows(file.path, "gates", adapted)
     if adapted[0].shape not in ((1,), (1, adapted[0].numel(), 1, 1)):

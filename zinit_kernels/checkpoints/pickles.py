@@ -71,6 +71,11 @@ def check_zip(path: Path) -> None:
                 )
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise Truncated("its records are larger than the file")
+            # torch finds a record whatever the case of its name, and takes either of two
+            if len({record.filename.lower() for record in records}) < len(records):
+                raise CheckpointError(
+                    f"{path} holds two records of one name, and programs differ in which they read"
+                )
             if "data.pkl" not in names:
                 raise Truncated("it has no data.pkl")
             for record in records:

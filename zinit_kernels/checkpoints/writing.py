@@ -7,6 +7,7 @@ import io
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a new file beside `path`, flushes it to disk and renames it to `path`.
 
     An OSError names `path` and leaves what was there. A symbolic link stays one: the file it points to is replaced. A
-    folder, a pipe or a device is never replaced. The new file is .NAME.xxxxxxxx.part; only a process that is killed in
+    folder, a pipe or a device is never replaced. A file that is replaced
+    leaves its permissions to the new one. The new file is .NAME.xxxxxxxx.part; only a process that is killed in
     between leaves it there.
     """
     real = Path(os.path.realpath(path))
@@ -55,6 +57,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "xb") as file:
+            if real.exists():  # a file that only its owner may read stays one
+                os.fchmod(file.fileno(), stat.S_IMODE(real.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

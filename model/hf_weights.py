@@ -39,19 +39,25 @@ def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig
             if ours in weights:
                 raise UserError(f"{directory} holds {some([ours])} twice.")
             weights[ours] = tensors[name]
-    if config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
+    if config.tie_embeddings and "lm_head.weight" in weights:
+        output = weights.pop("lm_head.weight")
+        if not torch.equal(output, weights.get("embed_tokens.weight", output)):
+            raise UserError(
+                f"{directory} says tie_word_embeddings = true, and its lm_head.weight is not its embedding: versions "
+                "of transformers differ in which one they use. Write false, or take lm_head.weight out."
+            )
     return config, weights
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:
     """Each file of weights, and the names to take from it: None = all."""
     for single in ("model.safetensors", "pytorch_model.bin"):
+        # of both, transformers reads the single file
+        if (directory / single).is_file():
+            return {directory / single: None}
         index = directory / f"{single}.index.json"
         if index.is_file():
             return dict(read_index(index))
-        if (directory / single).is_file():
-            return {directory / single: None}
     raise UserError(
         f"{directory} has neither model.safetensors nor model.safetensors.index.json; convert other formats with "
         "transformers' save_pretrained."

@@ -119,10 +119,11 @@ def read_prompts(path: str | Path) -> list[str]:
         say_unused(path, unused)
     else:
         prompts = [line for line in text.split("\n") if line.strip()]
-        if prompts and all(_is_json_object(line) for line in prompts):
-            raise UserError(
-                f"every line of {path} is a JSON object: name it .jsonl, so that it is read as JSON."
-            )
+        objects = sum(map(_is_json_object, prompts))
+        if 2 * objects > len(prompts):  # one line may be cut short, or a comment
+            which = "every line" if objects == len(prompts) else "most lines"
+            are = "is a JSON object" if objects == len(prompts) else "are JSON objects"
+            raise UserError(f"{which} of {path} {are}: name it .jsonl, so that it is read as JSON.")
         if len(prompts) > 1 and _is_json(text):
             raise UserError(f"{path} as a whole is JSON: name it .json, so that it is read as JSON.")
     if not prompts:
@@ -397,8 +398,10 @@ def _is_json_object(line: str) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is a JSON list or object."""
+    """Whether a text is one JSON list or object, or begins with one that has lines of its own."""
+    start = _skip_space(text, 0)
     try:
-        return isinstance(json.loads(text), list | dict)
+        value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return False
+    return isinstance(value, list | dict) and (not text[end:].strip() or "\n" in text[start:end])

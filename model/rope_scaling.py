@@ -72,6 +72,10 @@ def rope_of_hf(config: Mapping[str, Any], max_seq_len: int) -> tuple[float, Rope
     read = partial(number, rope, "config.json")
     theta = read("rope_theta", float, number(config, "config.json", "rope_theta", float, 1e4))
     kind = rope.get("rope_type", rope.get("type"))
+    if None not in (kind, rope.get("type")) and rope["type"] != kind:
+        raise UserError(
+            f"config.json says rope_type {shown(kind)} and type {shown(rope['type'])} of one rotary embedding."
+        )
     if kind is None and rope.get("factor") is not None:
         raise UserError("config.json has a factor of the rotary embedding and no rope_type.")
     kind = "default" if kind is None else kind

@@ -124,6 +124,8 @@ def read_metrics(path: str | Path) -> list[Entry]:
     may have cut short. Raises UserError for a file that is something else.
     """
     path, entries, broken = Path(path), [], []
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes it
+        raise UserError(f"{path} is no metrics file, it is not a file at all. Move it away to go on.")
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -45,8 +46,8 @@ def small_base(cache: Path, steps: int = STEPS, report: Report = lambda done, lo
         write_tokenizer(unfinished)
         save_base(pretrain(load_tokenizer(unfinished), steps, report), unfinished)
         unfinished.rename(directory)
-        for old in cache.glob("base-*"):
-            if old != directory:
+        for old in cache.iterdir():  # of other versions; what is not named so is not ours
+            if old != directory and re.fullmatch(r"base-[0-9a-f]{12}(\.part)?", old.name) and old.is_dir():
                 shutil.rmtree(old)
     return directory
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zinit_kernels.checkpoints.adapter import CheckpointError
 from zinit_kernels.checkpoints.json_files import read_json
+from zinit_kernels.console import shown
 
 from .errors import UserError
 
@@ -82,7 +84,7 @@ def _chat_template(value: Any, directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise UserError(f"{file} is not UTF-8 text.") from None
     if isinstance(value, list):
@@ -103,8 +105,10 @@ def _name(value: Any, kind: str, directory: Path) -> Any:
 
 def _added(id: Any, token: Any, directory: Path) -> AddedToken:
     content = token.get("content") if isinstance(token, dict) else None
-    if not str(id).isdecimal() or not isinstance(content, str):
-        raise UserError(f"{directory} lists an added token that is no id with a text: {id!r}: {token!r}.")
+    if not re.fullmatch("[0-9]{1,9}", str(id)) or not isinstance(content, str):
+        raise UserError(
+            f"{directory} lists an added token that is no id with a text: {shown(id)}: {shown(token)}."
+        )
     special = bool(token.get("special", False))
     return AddedToken(int(id), content, special, bool(token.get("normalized", not special)))
 

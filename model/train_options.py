@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from zinit_kernels.console import Parser
@@ -23,7 +24,23 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = training_parser().parse_args(arguments)
     options.paths, options.shares = zip(*map(read_share, options.data), strict=True)
     check_options(options)
+    _refuse_twice(options.paths)
     return options
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    """Raises UserError for a file that is named twice: its samples would be trained on and validated on at once."""
+    known: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        if not path.is_file():  # a pipe may be named again; what is missing is said when it is read
+            continue
+        place = path.stat()
+        first = known.setdefault((place.st_dev, place.st_ino), path)
+        if first is not path:
+            same = "" if first == path else f", which is {first}"
+            raise UserError(
+                f"--data names {path}{same}, twice: {path}:2 takes each of its samples twice an epoch."
+            )
 
 
 def check_folder(options: argparse.Namespace) -> None:
@@ -33,8 +50,19 @@ def check_folder(options: argparse.Namespace) -> None:
     refuse_unwritable(options.out)
     if options.resume:
         refuse_missing(options.out / "checkpoint.pt")
+    elif options.overwrite and options.init is not None and _is_of_run(options.init, options.out):
+        raise UserError(
+            f"--overwrite would remove {options.init}, which --init starts from: move it out of {options.out}, or name "
+            "another folder for --out."
+        )
     elif not options.overwrite:
         refuse_occupied(options.out, "go on with --resume, or replace the run in it with --overwrite")
+
+
+def _is_of_run(path: Path, folder: Path) -> bool:
+    """Whether a path is the folder of a run, or the adapter in it; links are followed."""
+    path, folder = path.resolve(), folder.resolve()
+    return path == folder or (path.parent == folder and path.name in ADAPTER_FILES.values())
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

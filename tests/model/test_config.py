@@ -222,6 +222,10 @@ def test_what_a_file_does_not_say_is_what_transformers_assumes():
             },
             "describes the rotary embedding twice",
         ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2}},
+            "rope_type 'default' and type 'linear'",
+        ),
         ({"rms_norm_eps": 10**300 * 10}, "as rms_norm_eps"),
         ({"rms_norm_eps": [[[[[[[["x"]]]]]]]]}, r"as rms_norm_eps, it has \[\[\[\[\.\.\."),
         ({"vocab_size": 100.0}, "as vocab_size, it has 100.0"),

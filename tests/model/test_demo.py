@@ -213,12 +213,14 @@ def test_the_base_is_kept(output, result, monkeypatch):
 def test_a_change_in_what_makes_the_base_makes_it_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(small_base, "pretrain", lambda *_: None)
     monkeypatch.setattr(small_base, "save_base", lambda *_: None)
+    (tmp_path / "base-7b").mkdir()  # the user's
     first, real = small_base.small_base(tmp_path), inspect.getsource
     for module in (corpus, layers, llama, muon, small_base):
         monkeypatch.setattr(
             inspect, "getsource", lambda source, changed=module: real(source) + "#" * (source is changed)
         )
         assert small_base.small_base(tmp_path) != first, module.__name__
+        assert len(list(tmp_path.iterdir())) == 2 and (tmp_path / "base-7b").is_dir()
 
 
 def test_an_interrupted_pretraining_is_begun_anew(tmp_path):

@@ -138,6 +138,12 @@ def edit_weights(path, edit):
     save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
+def write_index(path, text):
+    """In the place of the single file."""
+    (path / "model.safetensors").rename(path / "weights.safetensors")
+    (path / "model.safetensors.index.json").write_text(text)
+
+
 def truncate(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -182,6 +188,10 @@ BAD_HF = {
         lambda d: edit_config(d, tie_word_embeddings="no"),
         "must have true or false as tie_word_embeddings, it has 'no'",
     ),
+    "tied, with another output": (
+        lambda d: edit_config(d, tie_word_embeddings=True),
+        "says tie_word_embeddings = true, and its lm_head.weight is not its embedding",
+    ),
     "an unknown field": (
         lambda d: edit_config(d, qk_norm=True),
         "says qk_norm = True, which is not supported",
@@ -197,9 +207,7 @@ BAD_HF = {
         "is torch.float8_e4m3fn, quantised weights are not supported",
     ),
     "an index to elsewhere": (
-        lambda d: (d / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}})
-        ),
+        lambda d: write_index(d, json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}})),
         "which is not inside its folder",
     ),
     "a deep configuration": (lambda d: (d / "config.json").write_text("[" * 100_000), "is nested too deeply"),
@@ -208,11 +216,11 @@ BAD_HF = {
         "model.safetensors is a Git LFS pointer in place of the file: run git lfs pull",
     ),
     "empty index": (
-        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+        lambda d: write_index(d, "{}"),
         "must name the file of each tensor",
     ),
     "index of numbers": (
-        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        lambda d: write_index(d, '{"weight_map": {"a": 1}}'),
         "must name the file of each tensor",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
@@ -241,6 +249,16 @@ def test_bad_hf_directories(tmp_path, case):
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         load_base(tmp_path)
+
+
+def test_of_a_single_file_and_an_index_transformers_reads_the_file(tmp_path):
+    """Both are there where a model was saved twice in one folder."""
+    expected = hf_directory(tmp_path).state_dict()
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(load_base(tmp_path).embed_tokens.weight, expected["model.embed_tokens.weight"])
 
 
 def test_missing_shard_is_named(tmp_path):

@@ -117,6 +117,31 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl:2", "link.jsonl", "base/../data.jsonl"])
+def test_a_file_of_data_that_is_named_twice_is_refused(folder, tmp_path, capsys, name):
+    """A sample would be trained on and validated on at once."""
+    for path in ("base", "data.jsonl"):
+        (tmp_path / path).symlink_to(folder / path)
+    (tmp_path / "link.jsonl").symlink_to("data.jsonl")
+    words = arguments(tmp_path, tmp_path / "out")
+    words.insert(words.index("--data") + 2, str(tmp_path / name))
+    refused(capsys, ", twice: ", words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "adapter.safetensors"])
+def test_overwrite_does_not_remove_the_adapter_to_start_from(folder, whole_run, tmp_path, capsys, name):
+    """It was removed before the first epoch was done, and --resume then missed it."""
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    before = contents(output)
+    refused(
+        capsys, "which --init starts from: move it out of",
+        arguments(folder, output, "--init", str(output / name), "--overwrite"),
+    )  # fmt: skip
+    assert contents(output) == before
+
+
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_refused_before_anything_is_written(folder, tmp_path, capsys, case):
     (content, sentence), data, output = BAD_DATA[case], tmp_path / "bad.jsonl", tmp_path / "out"

@@ -211,6 +211,13 @@ def test_bad_prompts_are_named(tmp_path):
         ("a.txt", '{"prompt": "fox"}\n', "every line of .* is a JSON object: name it .jsonl"),
         ("a.txt", json.dumps(["fox", "dog"], indent=1), "as a whole is JSON: name it .json"),
         ("a.txt", json.dumps({"prompt": "fox"}, indent=1), "as a whole is JSON: name it .json"),
+        (
+            "a.txt",
+            '# asked\n{"prompt": "fox"}\n{"prompt": "dog"}',
+            "most lines of .* are JSON objects: name it",
+        ),
+        ("a.txt", '{"prompt": "fox"}\n' * 3 + '{"prompt": "do', "most lines of .* are JSON objects: name it"),
+        ("a.txt", (json.dumps({"prompt": "fox"}, indent=1) + "\n") * 2, "as a whole is JSON: name it .json"),
         ("a.txt", "fox\nd\0o\0g\0", "line 2: a zero byte, as in UTF-16"),
         ("a.txt", "\n \n", "holds no prompts"),
     ):

@@ -17,6 +17,7 @@ from model.fingerprint import adapter_metadata, base_fingerprint, first_fingerpr
 from model.loading import load_base, save_base
 from model.recipe import Recipe
 from model.resume import Checkpoint, load_checkpoint, restore, save_checkpoint
+from model.run_folder import read_metrics
 from model.train_loop import make_optimizer
 
 
@@ -281,3 +282,9 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match="is not a training checkpoint .* is neither a file nor a folder"):
         load_checkpoint(tmp_path / "checkpoint.pt", {}, 6)
+
+
+def test_a_pipe_in_the_place_of_the_metrics_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="is no metrics file, it is not a file at all"):
+        read_metrics(tmp_path / "metrics.jsonl")

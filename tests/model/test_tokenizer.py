@@ -154,6 +154,11 @@ def test_truncation_and_padding_of_the_file_are_left_alone(tmp_path):
             "must name the added_tokens_decoder by an object",
         ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "no id with a text: 'x'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"%s": {"content": "a"}}}' % ("9" * 5000),
+            "no id with a text: '999",
+        ),
         ("special_tokens_map.json", "{", "special_tokens_map.json is not valid JSON"),
         ("added_tokens.json", '{"<a>": "b"}', "no id with a text: 'b'"),
     ],

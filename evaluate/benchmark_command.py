@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zinit_kernels.console import Parser
+from zinit_kernels.console import Parser, shown, warn
 
 from . import models
 from .answers import ANSWERS, answers_in, digest
 from .asking import Interrupted, ask
+from .lines import RESULT
 from .question import Benchmark, Item, Table
 from .shared import (
     DTYPES,
@@ -29,7 +30,6 @@ from .shared import (
 )
 from .tables import as_json, show, with_quoted
 
-RESULT = "result.json"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -172,8 +172,11 @@ def _given(benchmark: Benchmark, data: Path | None, path: Path) -> tuple[list[It
     if data is None:
         raise UserError("--data is missing: the questions that these answers belong to.")
     path = path / ANSWERS if path.is_dir() else path
-    entries = [(line, entry) for line, entry in json_values(read_text(path), path) if not _is_header(entry)]
-    answers, items = answers_in(path, entries), _questions(benchmark, data)
+    entries = list(json_values(read_text(path), path))
+    headers = [entry["run"] for _, entry in entries if _is_header(entry)]
+    answers = answers_in(path, [entry for entry in entries if not _is_header(entry[1])])
+    items = _questions(benchmark, data)
+    _check_headers(headers, benchmark, items, data, path)
     if missing := [item.id for item in items if item.id not in answers]:
         raise UserError(
             f"{path} has no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}."
@@ -181,6 +184,21 @@ def _given(benchmark: Benchmark, data: Path | None, path: Path) -> tuple[list[It
     if strange := answers.keys() - {item.id for item in items}:
         raise UserError(f"{path} answers {min(strange)}, which is no question of {data}.")
     return items, answers
+
+
+def _check_headers(
+    headers: Sequence[Any], benchmark: Benchmark, items: Sequence[Item], data: Path, path: Path
+) -> None:
+    """Raises UserError for answers to another benchmark, whose ids may be the same; warns of other questions."""
+    for run in headers:
+        told = run if isinstance(run, dict) else {}
+        if told.get("benchmark", benchmark.name) != benchmark.name:
+            raise UserError(f"{path} has answers to {shown(told['benchmark'])}, not to {benchmark.name}.")
+        if told.get("questions") not in (None, digest(items)):
+            warn(
+                f"{path} answers other questions than those of {data}, or the same with other images: the figures may "
+                "mean nothing."
+            )
 
 
 def _is_header(entry: object) -> bool:

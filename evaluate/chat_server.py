@@ -19,6 +19,19 @@ _TRIES = 5
 _LONGEST = 1 << 24  # bytes of an answer
 
 
+def _is_address(text: str) -> bool:
+    """Whether it is an address of the web that a request can be sent to."""
+    try:
+        parts = urlsplit(text)
+        has_port = (
+            parts.port is None or parts.port > 0
+        )  # reading it raises ValueError for one that is no number
+    except ValueError:
+        return False
+    is_plain = text.isprintable() and " " not in text
+    return is_plain and has_port and parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
 class ChatServer:
     """Sends each question as one message, at temperature 0; a batch's questions are sent at once.
 
@@ -37,10 +50,13 @@ class ChatServer:
         timeout: float = 300.0,
         wait: float = 2.0,
     ):
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not _is_address(endpoint):
             raise UserError(
                 f"--endpoint must be an address such as http://localhost:8000/v1, got {endpoint!r}."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                "the key must be printable ASCII: it holds a line end or another character that is not."
             )
         self.address = f"{endpoint.rstrip('/')}/chat/completions"
         self.model, self.system, self.max_tokens = model, system, max_tokens

@@ -12,13 +12,14 @@ from zinit_kernels.console import Parser
 
 from .asking import Interrupted, ask
 from .chat_server import ChatServer
+from .lines import RESULT
 from .open_questions import LAYOUT, Question, read_answers, read_questions
 from .question import Cell, Item, Table
 from .scorers import judge
 from .shared import UserError, command_name, messages, program, write_file
 from .tables import as_json, show
 
-VERDICTS, RESULT = "verdicts.jsonl", "result.json"
+VERDICTS = "verdicts.jsonl"
 INTERRUPTED = 130
 ORDERS = ("ours first", "theirs first")
 SYSTEM = "You compare two assistants' answers to a question. You are exact, fair and brief."

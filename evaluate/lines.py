@@ -19,6 +19,8 @@ from zinit_kernels.console import shown
 
 from .shared import UserError, writing
 
+RESULT = "result.json"  # the figures of a run, beside its lines
+
 
 class LineFile:
     """Reads what an earlier process of the same run wrote, and appends. `entries`: (line number, object).
@@ -32,6 +34,10 @@ class LineFile:
 
     def __init__(self, path: Path, run: Mapping[str, Any]):
         self.path = path
+        if not path.exists() and (path.parent / RESULT).exists():  # which this run would replace
+            raise UserError(
+                f"{path.parent} holds a {RESULT} and no {path.name} beside it: move it away, or name another folder."
+            )
         self.entries: list[tuple[int, Any]] = []
         text, whole = _whole_lines(path)
         lines = text.split("\n") if text else []
@@ -60,6 +66,8 @@ class LineFile:
 
 def _whole_lines(path: Path) -> tuple[str, int]:
     """The text up to the last line end, and its length in bytes."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes it
+        raise UserError(f"cannot read {path}: it is no file.")
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:

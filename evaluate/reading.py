@@ -75,7 +75,8 @@ def check_fields(value: object, fields: Mapping[str, type], where: str) -> None:
 def table_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
     """The rows of a CSV or TSV file with a header that has these columns.
 
-    Raises UserError for a missing column, a row with more or fewer cells, and a file without rows.
+    Raises UserError for a column that is missing or twice there, a row with more or fewer cells, and a file
+    without rows.
     """
     limit = csv.field_size_limit(_LARGEST_CELL)
     try:
@@ -85,6 +86,8 @@ def table_rows(path: Path, columns: Sequence[str], delimiter: str = ",") -> list
             raise UserError(
                 f"{path} has no column {missing[0]!r}; its columns are {', '.join(header) or 'none'}."
             )
+        if twice := [name for name in columns if header.count(name) > 1]:
+            raise UserError(f"{path} has the column {twice[0]!r} twice: take one of them out.")
         rows = []
         for cells in reader:
             if not cells:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from zinit_kernels.console import printable, shortened
+
 from .question import Cell, Quoted, Table
 
 
@@ -24,12 +26,13 @@ def with_quoted(table: Table, quoted: Sequence[Quoted]) -> Table:
 
 
 def text_of(cell: Cell) -> str:
-    """A float with two decimals, a whole number with commas, None as nothing."""
+    """A float with two decimals, a whole number with commas, None as nothing; a text, which may come from a file, with
+    what is not visible as an escape."""
     if cell is None:
         return ""
     if isinstance(cell, float):
         return f"{cell:.2f}"
-    return f"{cell:,}" if isinstance(cell, int) else cell
+    return f"{cell:,}" if isinstance(cell, int) else shortened(cell)
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -40,12 +43,12 @@ def show(tables: Sequence[Table]) -> None:
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left")
         for place, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if place else "left")
+            shown.add_column(shortened(column), justify="right" if place else "left")
         for row in table.rows:
             shown.add_row(*map(text_of, row))
         console.print(shown)
         for sentence in table.notes:
-            console.print(sentence)
+            console.print(printable(sentence))
 
 
 def as_json(tables: Sequence[Table], run: dict[str, Any]) -> bytes:

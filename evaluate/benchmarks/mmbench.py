@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from zinit_kernels.console import shown
 
 from ..question import Benchmark, Cell, Item, Picture, Quoted, Table
 from ..reading import refuse_duplicates, table_rows
@@ -21,8 +24,8 @@ def read(folder: Path) -> list[Item]:
     rows = table_rows(path, COLUMNS, "\t")
     refuse_duplicates((row["index"] for row in rows), path)
     for row in rows:
-        if not row["index"].isdecimal():
-            raise UserError(f"{path}: an index must be a number, got {row['index']!r}.")
+        if not re.fullmatch(f"0|[1-9][0-9]{{0,{_LONGEST_INDEX - 1}}}", row["index"]):  # 01 would be 1 again
+            raise UserError(f"{path}: an index must be a number, got {shown(row['index'])}.")
         if row["l2-category"] not in mmbench.ABILITIES:
             raise UserError(
                 f"{path}, index {row['index']}: MMBench has no l2-category {row['l2-category']!r}."
@@ -41,6 +44,10 @@ def read(folder: Path) -> list[Item]:
             number = int(row["index"]) + k * mmbench.ROTATION
             facts = mmbench.Row(number, turned, truth, row["l2-category"], "")
             items.append(Item(str(number), _question(row, turned), (_picture(path, row, images),), facts))
+    try:
+        mmbench.score(item.facts for item in items)  # its rule refuses rotations that are not whole
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from error
     return items
 
 

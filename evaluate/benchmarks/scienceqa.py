@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from zinit_kernels.console import shown
+
 from ..question import Benchmark, Cell, Item, Quoted, Table
 from ..reading import check_fields, existing, json_object, refuse_duplicates
 from ..scorers import scienceqa
@@ -15,6 +17,7 @@ from .pictures import picture
 LAYOUT = "problems.json and pid_splits.json, and the images as test/ID/image.png or images/test/ID/image.png"
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str, "grade": str}
 SPLIT = "test"
+_LETTERS = "ABCDEFGHIJ"
 
 
 def read(folder: Path) -> list[Item]:
@@ -37,21 +40,23 @@ def _item(folder: Path, path: Path, pid: str, problem: object) -> Item:
     where = f"{path}, problem {pid}"
     check_fields(problem, FIELDS, where)
     assert isinstance(problem, dict)
-    choices, grade = problem["choices"], re.fullmatch(r"grade(\d+)", problem["grade"])
+    choices, grade = problem["choices"], re.fullmatch(r"grade([0-9]{1,2})", problem["grade"])
+    if len(choices) > len(_LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise UserError(f"{where}: the choices must be at most {len(_LETTERS)} texts, got {shown(choices)}.")
     if not 0 <= problem["answer"] < len(choices):
         raise UserError(f"{where}: the answer {problem['answer']} is none of its {len(choices)} choices.")
     if grade is None:
-        raise UserError(f"{where}: the grade must be grade1 to grade12, got {problem['grade']!r}.")
+        raise UserError(f"{where}: the grade must be grade1 to grade12, got {shown(problem['grade'])}.")
     name = problem.get("image")
     row = scienceqa.Row(
         problem["subject"], int(grade[1]), bool(problem["hint"]), bool(name), len(choices),
-        "ABCDEFGHIJ"[problem["answer"]], "",
+        _LETTERS[problem["answer"]], "",
     )  # fmt: skip
     try:
         scienceqa.categories_of(row)
     except ValueError as error:
         raise UserError(f"{where}: {error}.") from error
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False))
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
     question = (
         f"Question: {problem['question']}\nContext: {problem['hint'] or 'N/A'}\nOptions: {options}\nAnswer:"
     )

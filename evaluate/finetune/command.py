@@ -13,6 +13,7 @@ from zinit_kernels.console import Parser
 
 from ..asking import Interrupted
 from ..ledgers import Entry, table_of
+from ..lines import RESULT
 from ..models import identity
 from ..question import Quoted, Table
 from ..shared import UserError, command_name, default_device, messages, open_device, program, write_file
@@ -21,7 +22,6 @@ from .checkpoint import quiet
 from .methods import ABOUT, LEARNING_RATES, Size
 from .protocol import Plan, Task, compare
 
-RESULT = "result.json"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 

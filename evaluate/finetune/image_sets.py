@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,9 @@ LAYOUT = (
     "train-images-idx3-ubyte[.gz] and the three files beside it"
 )
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # of these names, whatever a file is called
 _LISTS = {"train": ("train800.txt", "train.txt"), "val": ("val200.txt", "val.txt"), "test": ("test.txt",)}
+MOST_CLASSES = 100_000  # ImageNet-21k has 21,843
 _IDX = {"train": "train", "test": "t10k"}
 
 
@@ -47,7 +50,12 @@ class Images:
         """
         source = self.sources[row]
         try:
-            image = Image.open(source) if isinstance(source, Path) else Image.fromarray(source)
+            # Pillow knows other formats too, and some of them run programs
+            image = (
+                Image.open(source, formats=_FORMATS) if isinstance(source, Path) else Image.fromarray(source)
+            )
+            if image.mode[0] in "IF":  # whose conversion makes everything above 255 white
+                raise UserError(f"{source} has more than 8 bits a channel: convert it to 8-bit RGB.")
             resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{source} cannot be read as an image ({error}).") from error
@@ -161,8 +169,10 @@ def _read_lists(folder: Path) -> tuple[dict[str, Images], list[str]]:
             if not line.strip():
                 continue
             name, _, label = line.strip().rpartition(" ")
-            if not name or not label.isdecimal():
-                raise UserError(f"{path}, line {number}: expected `PATH LABEL`, got {line!r}.")
+            if not name or not re.fullmatch("[0-9]{1,9}", label) or int(label) > MOST_CLASSES:
+                raise UserError(
+                    f"{path}, line {number}: expected `PATH LABEL`, a label up to {MOST_CLASSES}, got {shown(line)}."
+                )
             file = folder / name if (folder / name).is_file() else folder / "images" / name
             if not file.is_file():
                 raise UserError(f"{path}, line {number}: there is no {folder / name}.")
@@ -193,7 +203,9 @@ def _read_zhou(folder: Path) -> tuple[dict[str, Images], list[str]]:
         files, labels = [], []
         for number, row in enumerate(content[part], 1):
             is_row = (
-                isinstance(row, list) and [type(value) for value in row] == [str, int, str] and row[1] >= 0
+                isinstance(row, list)
+                and [type(value) for value in row] == [str, int, str]
+                and 0 <= row[1] <= MOST_CLASSES
             )
             if not is_row or names.setdefault(row[1], row[2]) != row[2]:
                 raise UserError(
@@ -242,6 +254,8 @@ def _idx_array(folder: Path, name: str, dimensions: int) -> np.ndarray:
         raise UserError(f"{path} cannot be unpacked ({error}).") from error
     header = 4 * (1 + dimensions)
     magic, *shape = np.frombuffer(content[:header], ">u4") if len(content) >= header else [0]
+    if magic == 0x0800 + dimensions and 0 in shape:
+        raise UserError(f"{path} holds no numbers: its shape is {' x '.join(map(str, shape))}.")
     if magic != 0x0800 + dimensions or len(content) != header + math.prod(map(int, shape)):
         raise UserError(f"{path} is no idx file of bytes with {dimensions} dimensions, or it is cut short.")
     return np.frombuffer(content, np.uint8, offset=header).reshape([int(length) for length in shape])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from zinit_kernels.console import shown
+
 from ..reading import check_fields, json_object, refuse_duplicates
 from ..shared import UserError
 
@@ -89,11 +91,13 @@ def _question(entry: object, article: int, context: str, where: str) -> Question
     check_fields(entry, {"id": str, "question": str, "answers": list}, where)
     assert isinstance(entry, dict)
     where = f"{where}, question {entry['id']}"
+    if not isinstance(entry.get("is_impossible", False), bool):
+        raise UserError(f"{where}: is_impossible must be true or false, got {shown(entry['is_impossible'])}.")
     answers = []
     for answer in [] if entry.get("is_impossible") else entry["answers"]:
         check_fields(answer, {"text": str, "answer_start": int}, where)
         text, start = answer["text"], answer["answer_start"]
-        if context[start : start + len(text)] != text:
+        if start < 0 or not text or context[start : start + len(text)] != text:
             raise UserError(f"{where}: the answer {text!r} is not at character {start} of its paragraph.")
         answers.append((text, start))
     return Question(entry["id"], article, context, entry["question"], tuple(answers))

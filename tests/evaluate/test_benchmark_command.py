@@ -1,6 +1,7 @@
 """The benchmark commands: ask, resume, score, and one sentence for what is wrong."""
 
 import json
+import os
 import shutil
 import signal
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from tiny_runs import make_base, make_folder
 from evaluate import benchmark_command, models
 from evaluate.asking import batches
 from evaluate.benchmarks import all_benchmarks
+from evaluate.lines import LineFile
 from evaluate.question import Item, Picture
 from model.adapter import LlamaAdapter
 from model.adapter_files import save_adapter
 from model.config import AdapterConfig
+from model.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +223,28 @@ DAMAGE = {
         "scienceqa", lambda d: edited(d / "problems.json", '"1": {', '"0": {'), "the name '0' is there twice",
     ),
     "easy-vqa: a row": ("easy-vqa", lambda d: edited(d / "questions.json", '"no", 0', '"no", "0"'), "image number]"),
+    "mmbench: one index in two forms": (
+        "mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\n2\t", "\n01\t"), "must be a number, got '01'",
+    ),
+    "mmbench: a long index": (
+        "mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\n2\t", "\n" + "2" * 5000 + "\t"), "must be a number",
+    ),
+    "mmbench: some rotations": (
+        "mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\n2\t", "\n1000002\t"), "CircularEval",
+    ),
+    "cvqa: a column twice": (
+        "cvqa", lambda d: (d / "C-VQA-Real_questions.csv").write_text(
+            "img_path,query,query,answer,new query,new answer,type\na.jpg,one,two,2,x,1,direct\n"
+        ), "the column 'query' twice",
+    ),
+    "scienceqa: 13 choices": (
+        "scienceqa", lambda d: edited(
+            d / "problems.json", '["one", "two", "three"], "answer": 0', json.dumps(["a"] * 13) + ', "answer": 12'
+        ), "at most 10 texts",
+    ),
+    "scienceqa: a grade": (
+        "scienceqa", lambda d: edited(d / "problems.json", '"grade4"', '"grade' + "9" * 5000 + '"'), "grade1 to",
+    ),
     "no folder": ("vqa", lambda d: shutil.rmtree(d), "there is no"),
 }  # fmt: skip
 
@@ -307,3 +332,47 @@ def test_progress_says_the_time_left(place, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("questions 2/5, 0:00:0") and lines[0].endswith(" left"), lines
     assert benchmark_command.INTERRUPTED == 130
+
+
+def test_figures_of_something_else_are_not_replaced(tmp_path, monkeypatch, capsys):
+    with_model(monkeypatch, Knowing("easy-vqa"))
+    FOLDERS["easy-vqa"](tmp_path / "data")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result.json").write_text("mine")
+    assert run("easy-vqa", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 2
+    assert "holds a result.json and no answers.jsonl" in capsys.readouterr().err
+    assert (tmp_path / "out" / "result.json").read_text() == "mine"
+
+
+def test_a_pipe_in_the_place_of_the_answers_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "answers.jsonl")
+    with pytest.raises(UserError, match="it is no file"):
+        LineFile(tmp_path / "answers.jsonl", {})
+
+
+def test_answers_to_another_benchmark_or_to_other_questions(tmp_path, monkeypatch, capsys):
+    """The ids of both are 0, 1, 2, ...: the answers of one were scored as the other's."""
+    with_model(monkeypatch, Knowing("easy-vqa"))
+    FOLDERS["easy-vqa"](tmp_path / "data")
+    answers = tmp_path / "out" / "answers.jsonl"
+    assert run("easy-vqa", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 0
+    words = ["easy-vqa", "--data", tmp_path / "data", "--answers", answers]
+    assert run(*words) == 0 and capsys.readouterr().err.count("warning") == 0
+    edited(tmp_path / "data" / "questions.json", "is it red?", "is it blue?")
+    assert run(*words) == 0 and "answers other questions than those of" in capsys.readouterr().err
+    edited(answers, '"benchmark": "easy-vqa"', '"benchmark": "vqa"')
+    assert run(*words) == 2 and "has answers to 'vqa', not to easy-vqa" in capsys.readouterr().err
+
+
+def test_no_escape_sequence_of_a_file_reaches_the_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "identity", lambda *_: {"name": "stub"})
+    monkeypatch.setattr(
+        models,
+        "load",
+        lambda *_: SimpleNamespace(check=lambda _: None, answer=lambda items: ["a"] * len(items)),
+    )
+    vicuna(tmp_path / "data")
+    edited(tmp_path / "data" / "question.jsonl", '"math"', '"\\u001b[31mmath\\u202e"')
+    assert run("vicuna", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\u202e" not in out and "\\x1b[31mmath\\u202e" in out

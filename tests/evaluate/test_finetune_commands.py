@@ -271,6 +271,21 @@ DAMAGE = {
     "squad: place": (
         "squad", lambda d: rewritten(d / "train-v1.1.json", 'answer_start": 5', 'answer_start": 6'), "not at character",
     ),
+    "squad: a place before the text": (
+        "squad", lambda d: rewritten(d / "train-v1.1.json", 'answer_start": 5', 'answer_start": -5'), "at character -5",
+    ),
+    "squad: a word for false": (
+        "squad", lambda d: rewritten(d / "train-v1.1.json", '"question"', '"is_impossible": "false", "question"'),
+        "is_impossible must be true or false, got 'false'",
+    ),
+    "vtab: a long label": ("vtab", lambda d: rewritten(d / "lists/test.txt", " 3", " " + "3" * 5000), "a label up to"),
+    "vtab: a large label": ("vtab", lambda d: rewritten(d / "lists/test.txt", " 3", " 300000000"), "a label up to"),
+    "vtab: no images": (
+        "vtab", lambda d: (d / "idx/t10k-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(bytes([0, 0, 8, 3]) + bytes(12))
+        ), "holds no numbers: its shape is 0 x 0 x 0",
+    ),
+    "zhou: a large label": ("zhou", lambda d: rewritten(split(d), '0, "blue"', "1" + "0" * 20 + ', "blue"'), "one"),
     "squad: field": ("squad", lambda d: rewritten(d / "train-v1.1.json", '"context"', '"t"'), "'context' is missing"),
     "vtab: an empty class": ("vtab", lambda d: [p.unlink() for p in (d / "folders/train/red").iterdir()], "no images"),
     "vtab: a class of the test": ("vtab", lambda d: (d / "folders/train/red").rename(d / "red"), "'red'"),

@@ -37,7 +37,7 @@ KERNELS = {
     "extend": (decode.zinit_decode_kernel, "extend"),
     "combine": (decode.zinit_combine_kernel, "combine"),
 }
-FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr")
+FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr", "sinks_ptr")
 INT32 = ("cache_seqlens_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
 VIEWS = (
     "query", "key", "value", "out", "prompt_key", "prompt_value", "grad_out", "grad_query", "grad_key", "grad_value",
@@ -51,6 +51,7 @@ MASKS = {
     "padding": ("key_bias_ptr",),
     "packed": ("window_right", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"),
     "paged": ("window_right", "block_table_ptr"),
+    "sinks": ("window_right", "sinks_ptr", "partial_sinks_ptr"),
 }
 ABSENT = {name for names in MASKS.values() for name in names} | {"prompt_index_ptr", "grad_lse_ptr"}
 

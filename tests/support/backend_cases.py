@@ -53,7 +53,7 @@ def small(case: Case) -> Case:
 
 
 INTERPRETED = [
-    *(small(case) for case in CASES),
+    *(small(case) for case in (*CASES, *SINK_CASES)),
     Case(
         "window_with_whole_tiles",
         batch=1,
@@ -157,7 +157,7 @@ CACHE = _parameters(
     [
         ("cpu", [*CACHE_CASES, *SINK_CACHE_CASES], DTYPES),
         ("composed", [*CACHE_CASES, *SINK_CACHE_CASES], DTYPES[:1]),
-        ("triton", CACHE_CASES, DTYPES[:1]),
+        ("triton", [*CACHE_CASES, *SINK_CACHE_CASES], DTYPES[:1]),
         ("triton", [c for c in CACHE_CASES if c.name in _CACHE_HALF_PRECISION], [torch.float16]),
         ("cuda", EMULATED_DECODE, DTYPES),
         ("cuda", EMULATED_PREFILL, DTYPES[1:]),

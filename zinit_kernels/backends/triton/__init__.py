@@ -36,8 +36,6 @@ UNAVAILABLE = _why_unavailable()
 
 
 def why_not(call: AnyCall, return_lse: bool) -> str:
-    if not isinstance(call, PromptCall) and call.sinks is not None:
-        return "the Triton kernels have no attention sinks"
     return UNAVAILABLE or _why_not_here(call) or fused.why_not(call) or _why_too_large(call)
 
 

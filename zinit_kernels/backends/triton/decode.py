@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .cache import Pages, Rotary, load_cached, load_new, load_rotated, store_new
 from .primitives import (
-    LN2,
     RUN_TIME,
     Cap,
     Prompts,
@@ -20,6 +19,7 @@ from .primitives import (
     has_nan,
     key_limits,
     key_stretches,
+    load_sink,
     row_ptr,
     unravel,
 )
@@ -28,6 +28,7 @@ from .softmax import (
     attend,
     attend_visible,
     exponent_scale,
+    natural_lse,
     normalise,
     online_softmax,
     turn,
@@ -46,7 +47,7 @@ def _tile_rows(tile, kv_head, group, seqlen_q, BLOCK_M: tl.constexpr):
 @triton.jit
 def _finish(
     acc,
-    lse_log2,
+    lse,
     q,
     prompts,
     sequence,
@@ -73,7 +74,7 @@ def _finish(
     mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(out_ptrs, acc.to(out.ptr.dtype.element_ty), mask=mask)
     index = (sequence.to(tl.int64) * num_heads_q + heads) * seqlen_q + tokens
-    tl.store(lse_ptr + index, lse_log2 * LN2, mask=valid)
+    tl.store(lse_ptr + index, lse, mask=valid)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -87,6 +88,7 @@ def zinit_decode_kernel(
     prompt_value,  # View [N, Hkv, P, D]
     gate_ptr,  # float32 [N or 1, Hq]
     prompt_index_ptr,  # int32 [B] or None
+    sinks_ptr,  # float32 [Hq] or None: a logit of each head, one more term of the token branch's denominator
     cache_seqlens_ptr,  # int32 [B]: keys in the cache before the call
     block_table_ptr,  # int32 [B, pages of a sequence] or None
     cos_ptr,  # [rotary_rows, HALF] or None
@@ -269,14 +271,16 @@ def zinit_decode_kernel(
                 acc, m, l, q, k, v, None, cached, new_limits, window, scale_log2, cap, True, False, HIDES
             )
 
-    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, False))
+    # Where the keys are split, the combine kernel adds the sink, once.
+    sink = load_sink(sinks_ptr if partial_out_ptr is None else None, heads)
+    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, False), sink)
     if partial_out_ptr is None:
         prompts = Prompts(
             prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
         )
         _finish(
             acc,
-            lse,
+            natural_lse(lse, sink),
             q,
             prompts,
             sequence,
@@ -312,6 +316,7 @@ def zinit_combine_kernel(
     prompt_value,  # View [N, Hkv, P, D]
     gate_ptr,  # float32 [N or 1, Hq]
     prompt_index_ptr,  # int32 [B] or None
+    sinks_ptr,  # float32 [Hq] or None: a logit of each head, one more term of the token branch's denominator
     cache_seqlens_ptr,  # int32 [B]: keys in the cache before the call
     cos_ptr,  # [rotary_rows, HALF] or None
     sin_ptr,
@@ -363,7 +368,8 @@ def zinit_combine_kernel(
             partial_out_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0
         )
         acc = acc * alpha[:, None] + p * partial_out
-    acc, lse = normalise(acc, m, l, 1.0)
+    sink = load_sink(sinks_ptr, heads)
+    acc, lse = normalise(acc, m, l, 1.0, sink)
     rotary_positions = tl.maximum(tl.load(cache_seqlens_ptr + sequence), 0) + (
         tokens if ADVANCE else tokens * 0
     )
@@ -372,7 +378,7 @@ def zinit_combine_kernel(
     )
     _finish(
         acc,
-        lse,
+        natural_lse(lse, sink),
         q,
         prompts,
         sequence,

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    LN2,
     RUN_TIME,
     Cap,
     Prompts,
@@ -15,13 +14,14 @@ from .primitives import (
     key_limits,
     key_stretches,
     load_key_tile,
+    load_sink,
     load_tile,
     locate_sequence,
     rows_from,
     store_tile,
     unravel,
 )
-from .softmax import add_prompt_branch, attend, attend_visible, exponent_scale, normalise, turn
+from .softmax import add_prompt_branch, attend, attend_visible, exponent_scale, natural_lse, normalise, turn
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -33,6 +33,7 @@ def zinit_forward_kernel(
     prompt_value,  # View [N, Hkv, P, D]
     gate_ptr,  # float32 [N or 1, Hq]
     prompt_index_ptr,  # int32 [B] or None: the table row of each sequence, -1 = none
+    sinks_ptr,  # float32 [Hq] or None: a logit of each head, one more term of the token branch's denominator
     key_bias_ptr,  # float32 [B, S] or None: added to the scaled scores, -inf = masked
     cu_seqlens_q_ptr,  # int32 [B + 1] or None: packed sequences
     cu_seqlens_k_ptr,  # int32 [B + 1] or None
@@ -132,7 +133,8 @@ def zinit_forward_kernel(
                             acc, m, q, k, v, bias, one, limits, window, scale_log2, cap, HAS_BIAS
                         )
 
-    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))
+    sink = load_sink(sinks_ptr, head)
+    acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, HAS_BIAS), sink)
     acc = add_prompt_branch(
         acc, q, prompts, sequence, head, kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH
     )
@@ -141,4 +143,4 @@ def zinit_forward_kernel(
     store_tile(out_rows, num_q - start, acc, BLOCK_M, HEAD_DIM)
     rows = tl.arange(0, BLOCK_M)
     lse_ptr += (batch.to(tl.int64) * num_heads_q + head) * total_q + first_q + start
-    tl.store(lse_ptr + rows, lse * LN2, mask=rows < num_q - start)
+    tl.store(lse_ptr + rows, natural_lse(lse, sink), mask=rows < num_q - start)

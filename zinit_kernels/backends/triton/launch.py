@@ -90,6 +90,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         "grad_prompt_key_ptr": grads["prompt_key"],
         "grad_prompt_value_ptr": grads["prompt_value"],
         "grad_gate_ptr": grads["gate"],
+        "grad_sinks_ptr": grads["sinks"],
         "delta_ptr": torch.empty_like(saved.lse) if wants_delta else None,
         "scale": call.scale,
         "scale_log2": call.scale * LOG2E.value,
@@ -128,13 +129,14 @@ def _empty_gradient(call: Call, name: str, wanted: int) -> Tensor | None:
 
 
 def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
-    """Fills delta, where it is wanted, and the gradients of the prompts and the gate.
+    """Fills delta, where it is wanted, and the gradients of the prompts, the gate and the sinks.
 
     heads_q: query heads of all sequences together.
     """
     wanted = [operands[f"grad_{name}_ptr"] for name in ("prompt_key", "prompt_value", "gate")]
     wants_prompt = operands["gate_ptr"] is not None and any(grad is not None for grad in wanted)
-    if operands["delta_ptr"] is None and not wants_prompt:
+    grad_sinks = operands["grad_sinks_ptr"]
+    if operands["delta_ptr"] is None and grad_sinks is None and not wants_prompt:
         return
     query, prompt_length = call.query, operands["prompt_length"]
     head_dim, sequences = query.shape[3], call.batch_size
@@ -145,12 +147,14 @@ def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
         None if not wants_prompt or grad is None else query.new_empty(slots + shape, dtype=torch.float32)
         for grad, shape in zip(wanted, (table, table, ()), strict=True)
     )
+    partial_sinks = None if grad_sinks is None else query.new_empty(slots, dtype=torch.float32)
     wants_table = partial_key is not None or partial_value is not None
     chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
     operands = operands | {
         "partial_key_ptr": partial_key,
         "partial_value_ptr": partial_value,
         "partial_gate_ptr": partial_gate,
+        "partial_sinks_ptr": partial_sinks,
         "num_parts": parts,
         "num_sequences": sequences,
         "CHUNK_D": chunk_d,
@@ -164,6 +168,8 @@ def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
     if heads_q:
         with named("backward.prompt_sums"):
             _run("prompt_gradients", query, operands, heads_q, launch)
+    if partial_sinks is not None:
+        torch.sum(partial_sinks, (0, 2), out=grad_sinks)
     if wants_prompt:
         tiles = triton.cdiv(prompt_length * head_dim, _BLOCK_E)  # the kernel counts them so, wanted or not
         programs = tiles * call.key.shape[1] * operands["prompt_rows"]

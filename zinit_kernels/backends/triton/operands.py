@@ -46,6 +46,7 @@ def key_operands(call: Call) -> Operands:
     return {
         "key": view_of(addressable(call.key)),
         "value": view_of(addressable(call.value)),
+        "sinks_ptr": call.sinks,
         "key_bias_ptr": call.key_bias,
         "cu_seqlens_k_ptr": call.cu_seqlens_k,
         "seqlen_k": call.max_seqlen_k,
@@ -88,6 +89,7 @@ def cache_operands(call: CacheCall) -> Operands:
     return {
         "key_cache": view_of(call.key_cache),
         "value_cache": view_of(call.value_cache),
+        "sinks_ptr": call.sinks,
         "cache_seqlens_ptr": call.cache_seqlens,
         "block_table_ptr": table,
         "cos_ptr": call.rotary_cos,

@@ -2,15 +2,18 @@
 
     Ap  = softmax(scale q pk^T)     dAp = dO pv^T     r = rowsum(Ap * dAp)     dSp = s Ap (dAp - r)
     dpk = scale dSp^T q             dpv = s Ap^T dO   dg = act'(g) sum r       delta = rowsum(dO * out) - s r - dlse
+    dsink = -sum e^(sink - lse) delta
 
-with s = act(g). Two stages, so that the sums have one order and backward gives the same bits every time: every program
-of the first writes the partial sum of its rows in float32, and the second adds the partials of each prompt table row.
+with s = act(g); lse counts the head's sink. Two stages, so that the sums have one order and backward gives the same
+bits every time: every program of the first writes the partial sum of its rows in float32, and the second adds the
+partials of each prompt table row. The sinks' partials are added by torch.
 """
 
 import triton
 import triton.language as tl
 
 from .primitives import (
+    LOG2E,
     RUN_TIME,
     Cap,
     Prompts,
@@ -20,6 +23,7 @@ from .primitives import (
     dot,
     load_gate,
     load_prompts,
+    load_sink,
     load_tile,
     locate_sequence,
     prompt_row,
@@ -37,7 +41,9 @@ def zinit_partial_sums_kernel(
     prompt_value,  # View [N, Hkv, P, D]
     gate_ptr,  # float32 [N or 1, Hq]
     prompt_index_ptr,  # int32 [B] or None
+    sinks_ptr,  # float32 [Hq] or None
     cu_seqlens_q_ptr,  # int32 [B + 1] or None
+    lse_ptr,  # float32 [B, Hq, T], as forward wrote it; read for the sinks' gradient alone
     out,  # View [B, Hq, T, D]
     grad_out,  # View [B, Hq, T, D]
     grad_lse_ptr,  # float32 [B, Hq, T] or None
@@ -45,6 +51,7 @@ def zinit_partial_sums_kernel(
     partial_key_ptr,  # float32 [B, Hq, parts, P, D] or None: partial sums of dpk / scale
     partial_value_ptr,  # float32 [B, Hq, parts, P, D] or None: partial sums of dpv
     partial_gate_ptr,  # float32 [B, Hq, parts] or None: partial sums of r
+    partial_sinks_ptr,  # float32 [B, Hq, parts] or None: partial sums of dsink
     num_heads_q,
     num_heads_kv,
     seqlen_q,  # T; the longest one where packed
@@ -68,6 +75,7 @@ def zinit_partial_sums_kernel(
     head all columns together would not fit the registers.
     """
     NUM_CHUNKS: tl.constexpr = block_of(HEAD_DIM) // CHUNK_D
+    WANTS_DELTA: tl.constexpr = delta_ptr is not None or partial_sinks_ptr is not None
     cap = Cap(cap_scale, cap_size)
     piece, head, sequence = unravel(tl.program_id(0), num_parts * NUM_CHUNKS, num_heads_q)
     part, chunk = piece % num_parts, piece // num_parts
@@ -91,13 +99,15 @@ def zinit_partial_sums_kernel(
     sum_key = tl.zeros([BLOCK_P, CHUNK_D], tl.float32)
     sum_value = tl.zeros([BLOCK_P, CHUNK_D], tl.float32)
     sum_r = tl.zeros([BLOCK_M], tl.float32)
+    sum_sink = tl.zeros([BLOCK_M], tl.float32)
+    sink = load_sink(sinks_ptr, head)
     rows = tl.arange(0, BLOCK_M)
     column = chunk * CHUNK_D
     for start in range(part * BLOCK_M, num_q, num_parts * BLOCK_M):
         left = num_q - start
         do = load_tile(skip_rows(grad_out_rows, start), left, BLOCK_M, HEAD_DIM, True)
         delta = tl.zeros([BLOCK_M], tl.float32)
-        if delta_ptr is not None:
+        if WANTS_DELTA:
             out_tile = load_tile(rows_from(out, batch, head, first_q + start), left, BLOCK_M, HEAD_DIM, True)
             delta = tl.sum(do.to(tl.float32) * out_tile.to(tl.float32), 1)
             if grad_lse_ptr is not None:
@@ -122,9 +132,16 @@ def zinit_partial_sums_kernel(
         if delta_ptr is not None:
             owned = tl.where(chunk == 0, left, 0)
             tl.store(delta_ptr + row_offset + start + rows, delta, mask=rows < owned)
+        if partial_sinks_ptr is not None:
+            lse = tl.load(lse_ptr + row_offset + start + rows, mask=rows < left, other=float("inf"))
+            # a sink of -inf has no weight, even where lse is -inf too
+            sum_sink -= tl.where(sink == float("-inf"), 0.0, tl.math.exp2((sink - lse) * LOG2E) * delta)
 
+    slot = (sequence.to(tl.int64) * num_heads_q + head) * num_parts + part
+    if partial_sinks_ptr is not None:
+        if chunk == 0:
+            tl.store(partial_sinks_ptr + slot, tl.sum(sum_sink, 0))
     if prompt_key.ptr is not None:
-        slot = (sequence.to(tl.int64) * num_heads_q + head) * num_parts + part
         index = tl.arange(0, BLOCK_P)
         columns = column + tl.arange(0, CHUNK_D)
         offsets = slot * prompt_length * HEAD_DIM + index[:, None] * HEAD_DIM + columns[None, :]

@@ -154,11 +154,37 @@ def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, cap
 
 
 @triton.jit
-def normalise(acc, m, l, scale_log2):
-    """(acc / l, log-sum-exp in base 2); zeros and -inf for a row that has seen no key."""
-    safe_l = tl.where(l == 0, 1.0, l)
+def _sink_log2(sink):
+    """The exponent in base 2 of a sink, finite where the sink is."""
+    return tl.minimum(sink * LOG2E, 3.0e38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def normalise(acc, m, l, scale_log2, sink):
+    """(acc / l, log-sum-exp in base 2); zeros and -inf for a row that has seen no key.
+
+    sink: one more score, natural, whose value is 0: a number, or one for each row; None for none.
+    """
     m = tl.where(tl.abs(m) > COARSE, m * (scale_log2 / _coarse_scale(scale_log2)), m)
+    if sink is not None:
+        sink = _sink_log2(sink)
+        largest = tl.maximum(m, sink)
+        pivot = tl.where(largest == float("-inf"), 0.0, largest)
+        alpha = tl.math.exp2(m - pivot)
+        l = l * alpha + tl.math.exp2(sink - pivot)
+        acc = acc * alpha[:, None]
+        m = largest
+    safe_l = tl.where(l == 0, 1.0, l)
     return acc * (1.0 / safe_l)[:, None], m + tl.math.log2(safe_l)
+
+
+@triton.jit
+def natural_lse(lse_log2, sink):
+    """The natural log-sum-exp of `normalise`'s. Where the sink alone counts it is the sink, to the last bit."""
+    lse = lse_log2 * LN2
+    if sink is not None:
+        lse = tl.where(lse_log2 == _sink_log2(sink), sink, lse)
+    return lse
 
 
 @triton.jit

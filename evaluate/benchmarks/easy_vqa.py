@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from zinit_kernels.console import shown
 
 from ..question import Benchmark, Cell, Item, Table
-from ..reading import existing
+from ..reading import existing, json_value
 from ..scorers import mme, pope, vqa
-from ..shared import UserError, read_text
+from ..shared import UserError
 from .pictures import picture
 
 LAYOUT = "questions.json, a list of [question, answer, image number], and images/NUMBER.png: a split of easy-VQA's data"
@@ -20,10 +19,7 @@ COLOURS = ("gray", "yellow", "green", "red", "black", "brown", "blue", "teal")
 
 def read(folder: Path) -> list[Item]:
     path = existing(folder / "questions.json", LAYOUT)
-    try:
-        rows = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}).") from error
+    rows = json_value(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} must hold a list of questions, got {shown(rows)}.")
     items = []

@@ -222,6 +222,17 @@ DAMAGE = {
     "scienceqa: a problem twice": (
         "scienceqa", lambda d: edited(d / "problems.json", '"1": {', '"0": {'), "the name '0' is there twice",
     ),
+    "scienceqa: choices": (
+        "scienceqa", lambda d: edited(d / "problems.json", '["one", "two", "three"]', json.dumps(["x"] * 11)),
+        "at most 10 texts",
+    ),
+    "scienceqa: a choice": ("scienceqa", lambda d: edited(d / "problems.json", '"two"', "2"), "at most 10 texts"),
+    "scienceqa: half a character": (
+        "scienceqa", lambda d: edited(d / "problems.json", "Which is 3", "Which is \\ud800"), "half of a character",
+    ),
+    "pope: half a character": (
+        "pope", lambda d: edited(d / "coco_pope_random.json", "Is there a", "Is \\ud83d a"), "half of a character",
+    ),
     "easy-vqa: a row": ("easy-vqa", lambda d: edited(d / "questions.json", '"no", 0', '"no", "0"'), "image number]"),
     "mmbench: one index in two forms": (
         "mmbench", lambda d: edited(d / "mmbench_dev.tsv", "\n2\t", "\n01\t"), "must be a number, got '01'",

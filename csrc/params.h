@@ -122,7 +122,8 @@ struct DecodeParams : AttentionParams {
   View new_key;      // [B, Hkv, seqlen_new, D]; given: to be appended
   View new_value;
   int64_t seqlen_new;                  // 0 where nothing is to be appended
-  Array<const int32_t> cache_seqlens;  // [B], keys in the cache before the append
+  Array<const int32_t> cache_seqlens;  // [B], keys in the cache before the append, the hidden ones too
+  Array<const int32_t> cache_leftpad;  // [B]: the first slots of a sequence that no query sees
   Array<const int32_t> block_table;    // [B, block_table_stride]: the pages of sequence b in order
   int64_t block_table_stride;
   int64_t page_size;

@@ -297,6 +297,7 @@ def zero_init_attention_with_kvcache(
     prompt_v: Tensor | None,
     gate: Tensor | float | None,
     cache_seqlens: Tensor | int,
+    cache_leftpad: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
@@ -333,6 +334,8 @@ def zero_init_attention_with_kvcache(
             [Hq].
         cache_seqlens: int32 [B], or one int: the keys in the cache before this call. The slots behind them may
             hold anything, NaN too.
+        cache_leftpad: int32 [B], how many slots at the start of each sequence hold padding, which nothing reads;
+            default none. cache_seqlens counts them, and so do rotary positions, as in flash-attn.
         cache_batch_idx: int32 [B], the row of the caches for each sequence; default row b. If two sequences that
             append share a row, the row holds the new keys of one of them, as in flash-attn.
         block_table: int32 [B, max_pages], the pages of each sequence; not together with cache_batch_idx. Entries
@@ -357,9 +360,9 @@ def zero_init_attention_with_kvcache(
     if ported:
         check_keywords("zero_init_attention_with_kvcache", ported)
     given = (
-        q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, cache_batch_idx, block_table, rotary_cos,
-        rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, softcap, num_splits, gate_activation,
-        prompt_index, sinks,
+        q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens, cache_leftpad, cache_batch_idx, block_table,
+        rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, softcap, num_splits,
+        gate_activation, prompt_index, sinks,
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]

@@ -208,6 +208,7 @@ def from_cache(
     prompt_v: Tensor | None,
     gate: Tensor | float | None,
     cache_seqlens: Tensor | int,
+    cache_leftpad: Tensor | None,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
@@ -238,6 +239,7 @@ def from_cache(
         prompt_v=prompt_v,
         gate=gate,
         cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad,
         cache_batch_idx=cache_batch_idx,
         block_table=block_table,
         rotary_cos=rotary_cos,
@@ -296,6 +298,9 @@ def from_cache(
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     cache_seqlens = checks.as_int32("cache_seqlens", cache_seqlens, 1)
     checks.check_shape("cache_seqlens", cache_seqlens, (batch,))
+    if cache_leftpad is not None:
+        cache_leftpad = checks.as_int32("cache_leftpad", cache_leftpad, 1)
+        checks.check_shape("cache_leftpad", cache_leftpad, (batch,))
     if block_table is not None:
         block_table = checks.as_int32("block_table", block_table, 2)
         checks.check_shape("block_table", block_table, (batch, block_table.shape[1]), free=(1,))
@@ -333,6 +338,7 @@ def from_cache(
         sinks=checks.as_sinks(sinks, q, q.shape[2]),
         prompt_index=prompt_index,
         cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad,
         block_table=block_table,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,

@@ -133,8 +133,10 @@ class CacheCall(NamedTuple):
     gate: Annotated[Tensor | None, array("[1 or N, Hq]", _FLOAT32)]
     sinks: Annotated[Tensor | None, array("[Hq]", _FLOAT32)]
     prompt_index: Annotated[Tensor | None, array("[B]", _INT32)]
-    # keys in the cache before the call
+    # keys in the cache before the call, those that cache_leftpad hides too
     cache_seqlens: Annotated[Tensor, array("[B]", _INT32)]
+    # the first slots of each sequence that no query sees
+    cache_leftpad: Annotated[Tensor | None, array("[B]", _INT32)]
     # page i of each sequence
     block_table: Annotated[Tensor | None, array("[B, max_pages]", _INT32)]
     rotary_cos: Annotated[Tensor | None, array("[positions, rotary_dim / 2]", *FLOATS)]

@@ -64,6 +64,11 @@ def _check_cache_values(call: CacheCall) -> None:
                 f"cache_seqlens[{sequence}] = {seqlen} plus {appended} new tokens must lie in 0 .. {capacity}, "
                 "the capacity of the cache: make the cache longer (or give the sequence more pages)"
             )
+        if call.cache_leftpad is not None and not 0 <= int(call.cache_leftpad[sequence]) <= seqlen:
+            raise ValueError(
+                f"cache_leftpad[{sequence}] = {int(call.cache_leftpad[sequence])} must lie in 0 .. {seqlen}, the "
+                "sequence's cache_seqlens, which count the padding too"
+            )
         if call.block_table is not None:
             used = call.block_table[sequence, : -(-(seqlen + appended) // max(page_size, 1))]
             if len(used) and (int(used.min()) < 0 or int(used.max()) >= call.key_cache.shape[0]):

@@ -138,6 +138,7 @@ def attention_with_cache(
     prompt_v: Tensor | None,
     gate: Any,
     cache_seqlens: Any,
+    cache_leftpad: Tensor | None,
     cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
     rotary_cos: Tensor | None,
@@ -158,8 +159,8 @@ def attention_with_cache(
             return None
         keys, values, gates = _with_rows(prompt_k, prompt_v, gate)
         tensors = (
-            q, k_cache, v_cache, k, v, keys, values, gates, sinks, prompt_index, cache_seqlens, block_table,
-            rotary_cos, rotary_sin,
+            q, k_cache, v_cache, k, v, keys, values, gates, sinks, prompt_index, cache_seqlens, cache_leftpad,
+            block_table, rotary_cos, rotary_sin,
         )  # fmt: skip
         if not _are_canonical_with_cache(*tensors):
             return None
@@ -195,8 +196,8 @@ def attention_with_cache(
     except RuntimeError as error:
         _refuse(
             error, arguments.from_cache, q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens,
-            cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal,
-            window_size, softcap, num_splits, gate_activation, prompt_index, sinks,
+            cache_leftpad, cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale,
+            causal, window_size, softcap, num_splits, gate_activation, prompt_index, sinks,
         )  # fmt: skip
 
 

@@ -90,7 +90,11 @@ def _decode(*arguments: Any, **ignored: Any) -> int:
     if _has_no_values(call.cache_seqlens):
         lengths = [capacity] * batch
     else:
-        lengths = [min(length + appended, capacity) for length in call.cache_seqlens.tolist()]
+        padding = [0] * batch if call.cache_leftpad is None else call.cache_leftpad.tolist()
+        lengths = [
+            min(length + appended, capacity) - hidden
+            for length, hidden in zip(call.cache_seqlens.tolist(), padding, strict=True)
+        ]
     pairs = sum(_pairs(seqlen_q, length, call.window_left, call.window_right) for length in lengths)
     return 4 * head_dim * heads_q * (pairs + batch * seqlen_q * prompt_length)
 

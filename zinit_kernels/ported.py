@@ -51,6 +51,8 @@ _EVERYWHERE = {
     "scheduler_metadata": Keyword(_ANYTHING, ""),
     "return_attn_probs": Keyword(_OFF, "attention weights are never stored: for the log-sum-exp that comes with them "
                                  "pass return_lse=True"),
+    "s_aux": Keyword((), "its name here is sinks"),
+    "learnable_sink": Keyword((), "its name here is sinks"),
     "return_softmax_lse": Keyword(_OFF, "its name here is return_lse"),
     "seqused_q": Keyword((), "it uses the first rows of each sequence: pack those rows, and count them in cu_seqlens_q "
                          "of zero_init_attention_varlen"),
@@ -108,14 +110,12 @@ _PACKED = _FLASH | {
 _QUERIES = (
     "queries of several lengths against a cache of pages are zero_init_attention_varlen's, with block_table"
 )
-_LEFTPAD = "it skips the first slots of each cache, which is not built: move the keys to slot 0"
 _CACHED = _FLASH | {
     "cu_seqlens_q": Keyword((), _QUERIES),
     "cu_seqlens_k": Keyword((), _QUERIES),
     "max_seqlen_q": Keyword(_ANYTHING, ""),  # a bound, which q's shape says here
     "max_seqlen_k": Keyword(_ANYTHING, ""),
-    "cache_leftpad": Keyword((), _LEFTPAD),
-    "leftpad_k": Keyword((), _LEFTPAD),
+    "leftpad_k": Keyword((), "its name here is cache_leftpad"),
 }
 del _CACHED["num_splits"]  # an argument here
 

@@ -60,6 +60,7 @@ class CacheRequired(TypedDict):
 
 
 class CacheOptions(CacheRequired, FlashOptions, FlashPorted, total=False):
+    cache_leftpad: Tensor | None
     cache_batch_idx: Tensor | None
     block_table: Tensor | None
     rotary_cos: Tensor | None

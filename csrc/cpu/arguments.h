@@ -80,6 +80,7 @@ inline int64_t longest_of(Array<const int32_t> cu_seqlens, int64_t num_sequences
 // Returns the longest sequence after the append; nothing has been written yet.
 inline int64_t copy_lengths(DecodeParams& w, Copies& copies) {
   copies.replace(w.cache_seqlens, w.num_sequences);
+  copies.replace(w.cache_leftpad, w.num_sequences);
   const int32_t* lengths = w.cache_seqlens.data;
   const int64_t turned = w.rotary.by_token ? w.seqlen_q : std::min<int64_t>(w.seqlen_q, 1);
   const int64_t rotated = std::max(w.seqlen_new, turned);
@@ -89,6 +90,9 @@ inline int64_t copy_lengths(DecodeParams& w, Copies& copies) {
     ZINIT_CHECK(length >= 0 && total <= w.seqlen_k, "cache_seqlens[", b, "] = ", length, " plus ",
                 w.seqlen_new, " new tokens must lie in 0 .. ", w.seqlen_k,
                 ", the capacity of the cache: make the cache longer (or give the sequence more pages)");
+    ZINIT_CHECK(!w.cache_leftpad.given || (w.cache_leftpad.data[b] >= 0 && w.cache_leftpad.data[b] <= length),
+                "cache_leftpad[", b, "] = ", w.cache_leftpad.data[b], " must lie in 0 .. ", length,
+                ", the sequence's cache_seqlens, which count the padding too");
     ZINIT_CHECK(!w.rotary.given || rotated == 0 || length + rotated <= w.rotary.positions, "rotary_cos has ",
                 w.rotary.positions, " positions, sequence ", b, " needs ", length + rotated);
     longest = std::max(longest, total);

@@ -13,10 +13,10 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
                                   const OptionalTensor& prompt_key, const OptionalTensor& prompt_value,
                                   const OptionalTensor& gate, const OptionalTensor& sinks,
                                   const OptionalTensor& prompt_index, const Tensor& cache_seqlens,
-                                  const OptionalTensor& block_table, const OptionalTensor& rotary_cos,
-                                  const OptionalTensor& rotary_sin, bool rotary_interleaved, double scale,
-                                  double softcap, int64_t window_left, int64_t window_right, bool tanh_gate,
-                                  int64_t num_splits) {
+                                  const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
+                                  const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+                                  bool rotary_interleaved, double scale, double softcap, int64_t window_left,
+                                  int64_t window_right, bool tanh_gate, int64_t num_splits) {
   const Device device = Device::cpu();
   DecodeWork w{};
   Copies copies;
@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   }
   check_apart(w, key_cache, value_cache);
   w.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {B});
+  w.cache_leftpad = device.array<int32_t>(cache_leftpad, "cache_leftpad", ScalarType::Int, {B});
   w.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {B, -1});
   if (block_table.has_value()) {
     w.block_table_stride = block_table->size(1);

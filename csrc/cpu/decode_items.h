@@ -14,6 +14,7 @@ struct QueryBlock {
   int64_t first_head, heads;  // key heads
   int64_t group, rows;        // query heads of a key head; rows = group * tokens, token fastest
   int64_t total;              // keys in the cache after the append
+  int64_t hidden;             // the first of them, which nothing sees
   int64_t padded;             // row stride in scratch
 
   QueryBlock(const DecodeWork& w, int64_t index, int64_t heads_per_item) {
@@ -26,6 +27,7 @@ struct QueryBlock {
     group = w.num_heads_q / w.num_heads_kv;
     rows = group * tokens;
     total = w.cache_seqlens.data[b] + w.seqlen_new;
+    hidden = w.cache_leftpad.given ? w.cache_leftpad.data[b] : 0;
     padded = round_up(w.head_dim, kDecodePad);
   }
 
@@ -43,7 +45,7 @@ struct QueryBlock {
   // Keys that token `t` of the call sees.
   Range visible(const DecodeWork& w, int64_t t) const {
     const int64_t position = total - w.seqlen_q + t;
-    const int64_t begin = w.window_left < 0 ? 0 : max(0, position - w.window_left);
+    const int64_t begin = w.window_left < 0 ? hidden : max(hidden, position - w.window_left);
     const int64_t end = w.window_right < 0 ? total : min(total, position + w.window_right + 1);
     return {begin, max(begin, end)};
   }

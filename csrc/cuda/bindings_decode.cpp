@@ -11,7 +11,8 @@ namespace zinit::cuda {
 namespace {
 
 void set_cache(DecodeParams& w, const Device& device, const Tensor& key_cache, const Tensor& value_cache,
-               const Tensor& cache_seqlens, const OptionalTensor& block_table) {
+               const Tensor& cache_seqlens, const OptionalTensor& cache_leftpad,
+               const OptionalTensor& block_table) {
   const int64_t S = key_cache.size(1);
   check_shape(key_cache, "key_cache",
               {block_table.has_value() ? -1 : w.num_sequences, S, w.num_heads_kv, w.head_dim});
@@ -20,6 +21,7 @@ void set_cache(DecodeParams& w, const Device& device, const Tensor& key_cache, c
               "key_cache and value_cache must have the query's dtype, got ", key_cache.scalar_type(), " and ",
               value_cache.scalar_type());
   w.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {w.num_sequences});
+  w.cache_leftpad = device.array<int32_t>(cache_leftpad, "cache_leftpad", ScalarType::Int, {w.num_sequences});
   w.seqlen_k = S;
   w.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {w.num_sequences, -1});
   if (block_table.has_value()) {
@@ -44,12 +46,15 @@ void set_new_tokens(DecodeParams& w, const Device& device, const OptionalTensor&
               "new_key and new_value must have the query's dtype");
 }
 
-std::tuple<Tensor, Tensor> decode_cuda(
-    Tensor query, Tensor key_cache, Tensor value_cache, OptionalTensor new_key, OptionalTensor new_value,
-    OptionalTensor prompt_key, OptionalTensor prompt_value, OptionalTensor gate, OptionalTensor sinks,
-    OptionalTensor prompt_index, Tensor cache_seqlens, OptionalTensor block_table, OptionalTensor rotary_cos,
-    OptionalTensor rotary_sin, bool rotary_interleaved, double scale, double softcap, int64_t window_left,
-    int64_t window_right, bool tanh_gate, int64_t num_splits) {
+std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
+                                       OptionalTensor new_key, OptionalTensor new_value,
+                                       OptionalTensor prompt_key, OptionalTensor prompt_value,
+                                       OptionalTensor gate, OptionalTensor sinks, OptionalTensor prompt_index,
+                                       Tensor cache_seqlens, OptionalTensor cache_leftpad,
+                                       OptionalTensor block_table, OptionalTensor rotary_cos,
+                                       OptionalTensor rotary_sin, bool rotary_interleaved, double scale,
+                                       double softcap, int64_t window_left, int64_t window_right,
+                                       bool tanh_gate, int64_t num_splits) {
   const Device device = Device::cuda(query);
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   DecodeParams w{};
@@ -61,7 +66,7 @@ std::tuple<Tensor, Tensor> decode_cuda(
   w.scale = static_cast<float>(scale), w.softcap = static_cast<float>(softcap);
   w.tanh_gate = tanh_gate, w.num_splits = num_splits;
   w.window_left = window_left, w.window_right = window_right;
-  set_cache(w, device, key_cache, value_cache, cache_seqlens, block_table);
+  set_cache(w, device, key_cache, value_cache, cache_seqlens, cache_leftpad, block_table);
   set_new_tokens(w, device, new_key, new_value);
   check_apart(w, key_cache, value_cache);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);

@@ -30,12 +30,14 @@ struct Sequence {
   int length;    // keys before the append
   int appended;  // new keys that fit
   int total;
+  int hidden;  // the first keys, which nothing sees
 
   __device__ Sequence(const CacheWork& w, int b) : index(b) {
     const auto capacity = static_cast<int>(w.seqlen_k);
     length = min(max(w.cache_seqlens.data[b], 0), capacity);
     appended = min(static_cast<int>(w.seqlen_new), capacity - length);
     total = length + appended;
+    hidden = w.cache_leftpad.given ? min(max(w.cache_leftpad.data[b], 0), total) : 0;
   }
 };
 

@@ -38,7 +38,10 @@ KERNELS = {
     "combine": (decode.zinit_combine_kernel, "combine"),
 }
 FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr", "sinks_ptr")
-INT32 = ("cache_seqlens_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
+INT32 = (
+    "cache_seqlens_ptr", "cache_leftpad_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr",
+    "cu_seqlens_k_ptr",
+)  # fmt: skip
 VIEWS = (
     "query", "key", "value", "out", "prompt_key", "prompt_value", "grad_out", "grad_query", "grad_key", "grad_value",
     "key_cache", "value_cache", "new_key", "new_value",
@@ -53,6 +56,7 @@ MASKS = {
     "paged": ("window_right", "block_table_ptr"),
     "sinks": ("window_right", "sinks_ptr", "partial_sinks_ptr"),
     "softcap": ("window_right", "cap_scale", "cap_size"),
+    "leftpad": ("window_right", "cache_leftpad_ptr"),
 }
 ABSENT = {name for names in MASKS.values() for name in names} | {"prompt_index_ptr", "grad_lse_ptr"}
 

@@ -39,6 +39,7 @@ def arguments_of(stage: str) -> dict:
             "query": tensor(1, HEADS), "key_cache": tensor(8, batch=4), "value_cache": tensor(8, batch=4),
             "new_key": tensor(1), "new_value": tensor(1), **table,
             "cache_seqlens": torch.tensor([3, 9], dtype=torch.int32),
+            "cache_leftpad": torch.tensor([1, 9], dtype=torch.int32),
             "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
             "rotary_cos": torch.rand(16, 4), "rotary_sin": torch.rand(16, 4), "rotary_interleaved": True, **last,
             "num_splits": 1,

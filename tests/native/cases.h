@@ -26,6 +26,7 @@ struct Case {
 
   // Of decode alone: T new tokens against a cache of S slots.
   int64_t page_size = 0;  // 0: contiguous
+  int64_t leftpad = 0;    // of all sequences but the first; hidden keys are NaN
   bool append = true;
   int64_t rotary_dim = 0;
   bool interleaved = false;
@@ -89,6 +90,8 @@ inline const Case kDecodeCases[] = {
     {.name = "NaN, chunk, splits", .T = 9, .S = 70, .special = true, .splits = 3, .query_block = 4},
     {.name = "sinks", .T = 2, .S = 50, .sinks = true, .splits = 3, .heads_per_item = 2},
     {.name = "tiny values", .T = 2, .S = 50, .value_scale = 1e-38f, .splits = 2, .query_block = 2},
+    {.name = "hidden slots, splits", .B = 3, .T = 3, .S = 90, .leftpad = 13, .splits = 3, .query_block = 2},
+    {.name = "hidden slots, pages", .T = 2, .S = 70, .window_left = 40, .page_size = 7, .leftpad = 9},
     {.name = "soft cap", .T = 5, .S = 70, .softcap = 0.5f, .page_size = 7, .splits = 2, .query_block = 4},
 };
 

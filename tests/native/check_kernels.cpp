@@ -198,7 +198,7 @@ std::vector<Result> decode(const KernelTable& table, const Case& c, DType dtype,
       block_table[b * max_pages + i] = static_cast<int32_t>(pages - 2 - (b * max_pages + i));
     }
     for (int64_t h = 0; h < c.Hkv; ++h) {
-      for (int64_t t = 0; t < seqlens[b]; ++t) {
+      for (int64_t t = b == 0 ? 0 : c.leftpad; t < seqlens[b]; ++t) {
         const int64_t row = paged ? block_table[b * max_pages + t / c.page_size] : b;
         const int64_t slot = paged ? t % c.page_size : t;
         for (int64_t d = 0; d < c.D; ++d) {
@@ -216,6 +216,9 @@ std::vector<Result> decode(const KernelTable& table, const Case& c, DType dtype,
   w.key_cache = key_cache.view(), w.value_cache = value_cache.view();
   if (c.append) w.new_key = new_key.view(), w.new_value = new_value.view(), w.seqlen_new = c.T;
   w.cache_seqlens = {seqlens.data(), true};
+  std::vector<int32_t> leftpad(c.B, static_cast<int32_t>(c.leftpad));
+  leftpad[0] = 0;
+  w.cache_leftpad = {leftpad.data(), c.leftpad > 0};
   if (paged) {
     w.block_table = {block_table.data(), true}, w.block_table_stride = max_pages;
     w.page_size = c.page_size, w.num_pages = pages;

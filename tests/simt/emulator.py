@@ -73,7 +73,7 @@ class DecodeParams(ctypes.Structure):
         *_fields(
             v2="query key_cache value_cache new_key new_value",
             i5="seqlen_new",
-            a4="cache_seqlens block_table",
+            a4="cache_seqlens cache_leftpad block_table",
             i6="block_table_stride page_size num_pages",
             r1="rotary",
             i7="num_splits",
@@ -143,7 +143,8 @@ def decode_params(call: CacheCall) -> tuple[DecodeParams, Tensor, Tensor]:
         query=_view(call.query), key_cache=_view(call.key_cache), value_cache=_view(call.value_cache),
         new_key=_view(call.new_key), new_value=_view(call.new_value),
         seqlen_new=0 if call.new_key is None else call.new_key.shape[1],
-        cache_seqlens=_array(call.cache_seqlens), block_table=_array(call.block_table),
+        cache_seqlens=_array(call.cache_seqlens), cache_leftpad=_array(call.cache_leftpad),
+        block_table=_array(call.block_table),
         block_table_stride=pages_each if paged else 0, page_size=page_size if paged else 0,
         num_pages=call.key_cache.shape[0] if paged else 0, rotary=_rotary(call), num_splits=call.num_splits,
         out=_view(out), lse=_pointer(lse),

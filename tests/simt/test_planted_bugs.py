@@ -36,6 +36,8 @@ CHUNK = CacheCase("chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, 
 CAPPED = Case("capped", batch=1, heads_q=2, heads_kv=1, seqlens_q=(40,), softcap=0.7)
 CAPPED_ROWS = CacheCase("capped", heads_q=8, heads_kv=2, seqlens=(0, 17, 100), num_splits=2, softcap=0.7)
 CAPPED_ROW = CacheCase("capped_alone", heads_q=2, heads_kv=2, seqlens=(0, 17, 100), softcap=0.7)
+HIDDEN = CacheCase("hidden", heads_q=8, heads_kv=2, seqlens=(9, 17, 100), num_splits=2, leftpad=(0, 17, 40))
+HIDDEN_CHUNK = CacheCase("hidden_chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, leftpad=(0, 9))
 # all queries see the same keys: no row is computed again
 SEE_ALL = CacheCase("see_all", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False)
 
@@ -129,6 +131,8 @@ BUGS = {
         "decode/finish.cuh", "cap_exponent(w, score * (w.scale * kLog2E))", "score * (w.scale * kLog2E)", "= @;",
         CAPPED_ROW,
     ),
+    "hidden_slots_are_seen": Bug("decode/work.cuh", "s.hidden", "0", "begin = @;", HIDDEN),
+    "hidden_slots_are_seen_in_prefill": prefill("work.cuh", "s.hidden", "0", "b.hidden = @,", HIDDEN_CHUNK),
     "first_prompts_only": tiles("prompts.cuh", "first > 0", "false", "if (@) restage", PROMPTS),
 }  # fmt: skip
 

@@ -160,6 +160,7 @@ FAST_CACHES = {
     "no_prompts": dict.fromkeys(("prompt_k", "prompt_v", "gate")),
     "bidirectional": {"causal": False},
     "softcap": {"softcap": 1.5},
+    "leftpad": {"cache_leftpad": torch.tensor([0, 5, 100], dtype=torch.int32)},
     "rotary": {
         "rotary_cos": torch.rand(256, 8),
         "rotary_sin": torch.rand(256, 8),

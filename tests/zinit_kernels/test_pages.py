@@ -1,4 +1,5 @@
-"""Keys and values at places that a table names: `block_table` of packed calls, `cache_batch_idx` of caches."""
+"""Keys and values at places that a table names: `block_table` of packed calls, `cache_batch_idx` and `cache_leftpad`
+of caches."""
 
 import pytest
 import torch
@@ -162,3 +163,74 @@ def test_cache_batch_idx_and_block_table_exclude_each_other():
     given = make_cache_arguments(CacheCase("pages", page_size=16), torch.float32)
     with pytest.raises(ValueError, match="cache_batch_idx and block_table both"):
         zero_init_attention_with_kvcache(**given | {"cache_batch_idx": torch.arange(3)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": (7, 0), "seqlen_q": 6},
+        {"seqlen_q": 20, "causal": False},
+        {"append": False},
+        {"page_size": 16},
+    ],
+    ids=str,
+)
+def test_cache_leftpad_is_a_cache_that_begins_later(options, backend):
+    """The padding holds NaN; without it the same keys stand at slot 0, in a cache of their own for each sequence."""
+    padding = (0, 17, 30)
+    case = CacheCase(
+        "padded", seqlens=(9, 20, 37), leftpad=padding, heads_q=4, heads_kv=2, head_dim=16, **options
+    )
+    given = make_cache_arguments(case, torch.float32)
+    untouched = make_cache_arguments(case, torch.float32)
+    out = zero_init_attention_with_kvcache(**given, backend=backend)
+    for b, hidden in enumerate(padding):
+        alone = dict(untouched, cache_leftpad=None, block_table=None)
+        for name in ("q", "k", "v"):
+            alone[name] = None if alone[name] is None else alone[name][b : b + 1]
+        for name in ("k_cache", "v_cache"):
+            cache = untouched[name]
+            if untouched["block_table"] is None:
+                slots = cache[b]
+            else:
+                slots = cache[untouched["block_table"][b].clamp(0, len(cache) - 1).long()].flatten(0, 1)
+            alone[name] = slots[None, hidden:].clone()
+        alone["cache_seqlens"] = untouched["cache_seqlens"][b : b + 1] - hidden
+        expected = zero_init_attention_with_kvcache(**alone, backend="reference")
+        torch.testing.assert_close(out[b : b + 1], expected, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotary_positions_count_the_padding(backend):
+    case = CacheCase("rotary", leftpad=(0, 17), seqlens=(9, 20), rotary_dim=16, head_dim=16, seqlen_q=3)
+    given, plain = make_cache_arguments(case, torch.float32), make_cache_arguments(case, torch.float32)
+    zero_init_attention_with_kvcache(**given, backend=backend)
+    zero_init_attention_with_kvcache(**plain | {"cache_leftpad": None}, backend="reference")
+    for b, length in enumerate(case.seqlens):
+        new = slice(length, length + 3)
+        torch.testing.assert_close(given["k_cache"][b, new], plain["k_cache"][b, new], rtol=1e-6, atol=1e-6)
+
+
+REFUSED_PADDING = {
+    "beyond": (
+        torch.tensor([0, 38, 1]),
+        "cache_leftpad.1. = 38 must lie in 0 .. 37, the sequence's cache_seqlens",
+    ),
+    "negative": (torch.tensor([0, -1, 1]), "cache_leftpad.1. = -1 must lie in 0 .. 37"),
+    "count": (torch.tensor([0, 1]), r"cache_leftpad must have shape \(3,\)"),
+    "dtype": (torch.tensor([0.0, 1.0, 2.0]), "cache_leftpad must be an int32 tensor"),
+    "int": (3, "cache_leftpad must be an int32 tensor, got int"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", REFUSED_PADDING)
+def test_cache_leftpad_is_refused_by_its_name(wrong, backend):
+    padding, message = REFUSED_PADDING[wrong]
+    given = make_cache_arguments(CacheCase("padded"), torch.float32)
+    before = given["k_cache"].clone()
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        zero_init_attention_with_kvcache(**given | {"cache_leftpad": padding}, backend=backend)
+    assert torch.equal(given["k_cache"].nan_to_num(), before.nan_to_num())

@@ -210,7 +210,8 @@ def append(call: CacheCall) -> tuple[Tensor, list[Call]]:
             end = length + new_key.shape[1]
             _write(call, b, length, new_key[b], call.new_value[b])
             length = end
-        key, value = _read(call, b, length)
+        first = 0 if call.cache_leftpad is None else int(call.cache_leftpad[b])
+        key, value = (t[:, :, first:] for t in _read(call, b, length))
         pieces.append(_one_sequence(call, query[b : b + 1], key, value))
     return query, pieces
 

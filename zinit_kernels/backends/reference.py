@@ -47,6 +47,8 @@ def attention_with_cache(call: CacheCall, compute_dtype: torch.dtype | None = No
     position = seqlens[:, None] - whole.max_seqlen_q + torch.arange(whole.max_seqlen_q, device=seqlens.device)
     visible = _in_window(position, slots.expand_as(written), call.window_left, call.window_right)
     visible = visible & written[:, None, :]
+    if call.cache_leftpad is not None:
+        visible = visible & (slots >= call.cache_leftpad[:, None])[:, None, :]
     mask_alone = whole._replace(dense_mask=visible[:, None], window_left=-1, window_right=-1)
     out, lse = attention(mask_alone, compute_dtype)
     return out.transpose(1, 2), lse

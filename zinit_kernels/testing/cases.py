@@ -257,6 +257,7 @@ class CacheCase:
     append: bool = True
     capacity: int = 128
     page_size: int = 0  # 0: contiguous
+    leftpad: tuple[int, ...] = ()  # slots at the start of each sequence that hold NaN; (): none
     cache_rows: tuple[int, ...] = ()  # of each sequence, in contiguous caches of more rows; (): row b
     head_major: bool = False
     rotary_dim: int = 0
@@ -293,6 +294,11 @@ CACHE_CASES = [
     CacheCase("batch_idx", cache_rows=(4, 0, 2), heads_q=8, heads_kv=2),
     CacheCase("batch_idx_rotary", cache_rows=(1, 3, 0), rotary_dim=64, seqlen_q=3, head_major=True, capacity=111),
     CacheCase("batch_idx_prefill", cache_rows=(2, 0), seqlen_q=45, seqlens=(0, 37), window=(30, 0)),
+    CacheCase("leftpad", leftpad=(0, 5, 100), heads_q=8, heads_kv=2),
+    CacheCase("leftpad_paged", leftpad=(0, 17, 3), page_size=16, rotary_dim=32, seqlen_q=3, num_splits=2),
+    CacheCase("leftpad_window", leftpad=(0, 17, 80), window=(30, 0), seqlen_q=5),
+    CacheCase("leftpad_prefill", leftpad=(3, 0), seqlen_q=45, seqlens=(37, 3), causal=False, head_major=True),
+    CacheCase("leftpad_read", leftpad=(1, 37, 64), append=False, seqlens=(1, 37, 128), cache_rows=(4, 0, 2)),
     CacheCase("rotary", rotary_dim=64, seqlen_q=3),
     CacheCase("rotary_interleaved", rotary_dim=32, rotary_interleaved=True, seqlen_q=2, heads_q=8, heads_kv=4),
     CacheCase("rotary_paged_bidirectional", rotary_dim=64, page_size=16, causal=False, seqlen_q=2),
@@ -347,7 +353,7 @@ def make_cache_arguments(
         table = torch.tensor(case.cache_rows)[:, None]
     for sequence, seqlen in enumerate(case.seqlens):
         for cache in caches:
-            for position in range(seqlen):
+            for position in range(case.leftpad[sequence] if case.leftpad else 0, seqlen):
                 cache[table[sequence, position // page_size], position % page_size] = normal(
                     heads_kv, head_dim
                 )
@@ -361,6 +367,7 @@ def make_cache_arguments(
         "k_cache": caches[0],
         "v_cache": caches[1],
         "cache_seqlens": torch.tensor(case.seqlens, dtype=torch.int32),
+        "cache_leftpad": torch.tensor(case.leftpad, dtype=torch.int32) if case.leftpad else None,
         "cache_batch_idx": table[:, 0].to(torch.int32) if case.cache_rows else None,
         "block_table": block_table if case.page_size else None,
         "causal": case.causal,

@@ -24,7 +24,8 @@ struct Visible {
   __device__ Visible(int from, int to) : begin(from), end(to) {}
   __device__ Visible(const DecodeWork& w, const Sequence& s, int token) {
     const int position = s.total - static_cast<int>(w.seqlen_q) + token;
-    begin = w.window_left < 0 ? 0 : static_cast<int>(max(position - w.window_left, int64_t{0}));
+    begin = s.hidden;
+    if (w.window_left >= 0) begin = static_cast<int>(max(position - w.window_left, int64_t{begin}));
     end =
         w.window_right < 0 ? s.total : static_cast<int>(min(position + w.window_right + 1, int64_t{s.total}));
   }

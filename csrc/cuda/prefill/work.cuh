@@ -37,6 +37,7 @@ struct QueryBlock {
   int batch;             // of the tensors: 0 where sequences are packed
   int first_q, queries;  // rows of the sequence
   int first_k, keys;
+  int hidden;        // of the keys the first, which nothing sees
   int first, count;  // queries of the block
   int offset;        // position of the sequence's query 0 among its keys
   int rotary_start;  // position of the first new token
@@ -45,7 +46,7 @@ struct QueryBlock {
     QueryBlock b;
     b.sequence = static_cast<int>(blockIdx.z), b.head = static_cast<int>(blockIdx.y);
     b.kv_head = b.head / w.group;
-    b.batch = b.sequence, b.first_q = b.first_k = b.rotary_start = 0;
+    b.batch = b.sequence, b.first_q = b.first_k = b.hidden = b.rotary_start = 0;
     b.queries = static_cast<int>(w.seqlen_q), b.keys = static_cast<int>(w.seqlen_k);
     if (w.cu_seqlens_q.given) {
       const PackedRows q(w.cu_seqlens_q.data, b.sequence, w.total_q);
@@ -53,7 +54,7 @@ struct QueryBlock {
       b.batch = 0, b.first_q = q.first, b.queries = q.count, b.first_k = k.first, b.keys = k.count;
     } else if (w.cache_seqlens.given) {
       const Sequence s(w, b.sequence);
-      b.keys = s.total, b.rotary_start = s.length;
+      b.keys = s.total, b.hidden = s.hidden, b.rotary_start = s.length;
     }
     b.offset = b.keys - b.queries;
     // the last queries see the most keys, so they come first: no long block is left for the end
@@ -66,7 +67,7 @@ struct QueryBlock {
 
   // The keys that a query of the block sees.
   __device__ int begin(const PrefillWork& w, int row) const {
-    return max(first + row + offset - w.reach_left, 0);
+    return max(first + row + offset - w.reach_left, hidden);
   }
   __device__ int end(const PrefillWork& w, int row) const {
     return min(first + row + offset + w.reach_right + 1, keys);

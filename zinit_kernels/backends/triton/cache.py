@@ -27,6 +27,7 @@ class Pages(NamedTuple):
     table_ptr: Any
     table_stride: Any
     num_pages: Any
+    leftpad: Any  # slots before a sequence's key 0; None: none
 
 
 @triton.jit
@@ -70,6 +71,8 @@ def load_rotated(
 def _slots(cache, pages, sequence, kv_head, positions, valid, PAGE_SIZE: tl.constexpr):
     """(int64 offsets in a cache, which of them exist) of some positions of a sequence."""
     offset = kv_head.to(tl.int64) * cache.head
+    if pages.leftpad is not None:
+        positions += pages.leftpad
     if pages.table_ptr is None:
         return offset + sequence.to(tl.int64) * cache.batch + positions.to(tl.int64) * cache.token, valid
     else:
@@ -203,7 +206,7 @@ def zinit_append_kernel(
     INTERLEAVED: tl.constexpr,
 ):
     """cache[seqlen + t] = rotate(new[t]); one program owns BLOCK_T new tokens of one head."""
-    pages = Pages(block_table_ptr, table_stride, num_pages)
+    pages = Pages(block_table_ptr, table_stride, num_pages, None)
     rotary = Rotary(cos_ptr, sin_ptr, rotary_rows, rotary_stride)
     tile, kv_head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_new, BLOCK_T), num_heads_kv)
     tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)

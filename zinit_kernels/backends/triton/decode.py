@@ -90,6 +90,7 @@ def zinit_decode_kernel(
     prompt_index_ptr,  # int32 [B] or None
     sinks_ptr,  # float32 [Hq] or None: a logit of each head, one more term of the token branch's denominator
     cache_seqlens_ptr,  # int32 [B]: keys in the cache before the call
+    cache_leftpad_ptr,  # int32 [B] or None: the first slots of a sequence that no query sees
     block_table_ptr,  # int32 [B, pages of a sequence] or None
     cos_ptr,  # [rotary_rows, HALF] or None
     sin_ptr,
@@ -136,7 +137,6 @@ def zinit_decode_kernel(
     CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     window = Window(window_left, None if ONE_TOKEN else window_right)
     cap = Cap(cap_scale, cap_size)
-    pages = Pages(block_table_ptr, table_stride, num_pages)
     rotary = Rotary(cos_ptr, sin_ptr, rotary_rows, rotary_stride)
     group = num_heads_q // num_heads_kv
     num_tiles = tl.cdiv(seqlen_q * group, BLOCK_M)
@@ -158,6 +158,13 @@ def zinit_decode_kernel(
         cached = num_k
     else:
         cached = tl.minimum(cached, capacity)
+    new_positions = cached + tl.arange(0, BLOCK_T)
+    leftpad = None
+    if cache_leftpad_ptr is not None:  # from here on keys are counted from the first that is not padding
+        leftpad = tl.minimum(tl.maximum(tl.load(cache_leftpad_ptr + sequence), 0), cached)
+        cached -= leftpad
+        num_k -= leftpad
+    pages = Pages(block_table_ptr, table_stride, num_pages, leftpad)
     position = num_k - seqlen_q
     limits = key_limits(position + tokens, cached, window)
     new_limits = key_limits(position + tokens, num_k, window)
@@ -244,7 +251,7 @@ def zinit_decode_kernel(
                 sequence,
                 kv_head,
                 new,
-                cached + new,
+                new_positions,
                 present,
                 rotary,
                 HEAD_DIM,

@@ -91,6 +91,7 @@ def cache_operands(call: CacheCall) -> Operands:
         "value_cache": view_of(call.value_cache),
         "sinks_ptr": call.sinks,
         "cache_seqlens_ptr": call.cache_seqlens,
+        "cache_leftpad_ptr": call.cache_leftpad,
         "block_table_ptr": table,
         "cos_ptr": call.rotary_cos,
         "sin_ptr": call.rotary_sin,

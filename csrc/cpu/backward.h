@@ -58,8 +58,8 @@ class BackwardUnit {
       if (w.grad_sinks.given) sink_gradients(pass % blocks);
       if (w.wants_tokens()) token_gradients();
       if (w.grad_query.given) {
-        store_rows<true>(s.grad_query, width, queries, w.scale, sequence.query_row(w.grad_query, head, first),
-                         w.grad_query);
+        store_rows<kRows>(s.grad_query, width, queries, w.scale,
+                          sequence.query_row(w.grad_query, head, first), w.grad_query);
       }
     }
     if (key_sum != nullptr && keys_met.begin < keys_met.end) {
@@ -380,8 +380,9 @@ class BackwardUnit {
     if (w.grad_key.given) add(ds_by_query(row), w.query, s.query_lanes, grad_key);
   }
 
-  // Rows of floats into a tensor; kNotes: they are results that may have to be repeated.
-  template <bool kNotes>
+  // Rows of floats into a tensor. kNoted: they are results that may have to be repeated; every row is noted,
+  // or each first of kRows.
+  template <int kNoted>
   void store_rows(const float* from, int64_t from_row, int64_t rows, float scale, void* to,
                   const View& view) {
     Extremes<Tile::kFlushes> noted;
@@ -389,41 +390,53 @@ class BackwardUnit {
       const Vec factor = broadcast(scale);
       for (int64_t i = 0; i < rows; ++i) {
         const float* row = from + i * from_row;
+        const bool leads = kNoted == 1 || i % kRows == 0;
         int64_t d = 0;
         for (; d + kLanes <= w.head_dim; d += kLanes) {
           const Vec x = load(row + d) * factor;
-          if (kNotes) noted.note(x);
+          if (kNoted > 0) noted.note(x, leads);
           store(target[i] + d, x);
         }
         if (d == w.head_dim) continue;
         const Vec x = load(row + d) * factor;
-        if (kNotes) noted.note_first(x, w.head_dim - d);
+        if (kNoted > 0) noted.note_first(x, w.head_dim - d, leads);
         store_first(target[i] + d, w.head_dim - d, x);
       }
     });
-    if (kNotes) seen.note(noted);
+    if (kNoted > 0) seen.note(noted);
   }
 
-  // Rows of a sum that the second stage will store.
+  // Rows of a sum that the second stage will store. Two at a time: one chain of notes would wait for itself.
   void note(const float* sum, int64_t rows) {
-    Extremes<Tile::kFlushes> noted;
-    for (int64_t j = 0; j < rows; ++j, sum += w.padded_dim) {
-      int64_t d = 0;
-      for (; d + kLanes <= w.head_dim; d += kLanes) noted.note(load(sum + d));
-      if (d < w.head_dim) noted.note_first(load(sum + d), w.head_dim - d);
+    Extremes<Tile::kFlushes> noted[2];
+    const auto note_row = [&](const float* row, Extremes<Tile::kFlushes>& into, int64_t d) {
+      if (d + kLanes <= w.head_dim) {
+        into.note(load(row + d));
+      } else {
+        into.note_first(load(row + d), w.head_dim - d);
+      }
+    };
+    int64_t j = 0;
+    for (; j + 2 <= rows; j += 2, sum += 2 * w.padded_dim) {
+      for (int64_t d = 0; d < w.head_dim; d += kLanes) {
+        note_row(sum, noted[0], d);
+        note_row(sum + w.padded_dim, noted[1], d);
+      }
     }
-    seen.note(noted);
+    for (int64_t d = 0; j < rows && d < w.head_dim; d += kLanes) note_row(sum, noted[0], d);
+    seen.note(noted[0]);
+    seen.note(noted[1]);
   }
 
   template <bool kNotes>
   void store_keys(int64_t begin, int64_t end, const float* grad_key, const float* grad_value) {
     if (w.grad_key.given) {
-      store_rows<kNotes>(grad_key, w.padded_dim, end - begin, w.scale,
-                         sequence.key_row(w.grad_key, kv_head, begin), w.grad_key);
+      store_rows<kNotes ? 1 : 0>(grad_key, w.padded_dim, end - begin, w.scale,
+                                 sequence.key_row(w.grad_key, kv_head, begin), w.grad_key);
     }
     if (w.grad_value.given) {
-      store_rows<kNotes>(grad_value, w.padded_dim, end - begin, 1.f,
-                         sequence.key_row(w.grad_value, kv_head, begin), w.grad_value);
+      store_rows<kNotes ? 1 : 0>(grad_value, w.padded_dim, end - begin, 1.f,
+                                 sequence.key_row(w.grad_value, kv_head, begin), w.grad_value);
     }
   }
 

@@ -33,15 +33,15 @@ struct Finish {
   int64_t head_dim;
   Seen* seen;  // of the item
 
-  void operator()(int64_t row, int64_t lane, Vec tokens, Vec prompts, Seen& noted) const {
+  void operator()(int64_t row, int64_t lane, Vec tokens, Vec prompts, bool leads, Seen& noted) const {
     if (acc) tokens = fma(load(acc + row * width + lane), broadcast(alpha[row]), tokens);
     const Vec sum = fma(tokens, broadcast(inverse[row]), prompts);
     if (lane + kLanes <= head_dim) {
       Tile::store_result(out[row] + lane, sum);
-      noted.note(sum);
+      noted.note(sum, leads);
     } else {
       store_first(out[row] + lane, head_dim - lane, sum);
-      noted.note_first(sum, head_dim - lane);
+      noted.note_first(sum, head_dim - lane, leads);
     }
   }
 };
@@ -226,12 +226,15 @@ class ForwardBlock {
   void write_lse(int64_t t, int64_t rows, float* inverse) {
     const SoftmaxState& state = s.states[t];
     float* lse = w.lse + sequence.lse_index(w.num_heads_q, head, first + t * kStrip);
+    float zeros = 0.f;
     for (int64_t i = 0; i < rows; ++i) {
       const double m = static_cast<double>(state.m[i]) * static_cast<double>(how.remaining);
       const RowEnd end = w.sinks.given ? end_row(m, state.l[i], w.sinks.data[head]) : end_row(m, state.l[i]);
       inverse[i] = end.factor;
+      zeros += end.factor * 0.f;
       lse[i] = static_cast<float>(end.lse);
     }
+    seen.note_zeros(zeros);
   }
 
   // Behind the weights of the block: gate * softmax(scale q pk^T).

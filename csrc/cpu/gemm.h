@@ -95,7 +95,7 @@ template <class Tile, class Into, int ROWS, int VECS>
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) into(row + r, lane + v * kLanes, first[r][v], sum[r][v], seen);
+      for (int v = 0; v < VECS; ++v) into(row + r, lane + v * kLanes, first[r][v], sum[r][v], r == 0, seen);
     }
     into.seen->note(seen);
   } else {

@@ -33,8 +33,8 @@ inline Vec scale_by_power(Vec a, Vec n) {
   return {_mm256_mul_ps(a.v, _mm256_and_ps(normal, _mm256_castsi256_ps(power)))};
 }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
-// min(|a|, |b|)
-inline Vec min_abs(Vec a, Vec b) { return min(abs(a), abs(b)); }
+// min(a, |b|) for a >= 0; NaN in b does not count.
+inline Vec min_abs(Vec a, Vec b) { return min(abs(b), a); }
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};

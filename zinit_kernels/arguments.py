@@ -461,7 +461,10 @@ def _scale(scale: float | None, head_dim: int) -> float:
             "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
             f"got {type(scale).__name__}"
         )
-    return float(scale)
+    scale = float(scale)
+    if not -3e38 <= scale <= 3e38:  # NaN too; beyond it float32, in which the kernels compute, has infinity
+        raise ValueError(f"scale must be a finite number between -3e38 and 3e38, got {scale}")
+    return scale
 
 
 def _softcap(softcap: float | None) -> float:

@@ -227,7 +227,7 @@ def _is_plain(
         and (gate is None or gate.shape[1] == heads_q)
         and (prompt_key is None or prompt_value is None or prompt_key.dtype is prompt_value.dtype)
         and 1 <= head_dim <= fused.MAX_HEAD_DIM
-        and (scale is None or type(scale) is float)
+        and (scale is None or (type(scale) is float and -3e38 <= scale <= 3e38))
         and type(softcap) is float
         and (softcap == 0.0 or 1e-30 <= softcap <= 1e30)
         and gate_activation in GATE_ACTIVATIONS

@@ -108,7 +108,7 @@ def _gate(gate: Tensor | float, rows: int, query: Tensor, layout: Layout) -> Ten
     if shape == (1, heads_q):
         return gate.contiguous()
     if shape in ((heads_q,), (1, heads_q, 1, 1), (1, 1, heads_q, 1)):
-        return gate.reshape(1, heads_q)
+        return gate.reshape(1, heads_q).contiguous()  # a view of a view with gaps keeps them
     if gate.numel() == 1:
         return gate.reshape(1, 1).expand(1, heads_q).contiguous()
     if shape in ((rows, heads_q), (rows, 1)):
@@ -173,6 +173,8 @@ def classify_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tens
             f"[B, Hq, T, S] = {full}, got {tuple(mask.shape)}"
             + (f"; unless {WHOLE.swap()}" if mask.shape[-1:] == key.shape[1:2] else "")
         )
+    if mask.dtype == torch.float64 and query.dtype != torch.float64:
+        mask = _narrowed(mask)
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     depends_on_key_alone = shape[1] == 1 and shape[2] == 1 and not mask.requires_grad
     if not depends_on_key_alone:
@@ -186,3 +188,9 @@ def classify_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tens
     else:
         bias = key_mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     return bias.expand(batch, seqlen_k).contiguous(), None
+
+
+def _narrowed(mask: Tensor) -> Tensor:
+    """A float64 mask in float32. What is finite stays so: a row of float64's smallest number would hide every key."""
+    bound = torch.finfo(torch.float32).max
+    return torch.where(mask.isinf(), mask, mask.clamp(-bound, bound)).to(torch.float32)

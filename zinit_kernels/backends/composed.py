@@ -132,6 +132,8 @@ def _token_branch(call: Call) -> Tensor:
         masked = (call.key_bias == float("-inf"))[:, None, :, None]
         key, value = key.masked_fill(masked, 0), value.masked_fill(masked, 0)
     mask, empty = _as_sdpa_takes_it(call, bias, hidden)
+    if _is_far_from_zero(mask, call.query, key, value):
+        return formula.token_branch(call)[0].to(call.query.dtype)
     out = _sdpa(call.query, key, value, attn_mask=mask, scale=call.scale)
     return _without_unseen_nan(call, out.masked_fill(empty, 0))
 
@@ -151,6 +153,20 @@ def _as_sdpa_takes_it(call: Call, bias: Tensor | None, hidden: Tensor | None) ->
     empty = hidden.all(-1, keepdim=True)
     mask = mask.masked_fill(hidden & ~empty, float("-inf")).masked_fill(empty, 0).to(dtype)
     return mask.expand(-1, -1, query.shape[2], call.key.shape[2]), empty
+
+
+def _is_far_from_zero(mask: Tensor, *inputs: Tensor) -> bool:
+    """Whether SDPA's gradients would be wrong because a query's largest bias is far from 0.
+
+    Its backward on a CPU computes exp(score - lse). In an lse of -1e30 the logarithm of S is lost: with finfo.min as
+    the bias of all S keys the gradient of value was S times too large. On a device, looking would stall it.
+    """
+    if mask.device.type != "cpu" or not has_values(mask) or not mask.numel():
+        return False
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (mask, *inputs)):
+        return False
+    # up to 1e4, the largest bias in older models, float32 rounds lse no more than the scores themselves
+    return bool(mask.detach().amax(-1).abs().amax() > 1e4)
 
 
 def _without_unseen_nan(call: Call, out: Tensor) -> Tensor:
@@ -196,11 +212,26 @@ def _add_prompt_branch(call: Call, out: Tensor) -> Tensor:
         )
         for b in range(call.batch_size)
     ]
-    return (out + torch.cat(branches, 2)).to(dtype) if branches else out
+    if not branches:
+        return _depending(out, call.prompt_key, call.prompt_value, call.gate)
+    return (out + torch.cat(branches, 2)).to(dtype)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     # a branch: under torch.compile the comparison of symbolic sizes is no plain bool that could be passed on
     if query.shape[1] != key.shape[1]:
         options["enable_gqa"] = True
+    query, key, value = (_with_own_rows(t) for t in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def _with_own_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its rows overlap by steps of one element, as those of `Tensor.unfold` may.
+
+    SDPA stores its result in the order of the query's strides. They do not say which dimension is the last one then,
+    and its CPU kernel writes to wrong places; its backward refuses such keys in bfloat16.
+    """
+    others = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    if tensor.shape[-1] > 1 and any(size > 1 and step == 1 for size, step in others):
+        return tensor.contiguous()
+    return tensor

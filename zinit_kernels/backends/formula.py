@@ -138,7 +138,7 @@ def prompt_branch(call: Call) -> Tensor:
     """The second sum of a call with prompts, [B, Hq, T, D] in the computing dtype."""
     query = _widened(call.query)
     key, value, weight = (_widened(t) for t in prompts(call))
-    one_by_one = call.cu_seqlens_q is not None and key.shape[0] > 1
+    one_by_one = call.cu_seqlens_q is not None and key.shape[0] != 1
     if one_by_one:  # a packed token is a sequence of its own, with its sequence's prompts
         assert call.cu_seqlens_q is not None
         lengths = call.cu_seqlens_q.diff().long()

@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
     """Reports an interpreted test from the other process in place of running it here."""
     if not is_interpreted(item) or os.environ.get("TRITON_INTERPRET") == "1" or why_not_interpreted():
         return None
@@ -134,6 +134,8 @@ def pytest_runtest_protocol(item):
                 item.nodeid, item.location, {}, outcome, text if outcome == "failed" else None, when
             )
             item.ihook.pytest_runtest_logreport(report=report)
+    # the test before left what it shares with this one, its module's fixtures, for this one to take down
+    item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
 

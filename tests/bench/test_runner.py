@@ -23,7 +23,7 @@ from bench.machine import ROOT
 from bench.problem import PREFILL, Provider, Shape, make_problem, prefill
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
-from bench.suites import attention, compare, generate, seven_billion, targets, train
+from bench.suites import attention, compare, generate, seven_billion, targets, train, vision
 
 CPU = torch.device("cpu")
 QUICK = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
@@ -437,6 +437,12 @@ def test_every_target_of_a_cpu_has_its_rows():
         for mode in train.WIDTH
     ]  # fmt: skip
     rows.append(row(PLAIN, suite="verify", ratios={compare.THEIRS: 1.0}))
+    rows += [
+        row(ours, suite="vision", mode=mode, shape="LLaMA", ratios={vision.TEXT: 1.0, vision.ONE: 1.0},
+            figures={vision.PEAK_MB: 1.0, vision.PROMPTS_MB: 1.0})
+        for ours in (vision.TEXT, vision.SEEING, vision.EACH)
+        for mode in (vision.STEP, vision.PREFILL, vision.DECODE)
+    ]  # fmt: skip
     found = [len(judged(target, rows).figures) for target in targets.TARGETS]
     assert found == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [3, 3, 6, 6, 4, 4]
     assert all(judged(target, rows).figures for target in runner.targets_of("cpu"))

@@ -110,12 +110,15 @@ def test_transformers_warning_of_lost_prompts_says_how_to_read_them(name, tmp_pa
     handler.emit = lambda record: said.append(record.getMessage())
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(handler)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # the programs of other tests ask for errors alone
     try:
         for model in (adapted(name), base_model(name)):
             model.save_pretrained(tmp_path)
             type(model).from_pretrained(tmp_path)
     finally:
         transformers_logger.removeHandler(handler)
+        transformers.logging.set_verbosity(level)
     (warning,) = [text for text in said if ".zinit." in text]
     assert warning.endswith("load_adapter(model, folder) of zinit_kernels.integrations.transformers reads them from "
                             "the same folder.")  # fmt: skip

@@ -121,11 +121,13 @@ def test_numbers_that_lead_outside_a_tensor_are_named_and_the_kernels_cut_them()
     inputs.options["prompt_index"] = torch.tensor([0, 1, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="prompt_index.*3"):
         inputs.call("triton")
-    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in CALL.arguments(inputs.canonical())]
-    args[3:6] = (torch.nan_to_num(a, nan=1.0) for a in args[3:6])  # unused rows are poison, and NaN != NaN
-    out, _ = torch.ops.zinit.forward_triton(*args)
-    args[6] = torch.tensor([0, 1, -1], dtype=torch.int32)
-    assert torch.equal(out, torch.ops.zinit.forward_triton(*args)[0])
+    call = inputs.canonical()
+    for tensor in (call.prompt_key, call.prompt_value, call.gate):
+        tensor.detach().nan_to_num_(nan=1.0)  # unused rows are poison, and NaN != NaN
+    none = call._replace(prompt_index=torch.tensor([0, 1, -1], dtype=torch.int32))
+    with torch.no_grad():
+        results = [torch.ops.zinit.forward_triton(*CALL.arguments(c))[0] for c in (call, none)]
+    assert torch.equal(*results)
 
 
 OPCHECKED = [

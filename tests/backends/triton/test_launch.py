@@ -133,7 +133,7 @@ def test_a_first_call_runs_the_written_choice_and_times_nothing(monkeypatch):
     assert launched == [configs.choose("forward", 128, 16, 2, 90)]
 
 
-def test_tuning_times_each_candidate_once_a_key_and_keeps_the_fastest(monkeypatch):
+def test_tuning_times_each_candidate_once_a_key_and_keeps_the_fastest(monkeypatch, capsys):
     timed, launched = [], []
 
     def milliseconds(config, launch):
@@ -148,6 +148,9 @@ def test_tuning_times_each_candidate_once_a_key_and_keeps_the_fastest(monkeypatc
         tuning.run(key, CANDIDATES, launched.append)
     assert launched == [CANDIDATES[-1]] * 3
     assert timed == [*CANDIDATES, *CANDIDATES]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"zinit: tuned a: {tuple(CANDIDATES[-1])} ")
+    assert all(str(tuple(config)) in lines[0] for config in CANDIDATES)
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch):

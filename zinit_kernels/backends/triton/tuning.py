@@ -1,12 +1,14 @@
 """Which of a kernel's candidates a call runs: the written choice, or with ZINIT_AUTOTUNE=1 the fastest on this chip.
 
-Timing happens once per key and process, at the first such call; never inside a CUDA graph's capture. Sums have the
-order of their tiles, so bits repeat within a process, and between processes only where the same candidate won.
+Timing happens once per key and process, at the first such call; never inside a CUDA graph's capture. Every candidate's
+time goes to stderr, in one line per key. Sums have the order of their tiles, so bits repeat within a process, and
+between processes only where the same candidate won.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +33,10 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
     if ENABLED and len(candidates) > 1:
         if key not in _fastest and not torch.cuda.is_current_stream_capturing():
             times = {config: _milliseconds(config, launch) for config in candidates}
-            _fastest[key] = min(times, key=times.__getitem__)
+            ranking = sorted(times, key=times.__getitem__)
+            _fastest[key] = ranking[0]
+            listed = ", ".join(f"{tuple(config)} {times[config]:.4f} ms" for config in ranking)
+            print(f"zinit: tuned {key}: {listed}; written choice {tuple(choice)}", file=sys.stderr)
         choice = _fastest.get(key, choice)
     launch(choice)
 

@@ -121,3 +121,22 @@ def test_adapter_names_are_refused_where_they_would_be_ignored():
 
     with pytest.raises(ValueError, match="adapter_names is not supported by generate_batch"):
         accelerate(adapted(CONFIGS["llama-gqa"])).generate_batch([[5, 6]], adapter_names=["default"])
+
+
+def test_a_context_that_cannot_be_entered_leaves_nothing_behind(monkeypatch):
+    """transformers' functions are its own again, and no adapter is kept out of what is served later."""
+    from zinit_kernels.integrations.layers import served_without
+
+    before, model = ALL_ATTENTION_FUNCTIONS["sdpa"], adapted("Llama")
+
+    def refuse(self, *_, **__):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", refuse)
+    with (
+        zinit.disable_zero_init_attention(model),
+        pytest.raises(ValueError, match="not this one"),
+        zinit.continuous_batching(model),
+    ):
+        pass
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before and not served_without

@@ -15,6 +15,7 @@ from tiny_transformers import adapted as prompted  # noqa: E402
 from tiny_transformers import inputs_of, outputs  # noqa: E402
 
 from zinit_kernels.integrations import transformers as zinit  # noqa: E402
+from zinit_kernels.integrations.layers import tokens_of  # noqa: E402
 from zinit_kernels.integrations.peft import accelerate  # noqa: E402
 from zinit_kernels.integrations.scope import Scope  # noqa: E402
 
@@ -256,3 +257,13 @@ def test_adapter_names_in_a_replica_are_refused(peft_model):
     peft_model.base_model._is_replica = True  # as nn.DataParallel marks its copies
     with pytest.raises(ValueError, match="adapter_names is not supported under nn.DataParallel"):
         logits(peft_model, adapter_names=["second", "default"])
+
+
+def test_new_prompts_do_not_stand_in_a_block_of_freed_ones():
+    """Python gives the id of a freed object to a new one."""
+    model, seen = prompted("Llama"), set()
+    for _ in range(20):
+        zinit.remove_zero_init_attention(model)
+        tokens = tokens_of(zinit.add_zero_init_attention(model, 2))
+        assert tokens and seen.isdisjoint(tokens)
+        seen |= tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architectures import Projection, architecture_of, is_adaptable, missing_row
 from .attention import NAME, NEEDS_KWARGS, attend_by_zinit
 from .recomputation import forget_blocks
-from .scope import Scope
+from .scope import Scope, new_token
 from .usage import mark_used, unwatch, watch
 
 # what wraps a model or a part of it gives the layers' names these parts, which say nothing about the model
@@ -40,13 +40,12 @@ class ZeroInitPrompts(nn.Module):
         self.projection = projection
         self.enabled = True  # for every call; `disable_zero_init_attention` is for those of one thread
         self.attention_before: str | None = None  # the implementation that the layer attended by
-        self.token = id(self)
+        self.token = new_token()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.token = id(
-            self
-        )  # a copy is an adapter of its own, where nn.DataParallel's replica is the same one
+        # a copy is an adapter of its own, where nn.DataParallel's replica is the same one
+        self.token = new_token()
 
     def __getattr__(self, name: str) -> Any:
         if name == "prompt":  # somebody else's attention function may read it too, and use it

@@ -30,6 +30,7 @@ from .attention import NAME, attend_by_zinit, mixed
 from .layers import disabled, served_without
 from .prompts import Prompts
 from .recomputation import remember_blocks
+from .scope import new_token
 from .serving import attends_by_zinit, serving
 from .usage import begin, ignored, take_used
 
@@ -45,7 +46,7 @@ class FusedAdaptedAttention(AdaptedAttention):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.token = id(self)  # a copy is a layer of its own
+        self.token = new_token()  # a copy is a layer of its own
 
     def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         attention = self.model
@@ -234,7 +235,7 @@ def _become(layer: nn.Module, kind: type[AdaptedAttention]) -> None:
     """Exchanges the layer's class, and the forward that Accelerate's hooks call, which they keep in the layer."""
     layer.__class__ = kind
     if kind is FusedAdaptedAttention:
-        layer.__dict__.setdefault("token", id(layer))
+        layer.__dict__.setdefault("token", new_token())
     else:
         layer.__dict__.pop("token", None)
     if "_old_forward" in vars(layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ def _is_autograds_thread() -> bool:
     if torch._C._current_graph_task_id() == -1:
         return False
     return isinstance(threading.current_thread(), threading._DummyThread)
+
+
+# A new name for an adapter, which blocks know it by. An `id` would do until the adapter is freed: the next adapter may
+# get the same one, and would stand in the blocks of the freed one.
+new_token = itertools.count(1).__next__
 
 
 class Scope(Generic[_Value]):

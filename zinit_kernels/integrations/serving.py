@@ -43,8 +43,8 @@ def serving(model: Any) -> Iterator[None]:
     """
     base: nn.Module = model.set_attn_implementation.__self__
     without = disabled_here(model)
-    served_without.append(without)
     _enter(base)
+    served_without.append(without)
     try:
         yield
     finally:
@@ -63,7 +63,11 @@ def _enter(base: Any) -> None:
         if served is None:
             own = vars(base).get("_supports_flash_attn")
             served = _Served(0, base.config._attn_implementation, own)
-            base.set_attn_implementation("sdpa")
+            try:
+                base.set_attn_implementation("sdpa")
+            except BaseException:
+                _put_functions_back()
+                raise
             base._supports_flash_attn = False  # else it switches to flash-attention where that is installed
         _models[base] = served._replace(contexts=served.contexts + 1)
 
@@ -80,10 +84,15 @@ def _leave(base: Any) -> None:
                 del base._supports_flash_attn
             else:
                 base._supports_flash_attn = served.flash
-        if not _models:
-            for name, function in _found.items():
-                ALL_ATTENTION_FUNCTIONS[name] = function
-            _found.clear()
+        _put_functions_back()
+
+
+def _put_functions_back() -> None:
+    """Gives transformers its own functions back, unless a model is still served."""
+    if not _models:
+        for name, function in _found.items():
+            ALL_ATTENTION_FUNCTIONS[name] = function
+        _found.clear()
 
 
 def _with_prompts(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -192,16 +192,17 @@ class BackwardUnit {
     const float* lse = w.lse + sequence.lse_index(w.num_heads_q, head, start);
     for (int64_t i = 0; i < rows; ++i) {
       if (lse[i] == -kInfinity || __builtin_fabsf(lse[i]) <= kCoarse) continue;
-      if (w.sinks.given) {
-        const double scale = static_cast<double>(how.remaining), m = static_cast<double>(state.m[i]) * scale;
-        const double sum = end_row(m, state.l[i], w.sinks.data[head]).lse;
-        // the larger of the two is near lse, so the rest is small
-        const float pivot = m < static_cast<double>(w.sinks.data[head]) ? pivot_of(sum, scale) : state.m[i];
-        s.pivot[row + i] = pivot;
+      const double scale = static_cast<double>(how.remaining), m = static_cast<double>(state.m[i]) * scale;
+      const float l = state.l[i];
+      float& pivot = s.pivot[row + i];
+      if (w.sinks.given && (l == 0.f || static_cast<double>(w.sinks.data[head]) > m)) {
+        const double sum = end_row(m, l, w.sinks.data[head]).lse;
+        pivot = pivot_of(sum, scale);
         s.rest[row + i] = static_cast<float>((sum - static_cast<double>(pivot) * scale) / kLn2);
-      } else {
-        s.pivot[row + i] = state.m[i];
-        s.rest[row + i] = __builtin_log2f(state.l[i]);
+      } else {  // not by m + log(l): where m is 1e30, that is m in double too
+        const double sink = w.sinks.given ? __builtin_exp(static_cast<double>(w.sinks.data[head]) - m) : 0.;
+        pivot = state.m[i];
+        s.rest[row + i] = __builtin_log2f(l + static_cast<float>(sink));
       }
     }
   }

@@ -159,13 +159,16 @@ inline bool row_statistics(const BackwardWork& w, const Sequence& sequence, cons
 template <class Tile>
 inline float sink_gradient(const ScoreScale& how, float sink, const float* lse, int64_t queries,
                            const BackwardScratch<Tile>& s) {
-  constexpr float kAlone = 1e25f;  // a sink that large leaves nothing to the keys, and its rest is rounded
+  // A sink of 1e25 that is larger than all scores leaves nothing to the keys. Its rest is a rounding error then; where
+  // there is more in the sum, rest is the logarithm of a small number.
+  constexpr float kAlone = 1e25f, kLargestRest = 64.f;
   double sum = 0;
   for (int64_t i = 0; i < queries; ++i) {
     if (lse[i] == -kInfinity || sink == -kInfinity) continue;
     const double m = static_cast<double>(s.pivot[i]) * static_cast<double>(how.remaining);
     const double exponent = (static_cast<double>(sink) - m) / kLn2 - static_cast<double>(s.rest[i]);
-    const bool alone = lse[i] == sink && __builtin_fabsf(sink) > kAlone;
+    const bool alone = lse[i] == sink && __builtin_fabsf(sink) > kAlone &&
+                       __builtin_fabsf(s.rest[i]) > kLargestRest;
     const double p = alone ? 1. : __builtin_exp2(exponent);
     sum -= p * static_cast<double>(s.delta[i]);
   }

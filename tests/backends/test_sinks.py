@@ -209,3 +209,19 @@ def test_wrong_sinks_are_named(name, grad):
     sinks, error, message = WRONG[name]
     with pytest.raises(error, match=message), torch.set_grad_enabled(grad):
         zero_init_attention(**tensors() | {"sinks": sinks}, is_causal=True)
+
+
+@pytest.mark.parametrize("sink", [float("-inf"), -1e38, -1e30, 0.0, 1e30])
+@pytest.mark.parametrize("bias", [torch.finfo(torch.float32).min, -1e30, 0.0, 1e30])
+@pytest.mark.parametrize("backend", [CPU, "composed"])
+def test_gradients_beside_a_far_bias(backend, bias, sink):
+    """log(l) is lost beside a score of 1e30, in float64 too."""
+    found = []
+    for by, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(0)
+        leaves = [t.to(dtype).requires_grad_() for t in torch.randn(3, 1, 2, 5, 8).unbind()]
+        sinks = torch.full((2,), sink, requires_grad=True)
+        out = zero_init_attention(*leaves, attn_mask=torch.full((1, 1, 1, 5), bias), sinks=sinks, backend=by)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [*leaves, sinks])))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-5, atol=1e-5)

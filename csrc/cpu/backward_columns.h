@@ -167,8 +167,8 @@ inline float sink_gradient(const ScoreScale& how, float sink, const float* lse, 
     if (lse[i] == -kInfinity || sink == -kInfinity) continue;
     const double m = static_cast<double>(s.pivot[i]) * static_cast<double>(how.remaining);
     const double exponent = (static_cast<double>(sink) - m) / kLn2 - static_cast<double>(s.rest[i]);
-    const bool alone = lse[i] == sink && __builtin_fabsf(sink) > kAlone &&
-                       __builtin_fabsf(s.rest[i]) > kLargestRest;
+    const bool alone =
+        lse[i] == sink && __builtin_fabsf(sink) > kAlone && __builtin_fabsf(s.rest[i]) > kLargestRest;
     const double p = alone ? 1. : __builtin_exp2(exponent);
     sum -= p * static_cast<double>(s.delta[i]);
   }

@@ -180,15 +180,20 @@ template <class Tile>
 [[gnu::always_inline]] inline void token_gradient_column(const Extent& e, int64_t keys, const ScoreScale& how,
                                                          int64_t row, int64_t column, bool wants_scores,
                                                          bool careful, const BackwardScratch<Tile>& s) {
-  const float* scores = s.scores + column;
+  float* scores = s.scores + column;
   float* dp = s.dp + column;
   const Vec pivot = load(s.pivot + row + column), rest = load(s.rest + row + column);
   Vec delta = load(s.delta + row + column);
   const Vec zero = broadcast(0.f), minus_rest = zero - rest;
   const Vec factor = broadcast(how.factor), nothing = broadcast(-kInfinity);
-  if (how.cap > 0.f && wants_scores) {
+  if (how.cap > 0.f) {
+    // An infinite key has finite scores under a cap. In a lane without a query, though, its score is 0 * inf.
+    const Vec absent = broadcast(kNothing);
     for (int64_t j = e.begin; j < e.end; ++j) {
-      store(dp + j * kGroup, (load(dp + j * kGroup) - delta) * load(s.slopes + column + j * kGroup));
+      store(scores + j * kGroup, select_ge(rest, absent, nothing, load(scores + j * kGroup)));
+      if (!wants_scores) continue;
+      const Vec ds = (load(dp + j * kGroup) - delta) * load(s.slopes + column + j * kGroup);
+      store(dp + j * kGroup, select_ge(rest, absent, zero, ds));
     }
     delta = zero;
   }

@@ -49,6 +49,7 @@ def whole(hidden):
     "hidden, backend",
     [
         *(pytest.param(hidden, "cpu", marks=pytest.mark.native) for hidden in MASKS),
+        *(pytest.param(hidden, "triton", marks=pytest.mark.interpreted) for hidden in MASKS[:2]),
         *itertools.product([*MASKS, *DENSE_MASKS], ["composed", "reference"]),
     ],
 )

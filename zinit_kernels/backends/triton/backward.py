@@ -39,7 +39,7 @@ from .primitives import (
     store_tile,
     unravel,
 )
-from .softmax import prompt_softmax
+from .softmax import finite_part, prompt_softmax
 
 
 class Heads(NamedTuple):
@@ -139,7 +139,7 @@ def _add_queries(
         lse = _load_lse(lse_ptr + row_offset, rows, left, cap, MASKED or HAS_BIAS)
         if CAREFUL:
             # Where q is NaN, so is lse, and with it every weight of the row. Where do is, lse is made NaN.
-            q = tl.where((lse == lse)[:, None], q, 0.0).to(q.dtype)
+            q = finite_part(tl.where((lse == lse)[:, None], q, 0.0).to(q.dtype))
             zero = tl.sum(do.to(tl.float32) * 0.0, 1)
             do = tl.where((zero == zero)[:, None], do, 0.0).to(do.dtype)
             lse += zero
@@ -363,9 +363,9 @@ def _add_keys(
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         if cap.size is not None:
             ds *= cap_slopes(s, cap)
-        if CAREFUL:  # where k is NaN, so are the scores of those that see it
+        if CAREFUL:  # a NaN or infinity in k is also in the scores of those that see it
             ds = tl.where(visible, ds, 0.0)
-            k = tl.where(k == k, k, 0.0).to(k.dtype)
+            k = finite_part(k)
         dq = dot(ds.to(k.dtype), k, dq)
     return dq
 

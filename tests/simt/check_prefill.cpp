@@ -55,7 +55,7 @@ struct Problem {  // one key head
 
 void launch(const PrefillParams& p) {
   const auto work = cuda::prefill_work(p);
-  cuda::launch_attention_of<bf16, D>(work, nullptr);
+  cuda::launch_prefill_of<bf16, D>(work, nullptr);
 }
 
 double dot(const bf16* a, const bf16* b) {

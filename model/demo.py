@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,12 +35,12 @@ from .llama import Llama
 from .loading import load_base
 from .pictures import running_mean, save_picture
 from .program import program
-from .progress import progress
+from .progress import stage
 from .recipe import Recipe
 from .records import Record
 from .run_folder import make_directory, refuse_occupied, writing
 from .sampling import generate
-from .small_base import STEPS, Report, small_base
+from .small_base import STEPS, small_base
 from .tokenizer import Tokenizer, load_tokenizer
 from .train_loop import evaluate, make_optimizer, train
 
@@ -139,19 +138,6 @@ def run(output: Path, size: Size, console: Console) -> Result:
         decoding_speed,
         losses,
     )
-
-
-@contextmanager
-def stage(console: Console, title: str, steps: int) -> Iterator[Report]:
-    """Shows the progress of a part of the demo. Yields a function of the steps done and, if there is one, the loss."""
-    with progress(console, steps) as bar:
-
-        def show(done: int, loss: float | None = None) -> None:
-            bar(done, title, "" if loss is None else f"loss {loss:.2f}")
-
-        bar(0, title, always=True)
-        yield show
-        bar(steps, title, always=True)
 
 
 def compare_gates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol, TextIO, cast
@@ -65,6 +65,19 @@ def progress(console: Console, total: int, done: int = 0, transient: bool = Fals
             bar.update(task, completed=done, description=title, detail=detail)
 
         yield show
+
+
+@contextmanager
+def stage(console: Console, title: str, steps: int) -> Iterator[Callable[..., None]]:
+    """Shows the progress of a part of a demo. Yields a function of the steps done and, if there is one, the loss."""
+    with progress(console, steps) as bar:
+
+        def show(done: int, loss: float | None = None) -> None:
+            bar(done, title, "" if loss is None else f"loss {loss:.2f}")
+
+        bar(0, title, always=True)
+        yield show
+        bar(steps, title, always=True)
 
 
 class _Lines:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import UserError, note, warn
+
+_Kept = TypeVar("_Kept")
 
 # The templates of Stanford Alpaca, which the official LLaMA-Adapter is trained and asked with too.
 TEMPLATE_WITH_INPUT = (
@@ -86,22 +88,32 @@ def read_records(path: str | Path, strict: bool = False) -> list[Record]:
     Raises UserError naming the file, the line and what is wrong there.
     """
     path = Path(path)
-    records: list[Record] = []
-    empty: dict[str, list[int]] = {"instruction": [], "output": []}
     unused: Counter[str] = Counter()
-    for line, value in json_values(read_text(path), path):
-        record = _record(value, f"{path}, line {line}", unused)
+    values = json_values(read_text(path), path)
+    read = ((line, _record(value, f"{path}, line {line}", unused)) for line, value in values)
+    records = with_texts(path, ((line, record, record) for line, record in read), strict)
+    say_unused(path, unused)
+    return records
+
+
+def with_texts(path: Path, found: Iterable[tuple[int, Record, _Kept]], strict: bool) -> list[_Kept]:
+    """The third of each (line, record, what to keep) whose record has an instruction and an output.
+
+    Counts the others in a warning, or refuses them if strict. UserError where none is left.
+    """
+    kept: list[_Kept] = []
+    empty: dict[str, list[int]] = {"instruction": [], "output": []}
+    for line, record, wanted in found:
         missing = next((name for name in empty if not getattr(record, name).strip()), None)
         if missing:
             empty[missing].append(line)
         else:
-            records.append(record)
+            kept.append(wanted)
     for name, lines in empty.items():
-        say_left_out(path, name, lines, strict)
-    if not records:
+        _say_left_out(path, name, lines, strict)
+    if not kept:
         raise UserError(f"{path} holds no records{' with an answer' * any(empty.values())}.")
-    say_unused(path, unused)
-    return records
+    return kept
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -370,7 +382,7 @@ def _advice(field: str) -> str:
     return "put its text into the instruction or the input"
 
 
-def say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None:
+def _say_left_out(path: Path, name: str, lines: list[int], strict: bool) -> None:
     if not lines:
         return
     records = "1 record has" if len(lines) == 1 else f"{len(lines)} records have"

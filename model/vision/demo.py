@@ -11,8 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,7 +32,7 @@ from ..llama import Llama, about_images
 from ..loading import load_base
 from ..pictures import save_picture
 from ..program import program
-from ..progress import progress
+from ..progress import stage
 from ..recipe import Recipe
 from ..run_folder import make_directory, writing
 from ..sampling import generate
@@ -197,19 +196,6 @@ def run(output: Path, sources: Sources, size: Size, console: Console) -> Result:
         scales=compare_scales(setting, size, output),
         batch_is_singles=batch_is_singles(setting, adapter),
     )
-
-
-@contextmanager
-def stage(console: Console, title: str, steps: int) -> Iterator[Any]:
-    """Shows the progress of a part of the demo. Yields a function of what is done and, if there is one, the loss."""
-    with progress(console, steps) as bar:
-
-        def show(done: int, loss: float | None = None) -> None:
-            bar(done, title, "" if loss is None else f"loss {loss:.2f}")
-
-        bar(0, title, always=True)
-        yield show
-        bar(steps, title, always=True)
 
 
 def new_adapter(setting: Setting, size: Size, scales: tuple[int, ...], output: Path) -> VisualAdapter:

@@ -19,7 +19,7 @@ out, and there must be as many of them as images, or none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ from ..records import (
     json_values,
     read_prompts,
     read_text,
-    say_left_out,
     say_unused,
+    with_texts,
 )
 
 TAG = "<image>"
@@ -69,24 +69,18 @@ def read_image_records(
     """
     path = Path(path)
     folder = path.parent if folder is None else Path(folder)
-    found: list[Found] = []
-    empty: dict[str, list[int]] = {"instruction": [], "output": []}
     unused: Counter[str] = Counter()
-    for line, value in json_values(read_text(path), path):
-        where = f"{path}, line {line}"
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: a record must be an object, got a {type(value).__name__}.")
-        images = _images(value, folder, where)
-        for record in _records(value, images, where, unused):
-            missing = next((name for name in empty if not getattr(record, name).strip()), None)
-            if missing:
-                empty[missing].append(line)
-            else:
-                found.append(Found(record, where))
-    for name, lines in empty.items():
-        say_left_out(path, name, lines, strict)
-    if not found:
-        raise UserError(f"{path} holds no records{' with an answer' * any(empty.values())}.")
+
+    def read() -> Iterator[tuple[int, Record, Found]]:
+        for line, value in json_values(read_text(path), path):
+            where = f"{path}, line {line}"
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: a record must be an object, got a {type(value).__name__}.")
+            images = _images(value, folder, where)
+            for record in _records(value, images, where, unused):
+                yield line, record, Found(record, where)
+
+    found = with_texts(path, read(), strict)
     say_unused(path, unused)
     return found
 

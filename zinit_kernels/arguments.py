@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .call import CacheCall, Call, PromptCall, has_values
+from .call import MAX_SCALE, SOFTCAPS, CacheCall, Call, PromptCall, has_values
 from .checks import BRANCH, CACHED, PACKED_BRANCH, VARLEN, WHOLE
 from .pages import gather_pages
 from .prompts_and_masks import classify_mask, dense_rows, from_causal_bias, prompt_table
@@ -455,29 +455,31 @@ def _packed_rows(tensor: Tensor) -> Tensor:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    # numbers first: torch.compile asks a dynamic float for its type, and cannot ask it for its attributes
-    if not isinstance(scale, (int, float)) and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
+    if not _is_number(scale):
         raise TypeError(
             "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
             f"got {type(scale).__name__}"
         )
     scale = float(scale)
-    if not -3e38 <= scale <= 3e38:  # NaN too; beyond it float32, in which the kernels compute, has infinity
+    if not -MAX_SCALE <= scale <= MAX_SCALE:  # NaN too
         raise ValueError(f"scale must be a finite number between -3e38 and 3e38, got {scale}")
     return scale
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is a Python number, or what float() makes one of."""
+    # numbers first: torch.compile asks a dynamic float for its type, and cannot ask it for its attributes
+    return isinstance(value, (int, float)) or (not isinstance(value, Tensor) and hasattr(value, "__float__"))
+
+
 def _softcap(softcap: float | None) -> float:
-    """0.0 where there is none; numbers first, as in `_scale`."""
+    """0.0 where there is none."""
     if softcap is None:
         return 0.0
-    if not isinstance(softcap, (int, float)) and (
-        isinstance(softcap, Tensor) or not hasattr(softcap, "__float__")
-    ):
+    if not _is_number(softcap):
         raise TypeError(f"softcap must be a Python number, 0.0 for no cap, got {type(softcap).__name__}")
     softcap = float(softcap)
-    # the kernels divide by it in float32
-    if softcap and not 1e-30 <= softcap <= 1e30:
+    if softcap and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
         raise ValueError(
             f"softcap must be 0.0 (no cap) or lie in 1e-30 .. 1e30, the largest score that is possible, got {softcap}"
         )

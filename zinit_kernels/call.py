@@ -32,6 +32,8 @@ from torch.autograd import forward_ad
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the fused kernels compute with
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # those that are what their storage says
 GATE_ACTIVATIONS = ("tanh", "identity")
+MAX_SCALE = 3e38  # beyond it float32, in which the kernels compute, has infinity
+SOFTCAPS = (1e-30, 1e30)  # least and most, since the kernels divide by it in float32; 0.0 is none
 
 
 class Role(Enum):

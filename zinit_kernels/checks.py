@@ -338,12 +338,15 @@ def as_rows(name: str, rows: Tensor, count: int, available: int, of: str) -> Ten
     rows = as_int32(name, rows, 1)
     check_shape(name, rows, (count,))
     if may_look_at(rows) and count:
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= available:
-            raise ValueError(
-                f"{name} must lie in 0 .. {available - 1}, the rows of {of}, got {low if low < 0 else high}"
-            )
+        check_range(rows, available, f"{name} must lie in", f"the rows of {of}")
     return rows
+
+
+def check_range(numbers: Tensor, available: int, must: str, what: str) -> None:
+    """That each of the numbers, at least one, is one of 0 .. available - 1. Reads them: see `may_look_at`."""
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= available:
+        raise ValueError(f"{must} 0 .. {available - 1}, {what}, got {low if low < 0 else high}")
 
 
 def as_int(name: str, number: SupportsIndex) -> int:

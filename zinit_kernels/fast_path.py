@@ -22,7 +22,17 @@ from torch.compiler import is_compiling
 
 from . import arguments, dispatch
 from .backends import fused
-from .call import CACHE_CALL, CALL, GATE_ACTIVATIONS, PLAIN_TYPES, Form, Role, TensorSpec
+from .call import (
+    CACHE_CALL,
+    CALL,
+    GATE_ACTIVATIONS,
+    MAX_SCALE,
+    PLAIN_TYPES,
+    SOFTCAPS,
+    Form,
+    Role,
+    TensorSpec,
+)
 
 _FORWARD, _DECODE = fused.OPERATORS["forward", "cpu"], fused.OPERATORS["decode", "cpu"]
 _ALL_KEYS = (-1, -1)
@@ -227,9 +237,9 @@ def _is_plain(
         and (gate is None or gate.shape[1] == heads_q)
         and (prompt_key is None or prompt_value is None or prompt_key.dtype is prompt_value.dtype)
         and 1 <= head_dim <= fused.MAX_HEAD_DIM
-        and (scale is None or (type(scale) is float and -3e38 <= scale <= 3e38))
+        and (scale is None or (type(scale) is float and -MAX_SCALE <= scale <= MAX_SCALE))
         and type(softcap) is float
-        and (softcap == 0.0 or 1e-30 <= softcap <= 1e30)
+        and (softcap == 0.0 or SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
         and gate_activation in GATE_ACTIVATIONS
     )
 

@@ -44,11 +44,7 @@ def gather_pages(
     position = torch.arange(total, device=k.device) - (cu_seqlens_k[:-1] - cu_seqlens_k[:1])[sequence]
     page = block_table[sequence, position // max(page_size, 1)].long()
     if checks.may_look_at(page) and total:
-        low, high = int(page.min()), int(page.max())
-        if low < 0 or high >= num_pages:
-            raise ValueError(
-                f"block_table must name pages in 0 .. {num_pages - 1}, the pages of k, got {low if low < 0 else high}"
-            )
+        checks.check_range(page, num_pages, "block_table must name pages in", "the pages of k")
     elif total:  # as kernels do: no page outside of the pool is read
         page = page.clamp(0, num_pages - 1)
     slot = position % max(page_size, 1)

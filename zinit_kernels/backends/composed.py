@@ -1,8 +1,8 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
 The path for what no fused backend takes: dense masks, other devices (Apple, XPU). With a soft cap, which SDPA does
-not have, both attentions are written out. Sequences of a packed batch
-or a cache are attended one after the other, which reads their lengths on the host.
+not have, both attentions are written out. Sequences of a packed batch or a cache are attended one after the other,
+which reads their lengths on the host.
 """
 
 from __future__ import annotations

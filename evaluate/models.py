@@ -92,27 +92,32 @@ class LlamaAnswerer:
 
     def check(self, items: Sequence[Item]) -> None:
         """Raises UserError for a question with an image that the adapter cannot see, and for one that is too long."""
+        self._encode(items)
+
+    def _encode(self, items: Sequence[Item]) -> list[list[int]]:
+        """The prompts in tokens, checked as `check` says."""
         seen = next((item for item in items if item.pictures), None)
         if seen is not None and not isinstance(self.adapter, VisualAdapter):
             raise UserError(
                 f"question {seen.id} has an image, and this adapter has no visual part: name a multi-modal adapter."
             )
         context = self.model.config.max_seq_len - self.max_new_tokens
-        long = [item.id for item in items if len(self._encode(item)) > context]
+        most = self.model.config.max_seq_len + 1  # enough to see that it is too long
+        prompts = [
+            self.tokenizer.encode(prompt_of(item.question, self.brief), eos=False, limit=most)
+            for item in items
+        ]
+        long = [item.id for item, prompt in zip(items, prompts, strict=True) if len(prompt) > context]
         if long:
             raise UserError(
                 f"{len(long)} of {len(items)} questions are longer than the {max(context, 0)} tokens that the model "
                 f"has for them, the first is {long[0]}: lower --max-new-tokens, or take a base with a longer context."
             )
-
-    def _encode(self, item: Item) -> list[int]:
-        prompt = prompt_of(item.question, self.brief)
-        return self.tokenizer.encode(prompt, eos=False, limit=self.model.config.max_seq_len + 1)
+        return prompts
 
     def answer(self, items: Sequence[Item]) -> list[str]:
         """Raises UserError as `check` does."""
-        self.check(items)
-        prompts = [self._encode(item) for item in items]
+        prompts = self._encode(items)
         found = generate(
             self.model,
             prompts,

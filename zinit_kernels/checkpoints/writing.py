@@ -44,9 +44,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a new file beside `path`, flushes it to disk and renames it to `path`.
 
     An OSError names `path` and leaves what was there. A symbolic link stays one: the file it points to is replaced. A
-    folder, a pipe or a device is never replaced. A file that is replaced
-    leaves its permissions to the new one. The new file is .NAME.xxxxxxxx.part; only a process that is killed in
-    between leaves it there.
+    folder, a pipe or a device is never replaced. The new file has the permissions of the one that it replaces. Until
+    then it is .NAME.xxxxxxxx.part; only a process that is killed in between leaves it there.
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():

@@ -1,4 +1,8 @@
-"""A conversation as the tokens that a chat model was trained on, by the template of its tokenizer."""
+"""A conversation as the tokens that a chat model was trained on, by the template of its tokenizer.
+
+The template is a program from a downloaded folder. It runs in Jinja's sandbox, which keeps it from everything but the
+messages and the few names below.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,25 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 from .errors import UserError
 from .tokenizer import Tokenizer
+
+
+class ChatTokens(NamedTuple):
+    """A conversation in tokens."""
+
+    ids: list[int]
+    answers: tuple[
+        tuple[int, int], ...
+    ]  # (start, end) of each assistant message, with the token that ends it
+    ended: bool  # a special token ends every answer
+
+
+class SpecialTokenInText(UserError):
+    """A message holds the name of a special token."""
 
 
 def encode_chat(
@@ -23,42 +42,72 @@ def encode_chat(
     could end itself: it is refused. Raises UserError for that, and for a tokenizer without a template or with one that
     cannot be rendered.
     """
-    for message in messages:
-        for name in tokenizer.special_ids:
-            if name in message["content"]:
-                raise UserError(
-                    f"the message holds {name!r}, which the chat template would take for its own token."
-                )
-    text = render(tokenizer, messages)
-    names = sorted(tokenizer.special_ids, key=len, reverse=True)
-    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    _refuse_special_tokens(tokenizer, messages)
     ids: list[int] = []
-    for part in parts:
-        if part in tokenizer.special_ids:
-            ids.append(tokenizer.special_ids[part])
-        elif part:
-            ids += tokenizer.encode(part, bos=False, eos=False, limit=limit)
+    for part in _parts(tokenizer, render(tokenizer, messages)):
+        ids += _encode_part(tokenizer, part, limit)
     return ids[:limit]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that the template makes of a conversation, with the beginning of the answer."""
+def encode_answers(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], limit: int | None = None
+) -> ChatTokens:
+    """The token ids of a whole conversation, and where the assistant's messages are in them.
+
+    An answer begins where the template's beginning of an answer ends, and it ends with the special token behind it:
+    what the model writes when it is asked with `encode_chat`. Raises UserError as `encode_chat` does, and for a
+    template that leaves a message out or renders a longer conversation otherwise than its beginning.
+    """
+    _refuse_special_tokens(tokenizer, messages)
+    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    text = render(tokenizer, messages[: last + 1], answer=False)
+    _refuse_left_out(tokenizer, messages[: last + 1], text)
+    borders = []  # in characters
+    for place in range(last + 1):
+        if messages[place]["role"] == "assistant":
+            before = render(tokenizer, messages[:place])
+            whole = text if place == last else render(tokenizer, messages[: place + 1], answer=False)
+            if not whole.startswith(before) or not text.startswith(whole):
+                raise UserError(
+                    "the tokenizer's chat template renders a message otherwise when another follows it, so that what "
+                    "the model is asked is no beginning of what it would be trained on: pass another by "
+                    "--chat-template."
+                )
+            borders.append((len(before), len(whole)))
+    ids, starts, position = [], {}, 0
+    offsets = sorted({border for pair in borders for border in pair})
+    for part in _parts(tokenizer, text):
+        inner = _encode_part(tokenizer, part, None if limit is None else limit + 1)
+        for border in offsets:
+            if position <= border < position + len(part):
+                starts[border] = len(ids) + _border(tokenizer, part[: border - position], inner)
+        ids += inner
+        position += len(part)
+    starts[len(text)] = len(ids)
+    special = set(tokenizer.special_ids.values())
+    answers, ended = [], True
+    for first, end in borders:
+        start, stop = starts[first], starts[end]
+        ends = [place for place in range(start, stop) if ids[place] in special]
+        ended = ended and bool(ends)
+        # what follows the last special token is the template's, as the line end after ChatML's <|im_end|>
+        answers.append((max(start, 1), ends[-1] + 1 if ends else stop))
+    return ChatTokens(ids, tuple(answers), ended)
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
+    """The text that the template makes of a conversation. answer: with the beginning of the model's answer."""
     from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template: ask with --instruction or --prompt.")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+        raise UserError(
+            "the tokenizer has no chat template: pass one by --chat-template, or ask with --instruction or --prompt."
+        )
     names = {id: name for name, id in tokenizer.special_ids.items()}
     special = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
     try:
-        template = environment.from_string(tokenizer.chat_template)
-        return template.render(messages=list(messages), add_generation_prompt=True, **special)
+        template = _compiled(tokenizer.chat_template)
+        return template.render(messages=list(messages), add_generation_prompt=answer, **special)
     except (
         TemplateError,
         TypeError,
@@ -70,6 +119,87 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
     ) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"the tokenizer's chat template cannot be rendered: {reason}.") from None
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """transformers' {% generation %} marks answers; they are found by their borders here, so it stands for its
+        content."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return environment.from_string(template)
+
+
+def _parts(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The text, cut at the names of special tokens."""
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return [part for part in parts if part]
+
+
+def _encode_part(tokenizer: Tokenizer, part: str, limit: int | None) -> list[int]:
+    if part in tokenizer.special_ids:
+        return [tokenizer.special_ids[part]]
+    return tokenizer.encode(part, bos=False, eos=False, limit=limit)
+
+
+def _border(tokenizer: Tokenizer, before: str, ids: list[int]) -> int:
+    """How many of a part's tokens belong to its beginning: where that, encoded alone, parts from them. A tokenizer may
+    merge across the border."""
+    if not before:
+        return 0
+    alone = tokenizer.encode(before, bos=False, eos=False, limit=len(ids) + 1)
+    pairs = enumerate(zip(alone, ids, strict=False))
+    return next((index for index, (ours, whole) in pairs if ours != whole), min(len(alone), len(ids)))
+
+
+def _refuse_special_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> None:
+    for message in messages:
+        for name in tokenizer.special_ids:
+            if name in message["content"]:
+                raise SpecialTokenInText(
+                    f"the message holds {name!r}, which the chat template would take for its own token."
+                )
+
+
+def _refuse_left_out(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], text: str) -> None:
+    """Raises UserError if a message is not in the text, for instance because the template has other names of roles."""
+    position = 0
+    for message in messages:
+        content = message["content"].strip()
+        position = text.find(content, position)
+        if position < 0:
+            named = roles_named(tokenizer.chat_template or "")
+            names = f" (it names the roles {', '.join(named)})" if named else ""
+            raise UserError(
+                f"the tokenizer's chat template leaves out or changes the message of the role {message['role']!r}"
+                f"{names}: it must take system, user and assistant."
+            )
+        position += len(content)
+
+
+def roles_named(template: str) -> list[str]:
+    """The names that a template compares roles with."""
+    role = r"(?:\brole|\[\s*['\"]role['\"]\s*\])"
+    found = re.findall(rf"{role}\s*[=!]=\s*['\"](\w+)['\"]", template)
+    return sorted(set(found))
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

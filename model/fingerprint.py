@@ -48,11 +48,13 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
 
 def data_fingerprint(samples: Sequence[Sample], digests: Mapping[str, str] | None = None) -> str:
     """16 hexadecimal digits of the samples, as the tokenizer made them. digests: of each image file, its content's."""
-    facts = [
-        (sample.tokens, sample.prompt_length, *((digests or {})[path] for path in sample.images))
-        for sample in samples
-    ]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(b"[")
+    for number, sample in enumerate(samples):
+        facts = (sample.tokens, sample.prompt_length, *((digests or {})[path] for path in sample.images))
+        facts += (sample.answers,) if sample.answers else ()
+        digest.update(f"{', ' if number else ''}{facts!r}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
 def first_fingerprint(base: Llama, dtype: torch.dtype = torch.float32) -> str:

@@ -17,7 +17,10 @@ from random import Random
 from .data import epoch_order
 from .errors import UserError
 
-_SHARE = re.compile(r"(.+):(?:n=(\d{1,9})|(\d{0,9}\.?\d{0,9}))", re.DOTALL)
+_SHARE = re.compile(
+    r"(.+):(?:n=(-?\d{1,9})|(-?\d{0,9}\.?\d{0,9}(?:e[+-]?\d{1,3})?|[+-]?(?:nan|inf)))",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,14 @@ def read_share(argument: str) -> tuple[Path, Share]:
         return Path(argument), Share()
     if match[2] is not None:
         share = Share(count=int(match[2]))
-    elif match[3] == ".":
+    elif not any(character.isalnum() for character in match[3]):  # "." or "-": a file's name
         return Path(argument), Share()
     else:
-        share = Share(weight=float(match[3]))
-    if share.count == 0 or not 0 < share.weight < math.inf:
+        try:
+            share = Share(weight=float(match[3]))
+        except ValueError:  # ":e5"
+            return Path(argument), Share()
+    if (share.count is not None and share.count < 1) or not 0 < share.weight < math.inf:
         raise UserError(
             f"--data {argument}: a file counts with a weight above 0, or with at least one sample."
         )

@@ -90,7 +90,7 @@ def read_records(path: str | Path, strict: bool = False) -> list[Record]:
     path = Path(path)
     unused: Counter[str] = Counter()
     values = json_values(read_text(path), path)
-    read = ((line, _record(value, f"{path}, line {line}", unused)) for line, value in values)
+    read = ((line, to_record(value, f"{path}, line {line}", unused)) for line, value in values)
     records = with_texts(path, ((line, record, record) for line, record in read), strict)
     say_unused(path, unused)
     return records
@@ -101,19 +101,37 @@ def with_texts(path: Path, found: Iterable[tuple[int, Record, _Kept]], strict: b
 
     Counts the others in a warning, or refuses them if strict. UserError where none is left.
     """
-    kept: list[_Kept] = []
-    empty: dict[str, list[int]] = {"instruction": [], "output": []}
-    for line, record, wanted in found:
-        missing = next((name for name in empty if not getattr(record, name).strip()), None)
-        if missing:
-            empty[missing].append(line)
-        else:
-            kept.append(wanted)
-    for name, lines in empty.items():
-        _say_left_out(path, name, lines, strict)
-    if not kept:
-        raise UserError(f"{path} holds no records{' with an answer' * any(empty.values())}.")
-    return kept
+    return list(LeftOut(path, strict).of(found))
+
+
+class LeftOut:
+    """The records of a file that have nothing to learn: counted, and said when the file ends."""
+
+    def __init__(self, path: Path, strict: bool):
+        self.path, self.strict = path, strict
+        self.lines: dict[str, list[int]] = {"instruction": [], "output": []}
+
+    def of(self, found: Iterable[tuple[int, Record | None, _Kept]]) -> Iterator[_Kept]:
+        """What to keep of each (line, record, what to keep) whose record has an instruction and an output. A record of
+        None is a conversation without an answer. UserError at the end if nothing was kept, or if strict.
+        """
+        kept = False
+        for line, record, wanted in found:
+            missing = "output" if record is None else _missing(record)
+            if missing:
+                self.lines[missing].append(line)
+            else:
+                kept = True
+                yield wanted
+        for name, lines in self.lines.items():
+            _say_left_out(self.path, name, lines, self.strict)
+        if not kept:
+            raise UserError(f"{self.path} holds no records{' with an answer' * any(self.lines.values())}.")
+
+
+def _missing(record: Record) -> str | None:
+    """The field whose text is empty."""
+    return next((name for name in ("instruction", "output") if not getattr(record, name).strip()), None)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -225,7 +243,7 @@ def _wrapped_list(text: str, start: int, path: Path) -> int | None:
         whole, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):  # whoever reads the values says what is wrong
         return None
-    if not isinstance(whole, dict) or _is_record(whole) or _skip_space(text, end) < len(text):
+    if not isinstance(whole, dict) or is_record(whole) or _skip_space(text, end) < len(text):
         return None
     lists = {name: value for name, value in whole.items() if isinstance(value, list)}
     filled = [
@@ -252,11 +270,13 @@ def _wrapped_list(text: str, start: int, path: Path) -> int | None:
     raise AssertionError("a field that was read is not in the text")
 
 
-def _is_record(value: dict[str, Any]) -> bool:
+def is_record(value: dict[str, Any]) -> bool:
     """Whether an object is a record, whatever lists it has: it is asked something, or it is a conversation."""
-    turns = value.get("conversations")
-    speaks = isinstance(turns, list) and any(
-        isinstance(turn, dict) and turn.keys() & {"from", "role"} for turn in turns
+    speaks = any(
+        isinstance(turn, dict) and turn.keys() & {"from", "role"}
+        for name in ("conversations", "messages")
+        if isinstance(value.get(name), list)
+        for turn in value[name]
     )
     return speaks or not value.keys().isdisjoint(("instruction", "question", "caption"))
 
@@ -316,7 +336,8 @@ def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def _record(value: object, where: str, unused: Counter[str]) -> Record:
+def to_record(value: object, where: str, unused: Counter[str]) -> Record:
+    """The Alpaca record of one object; UserError for anything else."""
     if not isinstance(value, dict):
         raise UserError(
             f"{where}: a record must be an object with instruction, input and output, got a {type(value).__name__}."

@@ -61,14 +61,14 @@ def refuse_unwritable(directory: str | Path) -> None:
 
 
 @contextmanager
-def held(directory: str | Path) -> Iterator[None]:
-    """Locks the directory for this process. Raises UserError if another process has locked it.
+def held(directory: str | Path, wait: bool = False) -> Iterator[None]:
+    """Locks the directory for this process. If another process has locked it, waits, or raises UserError.
 
     The operating system unlocks it when this process ends, however it ends. No lock file is left.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .data.views import token_lengths
 from .errors import run_program, warn
 from .fingerprint import adapter_metadata
 from .loading import DTYPES, load_base, open_device
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     training, validation, mixture, outcome = make_samples(options, found, base.config, adapter, console)
     say(outcome)
     try_backend(options.backend, base, adapter, training[0], recipe)
-    lengths = [len(training[i].tokens) for i in mixture.order(recipe.seed, 0)]
+    lengths = token_lengths(training)[mixture.order(recipe.seed, 0)].tolist()
     for sentence in recipe_warnings(recipe, lengths, options.init is None):
         warn(f"{sentence}.")
     optimizer = make_optimizer(adapter, recipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zinit_kernels.console import Parser
 
+from .data.encoding import TEMPLATES
 from .errors import UserError, program_name
 from .loading import DTYPES, default_device
 from .mixture import read_share
@@ -24,6 +25,12 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = training_parser().parse_args(arguments)
     options.paths, options.shares = zip(*map(read_share, options.data), strict=True)
     check_options(options)
+    if options.encoder is not None and (options.cache or options.chat_template or options.template == "chat"):
+        raise UserError(
+            "--encoder reads records about images, which take neither --cache nor a chat template."
+        )
+    if options.template == "alpaca" and options.chat_template is not None:
+        raise UserError("--chat-template has no effect with --template alpaca.")
     _refuse_twice(options.paths)
     return options
 
@@ -32,7 +39,9 @@ def _refuse_twice(paths: Sequence[Path]) -> None:
     """Raises UserError for a file that is named twice: its samples would be trained on and validated on at once."""
     known: dict[tuple[int, int], Path] = {}
     for path in paths:
-        if not path.is_file():  # a pipe may be named again; what is missing is said when it is read
+        if (
+            not path.is_file() and not path.is_dir()
+        ):  # a pipe may be named again; what is missing is said when it is read
             continue
         place = path.stat()
         first = known.setdefault((place.st_dev, place.st_ino), path)
@@ -94,10 +103,18 @@ def training_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--base", type=Path, required=True, metavar="DIR",
                        help="Hugging Face or Meta checkpoint folder, or a GGUF file")
-    files.add_argument("--data", action="extend", nargs="+", required=True, metavar="FILE", help="JSON list or JSONL "
-                       "of objects with instruction, output and perhaps input, and with --encoder of records about "
+    files.add_argument("--data", action="extend", nargs="+", required=True, metavar="FILE", help="JSON, JSONL or "
+                       "Parquet, or a folder that the datasets library saved: objects with instruction, output and "
+                       "perhaps input, or conversations (messages, conversations), and with --encoder records about "
                        "images; of several files all count: FILE:0.5 takes each of its samples every other epoch, "
                        "FILE:2 twice an epoch, FILE:n=1000 so many of them an epoch")
+    files.add_argument("--template", choices=TEMPLATES, default="auto", help="how a record becomes a text: Alpaca's, "
+                       "the tokenizer's chat template, or auto: the first for instructions, the second for "
+                       f"conversations {default}")
+    files.add_argument("--chat-template", type=Path, metavar="FILE", help="a Jinja file in the place of the "
+                       "tokenizer's chat template")
+    files.add_argument("--cache", type=Path, metavar="DIR", help="keep the tokenised data here: made once for a file, "
+                       "a tokenizer and a template, and read from disk, so that data may be larger than memory")
     files.add_argument("--strict", action="store_true", help="refuse data of which a record would be left out or cut")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     there = files.add_mutually_exclusive_group()

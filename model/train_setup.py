@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +15,22 @@ from rich.console import Console
 from .adapter import LlamaAdapter
 from .adapter_files import read_checkpoint
 from .config import AdapterConfig, LlamaConfig
-from .data import EncodingReport, Sample, batches, encode, split
+from .data import Conversation, EncodingReport, Sample, batches
+from .data.cache import Key, cached, content_digest, tokenizer_digest
+from .data.encoding import Encoder
+from .data.report import report_on
+from .data.samples import split_indices
+from .data.sources import check_source, read_source
+from .data.views import Joined, Subset
 from .errors import UserError, warn
 from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
 from .llama import Llama
 from .mixture import Mixture
 from .progress import progress
 from .recipe import Recipe
-from .records import Record, read_records
+from .records import Record, read_text
 from .resume import machine
-from .tokenizer import load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 from .train_loop import batch_loss
 from .vision.adapter import VisualAdapter
 from .vision.features import Features
@@ -37,17 +43,22 @@ from .vision.training import encode_images, prepare_adapter
 class Samples(NamedTuple):
     """What a run trains on and validates on."""
 
-    training: list[Sample]  # file after file
-    validation: list[Sample]
+    training: Sequence[Sample]  # file after file
+    validation: Sequence[Sample]
     mixture: Mixture  # which of the training samples an epoch has
-    outcome: str  # a sentence: what became of the records
+    outcome: str  # sentences: what became of the records, and what the samples are like
 
 
-def read_file(options: argparse.Namespace, path: Path) -> Sequence[Record] | Sequence[Found]:
-    """The records of one file; with --encoder they may be about images, which are not looked at yet."""
-    if options.encoder is None:
-        return read_records(path, options.strict)
-    return read_image_records(path, options.images, options.strict)
+# The records of one file; those about images, which are not looked at yet; or a file that is read through the cache
+File = Sequence[Record | Conversation] | Sequence[Found] | Path
+
+
+def read_file(options: argparse.Namespace, path: Path) -> File:
+    """What one --data names; with --encoder the records may be about images."""
+    if options.encoder is not None:
+        return read_image_records(path, options.images, options.strict)
+    check_source(path)
+    return path if options.cache is not None else list(read_source(path, options.strict))
 
 
 def make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
@@ -70,26 +81,21 @@ def make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
 
 def make_samples(
     options: argparse.Namespace,
-    found: Sequence[Sequence[Record] | Sequence[Found]],
+    found: Sequence[File],
     model: LlamaConfig,
     adapter: LlamaAdapter,
     console: Console,
 ) -> Samples:
     """The samples of all files. Images are encoded first, and a new visual part takes its statistics from them."""
-    records = [_with_images(options, adapter, file, console) for file in found]
-    samples = _samples(options, records, model)
+    files = [_with_images(options, adapter, file, console) for file in found]
+    samples = _samples(options, files, model)
     if isinstance(adapter, VisualAdapter):
-        all_records = [record for file in records for record in file]
-        prepare_adapter(adapter, all_records, options.stage, not options.resume and _is_new(options))
+        records = [record for file in files if not isinstance(file, Path) for record in file]
+        prepare_adapter(adapter, records, options.stage, not options.resume and _is_new(options))
     return samples
 
 
-def _with_images(
-    options: argparse.Namespace,
-    adapter: LlamaAdapter,
-    found: Sequence[Record] | Sequence[Found],
-    console: Console,
-) -> Sequence[Record]:
+def _with_images(options: argparse.Namespace, adapter: LlamaAdapter, found: File, console: Console) -> File:
     """The records of one file, with all their images encoded."""
     if not isinstance(adapter, VisualAdapter) or not isinstance(adapter.source, Features):
         return found
@@ -101,9 +107,11 @@ def _with_images(
         )
 
 
-def _samples(options: argparse.Namespace, files: Sequence[Sequence[Record]], model: LlamaConfig) -> Samples:
+def _samples(options: argparse.Namespace, files: Sequence[File], model: LlamaConfig) -> Samples:
     data = " and ".join(map(str, options.paths))
     tokenizer = load_tokenizer(options.base).check_vocabulary(model.vocab_size)
+    if options.chat_template is not None:
+        tokenizer = replace(tokenizer, chat_template=read_text(options.chat_template))
     if tokenizer.eos_id is None:
         warn("the tokenizer names no end-of-sequence token: the adapter will not learn where an answer ends.")
     max_seq_len = min(512, model.max_seq_len) if options.max_seq_len is None else options.max_seq_len
@@ -113,35 +121,65 @@ def _samples(options: argparse.Namespace, files: Sequence[Sequence[Record]], mod
         raise UserError(f"--max-seq-len {max_seq_len} is beyond the model's context of {model.max_seq_len}.")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
-    encoded = [encode(records, tokenizer, max_seq_len) for records in files]
-    report = EncodingReport(max_seq_len, *map(sum, zip(*(counts[1:] for _, counts in encoded), strict=True)))
-    num_records = sum(map(len, files))
-    incomplete = report.truncated + report.dropped + report.untold
-    if options.strict and incomplete:
+    encoded = [_encode(options, file, tokenizer, max_seq_len) for file in files]
+    report = EncodingReport(max_seq_len, *map(sum, zip(*(part.report[1:] for part in encoded), strict=True)))
+    num_records = sum(part.num_records for part in encoded)
+    if options.strict and report.incomplete:
         raise UserError(f"--strict: of {num_records} records {report}.")
-    samples = [(file, sample) for file, (part, _) in enumerate(encoded) for sample in part]
-    training, validation = split(samples, options.validation, options.seed)
-    if not training and validation:
+    samples = Joined([part.samples for part in encoded])
+    kept, held_back = split_indices(len(samples), options.validation, options.seed)
+    if not kept and held_back:
         took = "the only sample" if len(samples) == 1 else f"all {len(samples)} samples"
         raise UserError(
             f"--validation {options.validation} took {took} of {data}: pass a smaller share, or 0."
         )
-    if not training:
+    if not kept:
         raise UserError(f"{data} leaves no sample to train on ({report}).")
-    if 2 * incomplete > num_records:
-        whole = num_records - incomplete
+    in_files = Counter(map(samples.part_of, kept))
+    for number, path in enumerate(options.paths):
+        if not in_files[number]:
+            reason = (
+                "the validation took all of it" if len(encoded[number].samples) else encoded[number].report
+            )
+            raise UserError(
+                f"{path} leaves no sample to train on ({reason}): a part of a mixture must not be empty, so take it "
+                "out of --data."
+            )
+    if 2 * report.incomplete > num_records:
+        whole = num_records - report.incomplete
         warn(
             f"only {whole} of {num_records} answers are whole, and from a cut one the adapter does not learn where "
             f"an answer ends: raise --max-seq-len (the model's context is {model.max_seq_len})."
         )
-    in_files = Counter(file for file, _ in training)
+    if unended := sum(part.unended for part in encoded):
+        warn(
+            f"in {unended} conversations the chat template ends an answer without a special token: the adapter will "
+            "not learn where an answer ends."
+        )
     mixture = Mixture.of([in_files[file] for file in range(len(files))], options.shares)
-    return Samples(
-        [sample for _, sample in training],
-        [sample for _, sample in validation],
-        mixture,
-        f"{num_records} records: {report}",
-    )
+    training = Subset(samples, kept)
+    like = report_on(training, mixture.order(options.seed, 0), options.batch_size, options.max_tokens)
+    return Samples(training, Subset(samples, held_back), mixture, f"{num_records} records: {report}; {like}")
+
+
+class _Encoded(NamedTuple):
+    """The samples of one file."""
+
+    samples: Sequence[Sample]
+    num_records: int
+    report: EncodingReport
+    unended: int
+
+
+def _encode(options: argparse.Namespace, file: File, tokenizer: Tokenizer, max_seq_len: int) -> _Encoded:
+    encoder = Encoder(tokenizer, max_seq_len, options.template)
+    if not isinstance(file, Path):
+        samples = [sample for record in file if (sample := encoder(record)) is not None]
+        return _Encoded(samples, len(file), encoder.report, encoder.unended)
+    template = f"{options.template} {tokenizer.chat_template}"
+    key = Key(content_digest(file), tokenizer_digest(options.base), template, max_seq_len, options.strict)
+    kept = cached(options.cache, key, map(encoder, read_source(file, options.strict)), encoder, str(file))
+    return _Encoded(kept, kept.num_records, kept.report, kept.unended)
 
 
 def _is_new(options: argparse.Namespace) -> bool:

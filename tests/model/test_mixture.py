@@ -48,11 +48,14 @@ def test_arguments(tmp_path, monkeypatch):
     assert read_share("a.json:0.5") == (Path("a.json"), Share(0.5))
     assert read_share("b:c.json:2") == (Path("b:c.json"), Share(2.0))
     assert read_share("a.json:n=5000") == (Path("a.json"), Share(count=5000))
-    for plain in ("odd:2", "a:b.json", "a.json:", "a.json:n=", "a.json:-1", "a.json:."):
+    for plain in ("odd:2", "a:b.json", "a.json:", "a.json:n=", "a.json:-", "a.json:."):
         assert read_share(plain) == (Path(plain), Share())
 
 
-@pytest.mark.parametrize("argument", ["a.json:0", "a.json:0.0", "a.json:n=0"])
+@pytest.mark.parametrize(
+    "argument",
+    ["a.json:0", "a.json:0.0", "a.json:n=0", "a.json:-1", "a.json:n=-3", "a.json:nan", "a.json:1e999"],
+)
 def test_a_file_that_would_not_count(argument):
     with pytest.raises(UserError, match="weight above 0"):
         read_share(argument)

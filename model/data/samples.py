@@ -1,62 +1,47 @@
-"""Instruction data: records to token samples, and samples to batches, packed or padded.
-
-    records = read_records("alpaca.json")
-    samples, report = encode(records, tokenizer, max_seq_len=512)
-    for batch in batches(samples, max_tokens=4096): ...
-
-A sample is the template filled with the instruction, the answer and the end-of-sequence token, after the tokens that
-the tokenizer puts before every text (LLaMA's: beginning of sequence). The loss is taken on the answer and on the
-end-of-sequence token alone.
-"""
+"""Token samples, and how they share a forward pass, packed or padded."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .loss import IGNORE
-from .records import Record, format_prompt, read_records
-from .tokenizer import Tokenizer
+from ..loss import IGNORE
 
-__all__ = [
-    "Batch",
-    "EncodingReport",
-    "Record",
-    "Sample",
-    "batches",
-    "encode",
-    "epoch_order",
-    "format_prompt",
-    "pack",
-    "pad",
-    "read_records",
-    "split",
-]
+_Item = TypeVar("_Item")
 
 
 class Sample(NamedTuple):
-    """One record in tokens: `tokens[prompt_length:]` is what the model learns to say."""
+    """One record in tokens. What the model learns to say is `tokens[prompt_length:]`, or the tokens in `answers`."""
 
     tokens: list[int]
-    prompt_length: int
+    prompt_length: int  # where the first answer begins
     images: tuple[str, ...] = ()  # the files that it is about
+    answers: tuple[tuple[int, int], ...] = ()  # (start, end) of each answer; (): one, which goes to the end
 
 
 class EncodingReport(NamedTuple):
-    """What happened to the records because of the context length."""
+    """What happened to the records because of the context length, and of texts that a chat template cannot take."""
 
     max_seq_len: int
     truncated: int  # answers that are cut, and so have no end-of-sequence token
     dropped: int  # records whose prompt fills the context and leaves no answer to learn from
     untold: int = 0  # records whose answer has no tokens
+    special: int = 0  # conversations that hold the name of a special token
+
+    @property
+    def incomplete(self) -> int:
+        """Records that are cut or left out."""
+        return self.truncated + self.dropped + self.untold + self.special
 
     def __str__(self) -> str:
         untold = f" and {self.untold} because their answer has no tokens" if self.untold else ""
-        if not self.truncated and not self.dropped and not self.untold:
+        if self.special:
+            untold += f" and {self.special} because they hold the name of a special token"
+        if not self.incomplete:
             return f"every sample fits the context of {self.max_seq_len} tokens"
         return (
             f"{self.truncated} answers are cut at {self.max_seq_len} tokens and "
@@ -87,41 +72,17 @@ class Batch(NamedTuple):
         return Batch(*moved, *self[3:])
 
 
-def encode(
-    records: Sequence[Record], tokenizer: Tokenizer, max_seq_len: int
-) -> tuple[list[Sample], EncodingReport]:
-    """Samples of at most max_seq_len tokens. A longer one loses the end of its answer, as in the official script. One
-    whose prompt leaves no room for an answer is left out. The report counts both.
-
-    Only the beginning of a long record is encoded, so a record of 10 MB costs no more than one of 10 kB.
-    """
-    samples, truncated, dropped, untold = [], 0, 0, 0
-    limit = max_seq_len + 1  # one more tells whether anything is cut
-    for record in records:
-        prompt = tokenizer.encode(record.prompt, eos=False, limit=limit)
-        tokens = tokenizer.encode(record.prompt + record.output, eos=True, limit=limit)
-        # A tokenizer may merge across the border; the answer begins where the two sequences part.
-        pairs = enumerate(zip(prompt, tokens, strict=False))
-        prompt_length = next((index for index, (ours, whole) in pairs if ours != whole), len(prompt))
-        prompt_length = max(prompt_length, 1)  # nothing predicts the first token
-        if prompt_length >= max_seq_len:
-            dropped += 1
-            continue
-        if prompt_length >= len(tokens):
-            # the tokenizer has no end-of-sequence token, and none for the answer's characters
-            untold += 1
-            continue
-        truncated += len(tokens) > max_seq_len
-        samples.append(Sample(tokens[:max_seq_len], prompt_length, record.images))
-    return samples, EncodingReport(max_seq_len, truncated, dropped, untold)
-
-
-def split(samples: Sequence[Sample], validation: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split(samples: Sequence[_Item], validation: float, seed: int) -> tuple[list[_Item], list[_Item]]:
     """(training, validation). The seed chooses the share `validation`, at least one sample unless it is 0."""
-    count = max(1, round(len(samples) * validation)) if validation else 0
-    chosen = set(random.Random(f"split {seed}").sample(range(len(samples)), min(count, len(samples))))
-    kept = [sample for index, sample in enumerate(samples) if index not in chosen]
-    return kept, [samples[index] for index in sorted(chosen)]
+    kept, chosen = split_indices(len(samples), validation, seed)
+    return [samples[index] for index in kept], [samples[index] for index in chosen]
+
+
+def split_indices(count: int, validation: float, seed: int) -> tuple[list[int], list[int]]:
+    """The places of the samples to train on and of those to validate on, in order."""
+    number = max(1, round(count * validation)) if validation else 0
+    chosen = set(random.Random(f"split {seed}").sample(range(count), min(number, count)))
+    return [index for index in range(count) if index not in chosen], sorted(chosen)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -136,21 +97,30 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of at most max_tokens tokens, padding included, that hold every sample once. A longer sample is a batch
     of its own.
-
-    Each sample goes into the first batch that has room for it, so the batches are few and full.
     """
-    rows: list[list[Sample]] = []
-    for sample in samples:
-        length = len(sample.tokens) - 1
-        for row in rows:
-            lengths = [len(other.tokens) - 1 for other in row] + [length]
-            if (sum(lengths) if packed else max(lengths) * len(lengths)) <= max_tokens:
-                row.append(sample)
+    for row in passes([len(sample.tokens) - 1 for sample in samples], max_tokens, packed):
+        chosen = [samples[index] for index in row]
+        yield pack(chosen) if packed else pad(chosen, pad_id)
+
+
+def passes(lengths: Sequence[int], max_tokens: int, packed: bool = True) -> list[list[int]]:
+    """Which samples go through the model together. lengths: of each sample, in input tokens.
+
+    Each sample goes into the first pass that has room for it, so the passes are few and full.
+    """
+    rows: list[list[int]] = []
+    used: list[tuple[int, int]] = []  # of each row: the sum and the maximum of its lengths
+    for index, length in enumerate(lengths):
+        for number, (total, longest) in enumerate(used):
+            longest = max(longest, length)
+            if (total + length if packed else longest * (len(rows[number]) + 1)) <= max_tokens:
+                rows[number].append(index)
+                used[number] = (total + length, longest)
                 break
         else:
-            rows.append([sample])
-    for row in rows:
-        yield pack(row) if packed else pad(row, pad_id)
+            rows.append([index])
+            used.append((length, length))
+    return rows
 
 
 def pack(samples: Sequence[Sample]) -> Batch:
@@ -182,5 +152,10 @@ def pad(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
 
 
 def _targets(sample: Sample) -> list[int]:
-    """The token after each input token, or IGNORE where that is part of the prompt."""
-    return [IGNORE] * (sample.prompt_length - 1) + sample.tokens[sample.prompt_length :]
+    """The token after each input token, or IGNORE where that is no part of an answer."""
+    if not sample.answers:
+        return [IGNORE] * (sample.prompt_length - 1) + sample.tokens[sample.prompt_length :]
+    targets = [IGNORE] * (len(sample.tokens) - 1)
+    for start, end in sample.answers:
+        targets[start - 1 : end - 1] = sample.tokens[start:end]
+    return targets

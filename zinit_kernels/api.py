@@ -131,7 +131,8 @@ def zero_init_attention(
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention(*given)):
         return done if return_lse else done[0]
-    out, lse = dispatch.run(backend, arguments.from_sdpa(*given), return_lse)
+    call = arguments.from_sdpa(*given)
+    out, lse = dispatch.run(backend, call, return_lse)
     return out if lse is None else (out, lse)
 
 
@@ -366,7 +367,8 @@ def zero_init_attention_with_kvcache(
     )  # fmt: skip
     if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
         return done if return_lse else done[0]
-    out, lse = dispatch.run(backend, arguments.from_cache(*given), return_lse)
+    call = arguments.from_cache(*given)
+    out, lse = dispatch.run(backend, call, return_lse)
     return out if lse is None else (out, lse)
 
 

@@ -8,14 +8,19 @@ torch.compile.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from . import checks
-from .call import MAX_SCALE, SOFTCAPS, CacheCall, Call, PromptCall, has_values
+from .call import CacheCall, Call, PromptCall
 from .checks import BRANCH, CACHED, PACKED_BRANCH, VARLEN, WHOLE
 from .pages import gather_pages
-from .prompts_and_masks import classify_mask, dense_rows, from_causal_bias, prompt_table
+from .prompts_and_masks import classify_mask, dense_rows, prompt_table
+from .values import has_values
 
 
 def from_sdpa(
@@ -35,7 +40,8 @@ def from_sdpa(
     sinks: Tensor | None = None,
 ) -> Call:
     """[B, H, T, D] tensors, SDPA's mask rules."""
-    attn_mask, lower_right = from_causal_bias(attn_mask, is_causal, query, key)
+    query, key, value = _under_autocast(query, key, value)
+    attn_mask, lower_right = _from_causal_bias(attn_mask, is_causal, query, key)
     checks.check_storage(
         query=query,
         key=key,
@@ -47,7 +53,6 @@ def from_sdpa(
         prompt_index=prompt_index,
         sinks=sinks,
     )
-    query, key, value = _under_autocast(query, key, value)
     checks.check_tensor("query", query, 4, "[B, Hq, T, D]")
     checks.check_tensor("key", key, 4, "[B, Hkv, S, D]", like=query)
     checks.check_tensor("value", value, 4, "[B, Hkv, S, D]", like=query)
@@ -57,7 +62,7 @@ def from_sdpa(
     checks.check_shape("value", value, (batch, heads_kv, seqlen_k, head_dim))
     checks.check_groups(WHOLE, query, key, ("query", "key"))
 
-    window_left, window_right = _window(window_size, is_causal)
+    window_left, window_right = checks.as_window(window_size, is_causal)
     if (window_left, window_right) != (-1, -1) and seqlen_q != seqlen_k:
         swapped = heads_q == heads_kv and checks.are_groups(seqlen_q, seqlen_k)
         raise ValueError(
@@ -68,8 +73,10 @@ def from_sdpa(
         )
     if lower_right:
         window_right = 0
+    prompt_index = checks.as_prompt_index(prompt_index, batch)
+    sinks = checks.as_sinks(sinks, query, heads_q)
     key_bias, dense_mask = classify_mask(attn_mask, query, key)
-    prompt_key, prompt_value, gate, prompt_index = prompt_table(
+    prompt_key, prompt_value, gate = prompt_table(
         WHOLE,
         ("prompt_key", "prompt_value"),
         (prompt_key, prompt_value),
@@ -87,13 +94,13 @@ def from_sdpa(
         prompt_key=prompt_key,
         prompt_value=prompt_value,
         gate=gate,
-        sinks=checks.as_sinks(sinks, query, heads_q),
+        sinks=sinks,
         prompt_index=prompt_index,
         key_bias=key_bias,
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k,
-        scale=_scale(scale, head_dim),
-        softcap=_softcap(softcap),
+        scale=checks.as_scale(scale, head_dim),
+        softcap=checks.as_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
@@ -152,9 +159,12 @@ def from_varlen(
             "cu_seqlens_q and cu_seqlens_k must both hold B + 1 cumulative lengths, got "
             f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
-    max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k)
-    prompt_k, prompt_v, gate, prompt_index = prompt_table(
+    max_seqlen_q = checks.as_length("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.as_length("max_seqlen_k", max_seqlen_k)
+    window_left, window_right = checks.as_window(window_size, causal)
+    prompt_index = checks.as_prompt_index(prompt_index, cu_seqlens_q.shape[0] - 1)
+    sinks = checks.as_sinks(sinks, q, q.shape[1])
+    prompt_k, prompt_v, gate = prompt_table(
         VARLEN,
         ("prompt_k", "prompt_v"),
         (prompt_k, prompt_v),
@@ -167,7 +177,6 @@ def from_varlen(
     )
     if prompt_k is not None and prompt_v is not None:
         prompt_k, prompt_v = prompt_k.transpose(1, 2), prompt_v.transpose(1, 2)
-    window_left, window_right = _window(window_size, causal)
     return Call(
         query=_packed_rows(q),
         key=_packed_rows(k),
@@ -175,18 +184,27 @@ def from_varlen(
         prompt_key=prompt_k,
         prompt_value=prompt_v,
         gate=gate,
-        sinks=checks.as_sinks(sinks, q, q.shape[1]),
+        sinks=sinks,
         prompt_index=prompt_index,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        scale=_scale(softmax_scale, head_dim),
-        softcap=_softcap(softcap),
+        scale=checks.as_scale(softmax_scale, head_dim),
+        softcap=checks.as_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
     )
+
+
+def refuse(error: RuntimeError, check: Callable[..., Any], *given: Any) -> NoReturn:
+    """Raises what is wrong with the arguments in the words of the public function, else the operator's error."""
+    try:
+        check(*given)
+    except (TypeError, ValueError) as named:
+        raise named from error
+    raise error
 
 
 def blame_layout(error: Exception, call: Call) -> None:
@@ -314,7 +332,10 @@ def from_cache(
             )
     if checks.as_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must be 0 (choose) or positive, got {num_splits}")
-    prompt_k, prompt_v, gate, prompt_index = prompt_table(
+    window_left, window_right = checks.as_window(window_size, causal)
+    prompt_index = checks.as_prompt_index(prompt_index, batch)
+    sinks = checks.as_sinks(sinks, q, q.shape[2])
+    prompt_k, prompt_v, gate = prompt_table(
         CACHED,
         ("prompt_k", "prompt_v"),
         (prompt_k, prompt_v),
@@ -325,7 +346,6 @@ def from_cache(
         batch,
         gate_activation,
     )
-    window_left, window_right = _window(window_size, causal)
     return CacheCall(
         query=dense_rows(q),
         key_cache=k_cache,
@@ -335,7 +355,7 @@ def from_cache(
         prompt_key=prompt_k,
         prompt_value=prompt_v,
         gate=gate,
-        sinks=checks.as_sinks(sinks, q, q.shape[2]),
+        sinks=sinks,
         prompt_index=prompt_index,
         cache_seqlens=cache_seqlens,
         cache_leftpad=cache_leftpad,
@@ -343,8 +363,8 @@ def from_cache(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         rotary_interleaved=bool(rotary_interleaved),
-        scale=_scale(softmax_scale, head_dim),
-        softcap=_softcap(softcap),
+        scale=checks.as_scale(softmax_scale, head_dim),
+        softcap=checks.as_softcap(softcap),
         window_left=window_left,
         window_right=window_right,
         tanh_gate=gate_activation == "tanh",
@@ -394,12 +414,13 @@ def from_prompt_branch(
         if cu_seqlens.shape[0] < 1:
             raise ValueError("cu_seqlens must hold B + 1 cumulative lengths, got none")
         batch = cu_seqlens.shape[0] - 1
-        longest = q.shape[0] if max_seqlen is None else _longest("max_seqlen", max_seqlen)
+        longest = q.shape[0] if max_seqlen is None else checks.as_length("max_seqlen", max_seqlen)
     elif cu_seqlens is not None or max_seqlen is not None:
         raise ValueError(
             f"cu_seqlens and max_seqlen go with packed tensors [total, Hq, D], got q of shape {tuple(q.shape)}"
         )
-    key, value, gates, prompt_index = prompt_table(
+    prompt_index = checks.as_prompt_index(prompt_index, batch)
+    key, value, gates = prompt_table(
         layout,
         ("prompt_k", "prompt_v"),
         (prompt_k, prompt_v),
@@ -420,18 +441,36 @@ def from_prompt_branch(
         prompt_index=prompt_index,
         cu_seqlens=cu_seqlens,
         max_seqlen=longest,
-        scale=_scale(softmax_scale, q.shape[-1]),
-        softcap=_softcap(softcap),
+        scale=checks.as_scale(softmax_scale, q.shape[-1]),
+        softcap=checks.as_softcap(softcap),
         tanh_gate=gate_activation == "tanh",
     )
 
 
-def _longest(name: str, length: int) -> int:
-    if isinstance(length, Tensor):
-        raise TypeError(f"{name} must be a Python int, got a tensor: reading it here would stall the device")
-    if checks.as_int(name, length) < 0:
-        raise ValueError(f"{name} must not be negative, got {length}")
-    return length
+def _from_causal_bias(
+    mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(mask, is it causal and aligned at the end) of a `torch.nn.attention.bias.CausalBias`, whose storage is
+    empty."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    if module is None or not isinstance(mask, module.CausalBias):
+        return mask, False
+    if is_causal:
+        raise ValueError(
+            "attn_mask is a CausalBias and is_causal is set: leave one of the two out, as for SDPA"
+        )
+    sizes = mask.seq_len_q, mask.seq_len_kv
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4:
+        lengths = query.shape[2], key.shape[2]
+        if sizes != lengths:
+            raise ValueError(
+                f"attn_mask is a CausalBias of {sizes[0]} queries and {sizes[1]} keys, there are {lengths[0]} and "
+                f"{lengths[1]}"
+            )
+    if mask.variant == module.CausalVariant.LOWER_RIGHT or sizes[0] == sizes[1]:
+        return None, True
+    device = query.device if isinstance(query, Tensor) else None
+    return torch.ones(sizes, dtype=torch.bool, device=device).tril(), False
 
 
 def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -450,52 +489,3 @@ def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 def _packed_rows(tensor: Tensor) -> Tensor:
     return dense_rows(tensor).transpose(0, 1).unsqueeze(0)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if not _is_number(scale):
-        raise TypeError(
-            "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
-            f"got {type(scale).__name__}"
-        )
-    scale = float(scale)
-    if not -MAX_SCALE <= scale <= MAX_SCALE:  # NaN too
-        raise ValueError(f"scale must be a finite number between -3e38 and 3e38, got {scale}")
-    return scale
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a Python number, or what float() makes one of."""
-    # numbers first: torch.compile asks a dynamic float for its type, and cannot ask it for its attributes
-    return isinstance(value, (int, float)) or (not isinstance(value, Tensor) and hasattr(value, "__float__"))
-
-
-def _softcap(softcap: float | None) -> float:
-    """0.0 where there is none."""
-    if softcap is None:
-        return 0.0
-    if not _is_number(softcap):
-        raise TypeError(f"softcap must be a Python number, 0.0 for no cap, got {type(softcap).__name__}")
-    softcap = float(softcap)
-    if softcap and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
-        raise ValueError(
-            f"softcap must be 0.0 (no cap) or lie in 1e-30 .. 1e30, the largest score that is possible, got {softcap}"
-        )
-    return softcap
-
-
-def _window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    """(left, right); a causal mask is a window without a right side."""
-    if window_size is None or window_size == (-1, -1):
-        left = right = -1
-    else:
-        if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-            raise TypeError(
-                f"window_size must be (left, right) or None, -1 for no limit, got {window_size!r}"
-            )
-        left, right = (checks.as_int("window_size", side) for side in window_size)
-        if left < -1 or right < -1:
-            raise ValueError(f"window_size must hold numbers >= -1 (-1 = no limit), got {tuple(window_size)}")
-    return left, 0 if causal else right

@@ -26,8 +26,6 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the fused kernels compute with
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # those that are what their storage says
@@ -277,23 +275,3 @@ def batched(name: str) -> bool:
     is; the others' gradients are contiguous."""
     spec = CALL.specs[name]
     return spec.dims == 4 and spec.shape.startswith("[B,")
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether it can be read: not while torch.compile or a torch.func transform looks on, and fake and meta tensors
-    hold nothing."""
-    if torch.compiler.is_compiling() or is_transforming():
-        return False
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
-
-
-def is_transforming() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp) is on."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def why_transformed() -> str:
-    """The reason why only plain PyTorch may run; '' unless forward-mode AD or a torch.func transform is on."""
-    if torch.compiler.is_compiling() or (forward_ad._current_level < 0 and not is_transforming()):
-        return ""
-    return "forward-mode AD and torch.func transforms need the formula in plain PyTorch"

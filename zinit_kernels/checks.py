@@ -1,100 +1,22 @@
-"""The checks behind the error messages: of shapes, dtypes and devices, and of the values that point into memory.
+"""The checks behind the error messages, of shapes, dtypes, devices and numbers.
 
-All but `check_values` look at metadata alone, so they cost no synchronisation and trace under torch.compile.
+They look at metadata alone, so they cost no synchronisation and trace under torch.compile. Those that read a tensor's
+values are in `values.py`.
 """
 
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from .call import FLOATS, PLAIN_TYPES, AnyCall, CacheCall, PromptCall, has_values
+from .call import FLOATS, MAX_SCALE, PLAIN_TYPES, SOFTCAPS
+from .values import check_range, has_values, may_look_at
 
 DTYPES = (*FLOATS, torch.float64)
-_ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
-
-
-def check_values(call: AnyCall) -> None:
-    """The checks that must read tensors. The native CPU kernels make the same ones.
-
-    On a device they would stall it, so there they run only with ZINIT_CHECK=1; without it, kernels clamp.
-    """
-    if not may_look_at(call.query):
-        return
-    if call.prompt_index is not None and call.prompt_key is not None and len(call.prompt_index):
-        low, high, rows = int(call.prompt_index.min()), int(call.prompt_index.max()), call.prompt_key.shape[0]
-        if low < -1 or high >= rows:
-            raise ValueError(
-                f"prompt_index must lie in -1 (no prompt) .. {rows - 1}, the rows of the prompt table, got "
-                f"{low if low < -1 else high}"
-            )
-    if isinstance(call, CacheCall):
-        _check_cache_values(call)
-    elif isinstance(call, PromptCall):
-        _check_cumulative("cu_seqlens", call.cu_seqlens, call.query.shape[2], call.max_seqlen, "max_seqlen")
-    else:
-        _check_cumulative(
-            "cu_seqlens_q", call.cu_seqlens_q, call.query.shape[2], call.max_seqlen_q, "max_seqlen_q"
-        )
-        _check_cumulative(
-            "cu_seqlens_k", call.cu_seqlens_k, call.key.shape[2], call.max_seqlen_k, "max_seqlen_k"
-        )
-
-
-def may_look_at(tensor: Tensor) -> bool:
-    """Whether a check may read the tensor: it has values, and no device stalls for them (ZINIT_CHECK=1: it may)."""
-    return has_values(tensor) and (tensor.device.type == "cpu" or _ON_DEVICES_TOO)
-
-
-def _check_cache_values(call: CacheCall) -> None:
-    appended = 0 if call.new_key is None else call.new_key.shape[1]
-    page_size = call.key_cache.shape[1]
-    capacity = page_size if call.block_table is None else page_size * call.block_table.shape[1]
-    # without a causal mask or a window all queries are rotated at one position
-    queries = call.query.shape[1]
-    rotated = max(appended, min(queries, 1) if call.window_left == call.window_right == -1 else queries)
-    for sequence, seqlen in enumerate(call.cache_seqlens.tolist()):
-        if seqlen < 0 or seqlen + appended > capacity:
-            raise ValueError(
-                f"cache_seqlens[{sequence}] = {seqlen} plus {appended} new tokens must lie in 0 .. {capacity}, "
-                "the capacity of the cache: make the cache longer (or give the sequence more pages)"
-            )
-        if call.cache_leftpad is not None and not 0 <= int(call.cache_leftpad[sequence]) <= seqlen:
-            raise ValueError(
-                f"cache_leftpad[{sequence}] = {int(call.cache_leftpad[sequence])} must lie in 0 .. {seqlen}, the "
-                "sequence's cache_seqlens, which count the padding too"
-            )
-        if call.block_table is not None:
-            used = call.block_table[sequence, : -(-(seqlen + appended) // max(page_size, 1))]
-            if len(used) and (int(used.min()) < 0 or int(used.max()) >= call.key_cache.shape[0]):
-                raise ValueError(
-                    f"block_table[{sequence}] names pages {used.tolist()}, the pool has {call.key_cache.shape[0]} pages"
-                )
-        if call.rotary_cos is not None and rotated and seqlen + rotated > call.rotary_cos.shape[0]:
-            raise ValueError(
-                f"rotary_cos has {call.rotary_cos.shape[0]} positions, sequence {sequence} needs {seqlen + rotated}"
-            )
-
-
-def _check_cumulative(
-    name: str, cu_seqlens: Tensor | None, total: int, longest: int, longest_name: str
-) -> None:
-    if cu_seqlens is None:
-        return
-    lengths = cu_seqlens.diff().tolist()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"{name} must start at 0, never decrease and end at the {total} packed rows, got {cu_seqlens.tolist()}"
-        )
-    if max(lengths, default=0) > longest:
-        raise ValueError(
-            f"{longest_name} must be at least the longest sequence, {max(lengths)}, got {longest}"
-        )
 
 
 def check_storage(**given: Any) -> None:
@@ -333,6 +255,15 @@ def as_int32(name: str, tensor: Tensor, dims: int) -> Tensor:
     return tensor.to(torch.int32).contiguous()
 
 
+def as_prompt_index(prompt_index: Tensor | None, batch: int) -> Tensor | None:
+    """int32 [B], the row of the prompt table of each sequence."""
+    if prompt_index is None:
+        return None
+    prompt_index = as_int32("prompt_index", prompt_index, 1)
+    check_shape("prompt_index", prompt_index, (batch,))
+    return prompt_index
+
+
 def as_rows(name: str, rows: Tensor, count: int, available: int, of: str) -> Tensor:
     """`count` numbers of rows of a tensor that has `available` ones, as int32; their values are checked on a CPU."""
     rows = as_int32(name, rows, 1)
@@ -340,13 +271,6 @@ def as_rows(name: str, rows: Tensor, count: int, available: int, of: str) -> Ten
     if may_look_at(rows) and count:
         check_range(rows, available, f"{name} must lie in", f"the rows of {of}")
     return rows
-
-
-def check_range(numbers: Tensor, available: int, must: str, what: str) -> None:
-    """That each of the numbers, at least one, is one of 0 .. available - 1. Reads them: see `may_look_at`."""
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= available:
-        raise ValueError(f"{must} 0 .. {available - 1}, {what}, got {low if low < 0 else high}")
 
 
 def as_int(name: str, number: SupportsIndex) -> int:
@@ -359,3 +283,60 @@ def as_int(name: str, number: SupportsIndex) -> int:
     if not -(2**63) <= integer < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {number}")
     return integer
+
+
+def as_length(name: str, length: int) -> int:
+    if isinstance(length, Tensor):
+        raise TypeError(f"{name} must be a Python int, got a tensor: reading it here would stall the device")
+    if as_int(name, length) < 0:
+        raise ValueError(f"{name} must not be negative, got {length}")
+    return length
+
+
+def as_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not _is_number(scale):
+        raise TypeError(
+            "scale must be a Python number (no gradient flows into it, and a tensor would be read here), "
+            f"got {type(scale).__name__}"
+        )
+    scale = float(scale)
+    if not -MAX_SCALE <= scale <= MAX_SCALE:  # NaN too
+        raise ValueError(f"scale must be a finite number between -3e38 and 3e38, got {scale}")
+    return scale
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a Python number, or what float() makes one of."""
+    # numbers first: torch.compile asks a dynamic float for its type, and cannot ask it for its attributes
+    return isinstance(value, (int, float)) or (not isinstance(value, Tensor) and hasattr(value, "__float__"))
+
+
+def as_softcap(softcap: float | None) -> float:
+    """0.0 where there is none."""
+    if softcap is None:
+        return 0.0
+    if not _is_number(softcap):
+        raise TypeError(f"softcap must be a Python number, 0.0 for no cap, got {type(softcap).__name__}")
+    softcap = float(softcap)
+    if softcap and not SOFTCAPS[0] <= softcap <= SOFTCAPS[1]:
+        raise ValueError(
+            f"softcap must be 0.0 (no cap) or lie in 1e-30 .. 1e30, the largest score that is possible, got {softcap}"
+        )
+    return softcap
+
+
+def as_window(window_size: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """(left, right); a causal mask is a window without a right side."""
+    if window_size is None or window_size == (-1, -1):
+        left = right = -1
+    else:
+        if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+            raise TypeError(
+                f"window_size must be (left, right) or None, -1 for no limit, got {window_size!r}"
+            )
+        left, right = (as_int("window_size", side) for side in window_size)
+        if left < -1 or right < -1:
+            raise ValueError(f"window_size must hold numbers >= -1 (-1 = no limit), got {tuple(window_size)}")
+    return left, 0 if causal else right

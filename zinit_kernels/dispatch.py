@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import composed, cpu, cuda, reference, triton
 from .call import AnyCall, CacheCall, Call, PromptCall
-from .checks import check_values
+from .values import check_values
 
 
 class Backend(Protocol):

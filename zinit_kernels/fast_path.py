@@ -11,7 +11,7 @@ operator is raised; if the arguments break a rule of the public function, in tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
@@ -40,15 +40,16 @@ _ALL_KEYS = (-1, -1)
 
 def _test_of(name: str, spec: TensorSpec) -> str:
     """The expression that says of a tensor that nothing would have to be converted, and no other backend asked."""
+    if (
+        spec.role is Role.WRITTEN
+    ):  # its dtype, strides and overlaps are never converted: the operator refuses them
+        return f"type({name}) in PLAIN_TYPES and not {name}.requires_grad"
     strides = "" if spec.contiguous else f" or {name}.stride(-1) == 1"
     tests = [f"type({name}) in PLAIN_TYPES"]
-    if spec.is_table:
-        tests.append(f"{name}.dim() == {spec.dims}")
+    if spec.is_table:  # of the gates the operator takes a single row without its dimension
+        tests.append(f"0 < {name}.dim() <= 2" if spec.dims == 2 else f"{name}.dim() == {spec.dims}")
     if spec.dtypes:  # else the operator compares it with the query's
         tests.append(f"{name}.dtype in DTYPES_OF_{name}")
-    if spec.role is Role.WRITTEN:  # an expanded tensor has no place of its own for each element
-        strides = f" or ({name}.stride(-1) == 1 and 0 not in {name}.stride())"
-        tests.append(f"not {name}.requires_grad")
     return f"{' and '.join(tests)} and ({name}.is_contiguous(){strides})"
 
 
@@ -109,7 +110,9 @@ def attention(
     try:
         if attn_mask is not None or not _is_open() or is_autocast_enabled("cpu"):
             return None
-        keys, values, gates = _with_rows(prompt_key, prompt_value, gate)
+        keys, values = _with_rows(prompt_key, prompt_value)
+        # the gradient has the shape that the operator was given
+        gates = gate[None] if type(gate) in PLAIN_TYPES and gate.dim() == 1 else gate
         if not _are_canonical(query, key, value, keys, values, gates, sinks, prompt_index, None, None, None):
             return None
         if query.dim() != 4 or key.dim() != 4:
@@ -132,7 +135,7 @@ def attention(
         )  # fmt: skip
         return fused.attention_of("cpu", *operands) if is_grad_enabled() else _FORWARD(*operands)
     except RuntimeError as error:
-        _refuse(
+        arguments.refuse(
             error, arguments.from_sdpa, query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal,
             window_size, scale, softcap, gate_activation, prompt_index, sinks,
         )  # fmt: skip
@@ -167,9 +170,9 @@ def attention_with_cache(
     try:
         if causal is None or cache_batch_idx is not None or not _is_open() or type(num_splits) is not int:
             return None
-        keys, values, gates = _with_rows(prompt_k, prompt_v, gate)
+        keys, values = _with_rows(prompt_k, prompt_v)
         tensors = (
-            q, k_cache, v_cache, k, v, keys, values, gates, sinks, prompt_index, cache_seqlens, cache_leftpad,
+            q, k_cache, v_cache, k, v, keys, values, gate, sinks, prompt_index, cache_seqlens, cache_leftpad,
             block_table, rotary_cos, rotary_sin,
         )  # fmt: skip
         if not _are_canonical_with_cache(*tensors):
@@ -177,9 +180,7 @@ def attention_with_cache(
         if q.dim() != 4:
             return None
         _, _, heads_q, head_dim = q.shape
-        if not _is_plain(q, keys, values, gates, heads_q, head_dim, softmax_scale, softcap, gate_activation):
-            return None
-        if k_cache is v_cache and k is not None:
+        if not _is_plain(q, keys, values, gate, heads_q, head_dim, softmax_scale, softcap, gate_activation):
             return None
         if rotary_cos is not None and (
             rotary_interleaved is None or rotary_sin is None or rotary_cos.dtype is not rotary_sin.dtype
@@ -204,20 +205,18 @@ def attention_with_cache(
             increment_version((k_cache, v_cache))
         return done
     except RuntimeError as error:
-        _refuse(
+        arguments.refuse(
             error, arguments.from_cache, q, k_cache, v_cache, k, v, prompt_k, prompt_v, gate, cache_seqlens,
             cache_leftpad, cache_batch_idx, block_table, rotary_cos, rotary_sin, rotary_interleaved, softmax_scale,
             causal, window_size, softcap, num_splits, gate_activation, prompt_index, sinks,
         )  # fmt: skip
 
 
-def _with_rows(prompt_key: Any, prompt_value: Any, gate: Any) -> tuple[Any, Any, Any]:
+def _with_rows(prompt_key: Any, prompt_value: Any) -> tuple[Any, Any]:
     """[1, ...] of tables that leave their only row out."""
-    if type(gate) in PLAIN_TYPES and gate.dim() == 1:
-        gate = gate[None]
     if type(prompt_key) in PLAIN_TYPES and type(prompt_value) in PLAIN_TYPES and prompt_key.dim() == 3:
-        prompt_key, prompt_value = prompt_key[None], prompt_value[None]
-    return prompt_key, prompt_value, gate
+        return prompt_key[None], prompt_value[None]
+    return prompt_key, prompt_value
 
 
 def _is_plain(
@@ -234,7 +233,7 @@ def _is_plain(
     """What both functions have to ask beside each tensor."""
     return (
         query.is_cpu
-        and (gate is None or gate.shape[1] == heads_q)
+        and (gate is None or gate.shape[-1] == heads_q)
         and (prompt_key is None or prompt_value is None or prompt_key.dtype is prompt_value.dtype)
         and 1 <= head_dim <= fused.MAX_HEAD_DIM
         and (scale is None or (type(scale) is float and -MAX_SCALE <= scale <= MAX_SCALE))
@@ -242,12 +241,3 @@ def _is_plain(
         and (softcap == 0.0 or SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
         and gate_activation in GATE_ACTIVATIONS
     )
-
-
-def _refuse(error: RuntimeError, check: Callable[..., Any], *given: Any) -> NoReturn:
-    """Raises what is wrong with the arguments in the words of the public function, else the operator's error."""
-    try:
-        check(*given)
-    except (TypeError, ValueError) as named:
-        raise named from error
-    raise error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .call import has_values
+from .values import check_range, has_values, may_look_at
 
 
 def gather_pages(
@@ -43,8 +43,8 @@ def gather_pages(
     sequence = torch.repeat_interleave(torch.arange(batch, device=k.device), lengths, output_size=total)
     position = torch.arange(total, device=k.device) - (cu_seqlens_k[:-1] - cu_seqlens_k[:1])[sequence]
     page = block_table[sequence, position // max(page_size, 1)].long()
-    if checks.may_look_at(page) and total:
-        checks.check_range(page, num_pages, "block_table must name pages in", "the pages of k")
+    if may_look_at(page) and total:
+        check_range(page, num_pages, "block_table must name pages in", "the pages of k")
     elif total:  # as kernels do: no page outside of the pool is read
         page = page.clamp(0, num_pages - 1)
     slot = position % max(page_size, 1)

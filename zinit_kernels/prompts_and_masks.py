@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -24,8 +22,8 @@ def prompt_table(
     key: Tensor,
     batch: int,
     gate_activation: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Checked prompt tables of four dimensions, gate float32 [1 or N, Hq] and int32 index, or four Nones."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Checked prompt tables of four dimensions and the gate, float32 [1 or N, Hq], or three Nones."""
     prompt_key, prompt_value = tables
     if gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(f"gate_activation must be one of {GATE_ACTIVATIONS}, got {gate_activation!r}")
@@ -34,7 +32,7 @@ def prompt_table(
             raise ValueError(
                 f"gate and prompt_index need {names[0]} and {names[1]}; without prompts leave them out too"
             )
-        return None, None, None, None
+        return None, None, None
     if prompt_key is None or prompt_value is None or gate is None:
         raise ValueError(f"{names[0]}, {names[1]} and gate must be given together, or none of them")
 
@@ -50,15 +48,12 @@ def prompt_table(
         raise ValueError(
             f"at most {MAX_PROMPT_LENGTH} prompts per layer are supported, got P = {prompt_length}"
         )
-    if prompt_index is not None:
-        prompt_index = checks.as_int32("prompt_index", prompt_index, 1)
-        checks.check_shape("prompt_index", prompt_index, (batch,))
-    elif rows not in (1, batch):
+    if prompt_index is None and rows not in (1, batch):
         raise ValueError(
             f"{names[0]} has {rows} rows for a batch of {batch}: give 1 row (shared), {batch} (one per sample), "
             "or say with prompt_index which row each sequence takes"
         )
-    return prompt_key, prompt_value, _gate(gate, rows, query, layout), prompt_index
+    return prompt_key, prompt_value, _gate(gate, rows, query, layout)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -118,32 +113,6 @@ def _gate(gate: Tensor | float, rows: int, query: Tensor, layout: Layout) -> Ten
         f"gate must hold 1 or {heads_q} values, [Hq], [1, Hq, 1, 1], [1, 1, Hq, 1], or with a table of {rows} adapters "
         f"[{rows}, {heads_q}], got {tuple(shape)}" + (f"; unless {layout.swap()}" if swapped else "")
     )
-
-
-def from_causal_bias(
-    mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
-) -> tuple[Tensor | None, bool]:
-    """(mask, is it causal and aligned at the end) of a `torch.nn.attention.bias.CausalBias`, whose storage is
-    empty."""
-    module = sys.modules.get("torch.nn.attention.bias")
-    if module is None or not isinstance(mask, module.CausalBias):
-        return mask, False
-    if is_causal:
-        raise ValueError(
-            "attn_mask is a CausalBias and is_causal is set: leave one of the two out, as for SDPA"
-        )
-    sizes = mask.seq_len_q, mask.seq_len_kv
-    if isinstance(query, Tensor) and isinstance(key, Tensor) and query.dim() == key.dim() == 4:
-        lengths = query.shape[2], key.shape[2]
-        if sizes != lengths:
-            raise ValueError(
-                f"attn_mask is a CausalBias of {sizes[0]} queries and {sizes[1]} keys, there are {lengths[0]} and "
-                f"{lengths[1]}"
-            )
-    if mask.variant == module.CausalVariant.LOWER_RIGHT or sizes[0] == sizes[1]:
-        return None, True
-    device = query.device if isinstance(query, Tensor) else None
-    return torch.ones(sizes, dtype=torch.bool, device=device).tril(), False
 
 
 def classify_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -14,7 +14,7 @@ from zinit_kernels import (
     zero_init_attention_with_kvcache,
 )
 from zinit_kernels.backends import cpu, fused
-from zinit_kernels.call import CACHE_CALL, CALL
+from zinit_kernels.call import CACHE_CALL, CALL, Role
 from zinit_kernels.testing import CacheCase, Case, gradients, make_cache_arguments, make_inputs
 
 pytestmark = pytest.mark.native
@@ -216,6 +216,8 @@ def test_operands_are_those_of_the_checked_call(monkeypatch):
             assert dispatch.select("auto", expected, False) == "cpu"
             for name, ours, theirs in zip(form.names, given.pop(), form.arguments(expected), strict=True):
                 if ours is not None and name in form.specs and form.specs[name].is_table:  # rows may be added
+                    if name == "gate" and form is CACHE_CALL and ours.dim() == 1:
+                        ours = ours[None]  # that operator takes a single row as it is: a view costs 0.6 us
                     assert torch.equal(ours, theirs) and ours.shape == theirs.shape
                 elif torch.is_tensor(theirs):
                     assert ours is theirs, name
@@ -288,15 +290,23 @@ def test_every_tensor_is_asked():
         assert predicate(*tensors)
         for i, name in enumerate(form.specs):
             tagged, strided = tensors[i].as_subclass(Tagged), torch.stack([tensors[i]] * 2, -1)[..., 0]
-            for broken in (tagged, strided):
+            # the strides of a cache are never converted: the operator refuses them
+            for broken in (tagged,) if form.specs[name].role is Role.WRITTEN else (tagged, strided):
                 assert not predicate(*tensors[:i], broken, *tensors[i + 1 :]), name
             if name in form.optional:
                 assert predicate(*tensors[:i], None, *tensors[i + 1 :]), name
     written = CACHE_CALL.names.index("key_cache")
     tensors[written] = tensors[written].requires_grad_()
     assert not fast_path._are_canonical_with_cache(*tensors)
-    for i, j in itertools.product((1, 2), range(2)):
-        tensors[i] = torch.zeros(4, 4, 4, 4)
-        tensors[i] = tensors[i].narrow(j, 0, 1).expand(4, 4, 4, 4)
-        assert not fast_path._are_canonical_with_cache(*tensors)
-        tensors[i] = torch.zeros(4, 4, 4, 4)
+
+
+@pytest.mark.parametrize("name, dim", itertools.product(("k_cache", "v_cache"), range(2)))
+def test_caches_that_cannot_be_written_are_named_in_the_words_of_the_function(name, dim):
+    given = cached()
+    given[name] = given[name].narrow(dim, 0, 1).expand(given[name].shape)
+    with pytest.raises(ValueError, match="to append, k_cache and v_cache must be two caches"):
+        zero_init_attention_with_kvcache(**given)
+    given = cached()
+    given[name] = torch.stack([given[name]] * 2, -1)[..., 0]
+    with pytest.raises(ValueError, match=f"{name} must be contiguous in its last dimension"):
+        zero_init_attention_with_kvcache(**given)

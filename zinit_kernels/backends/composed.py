@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import CALL, AnyCall, CacheCall, Call, PromptCall, has_values, why_transformed
+from ..call import CALL, AnyCall, CacheCall, Call, PromptCall
+from ..values import has_values, why_transformed
 from . import formula
 
 CHECKS_VALUES = False

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..call import CALL, CacheCall, Call, has_values
+from ..call import CALL, CacheCall, Call
+from ..values import has_values
 
 
 def differentiable_gradients(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..call import CALL, FLOATS, AnyCall, CacheCall, Call, PromptCall, Saved, why_transformed
+from ..call import CALL, FLOATS, AnyCall, CacheCall, Call, PromptCall, Saved
+from ..values import why_transformed
 from . import formula
 
 MAX_HEAD_DIM = 256

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import AnyCall, CacheCall, Call, PromptCall, has_values
+from ..call import AnyCall, CacheCall, Call, PromptCall
+from ..values import has_values
 
 CHECKS_VALUES = False
 

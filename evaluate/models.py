@@ -21,9 +21,9 @@ from .shared import (
     about_images,
     format_prompt,
     generate,
-    load_adapter,
     load_base,
     load_tokenizer,
+    open_adapter,
     open_device,
     open_source,
 )
@@ -156,7 +156,9 @@ def load(
     place = open_device(device)
     model = load_base(base, DTYPES.get(dtype or ""), place).freeze()
     tokenizer = load_tokenizer(base).check_vocabulary(model.config.vocab_size)
-    found = None if adapter is None else load_adapter(adapter, model)
+    found: LlamaAdapter | None = None
+    if adapter is not None:  # a published V2 adapter changes the base too
+        model, found = open_adapter(adapter, model)
     if encoder is not None:
         if not isinstance(found, VisualAdapter):
             raise UserError(f"--encoder is of no use: {adapter or 'the base alone'} has no visual part.")

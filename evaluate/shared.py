@@ -20,7 +20,7 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.sampling import generate
     from model.tokenizer import Tokenizer, load_tokenizer
     from model.vision.adapter import VisualAdapter
-    from model.vision.files import load_adapter
+    from model.vision.files import open_adapter
     from model.vision.options import open_source
 else:
     from ..model.adapter import LlamaAdapter
@@ -34,15 +34,15 @@ else:
     from ..model.sampling import generate
     from ..model.tokenizer import Tokenizer, load_tokenizer
     from ..model.vision.adapter import VisualAdapter
-    from ..model.vision.files import load_adapter
+    from ..model.vision.files import open_adapter
     from ..model.vision.options import open_source
 
 __all__ = [
     "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images",
     "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
-    "json_values", "load_adapter", "load_base", "load_tokenizer", "make_directory", "messages", "note",
-    "open_device", "open_source", "program", "progress", "read_records", "read_text", "refuse_unwritable",
-    "run_program", "warn", "write_file", "writing",
+    "json_values", "load_base", "load_tokenizer", "make_directory", "messages", "note",
+    "open_adapter", "open_device", "open_source", "program", "progress", "read_records", "read_text",
+    "refuse_unwritable", "run_program", "warn", "write_file", "writing",
 ]  # fmt: skip
 
 

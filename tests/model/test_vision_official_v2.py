@@ -1,6 +1,7 @@
 """The published LLaMA-Adapter V2, against its equations: a small random file with every part at non-zero values."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -274,6 +275,23 @@ def test_generate_takes_it(meta, tmp_path, capsys):
         generate.main([str(word) for word in (*words, "--image", picture(tmp_path / f"{seed}.png", seed))])
         answers.append(capsys.readouterr().out)
     assert all(answers)
+
+
+def test_evaluate_takes_it(meta, tmp_path, monkeypatch):
+    """With the biases, factors and norms that the file adds to the base."""
+    from tiny_models import word_tokenizer
+
+    from evaluate import models
+
+    word_tokenizer(meta.path)
+    path = write(tmp_path / "v2.pth", official(meta, "LORA-BIAS"), "LORA-BIAS")
+    monkeypatch.setattr(models, "open_adapter", partial(open_adapter, prompt_length=QUERIES))
+    answerer = models.load(meta.path, path, max_new_tokens=4, brief=False, dtype=None, device="cpu")
+    expected, _ = open_adapter(path, load_base(meta.path).freeze(), QUERIES)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert isinstance(answerer.adapter, VisualAdapter)
+    assert torch.equal(answerer.model(tokens), expected(tokens))
+    assert not torch.equal(answerer.model(tokens), load_base(meta.path)(tokens))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 // Runs a stage on torch's own threads.
 #pragma once
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "../checks.h"
 #include "kernels.h"
@@ -25,6 +30,36 @@ inline void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
+// Whether this process was made by fork() from one that had this library loaded.
+inline bool was_forked() {
+  static std::atomic<bool> forked{false};
+  [[maybe_unused]] static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+  return forked.load(std::memory_order_relaxed);
+}
+inline const bool kWatchesForks = was_forked();  // from the moment when the library is loaded
+
+// Calls task() in `count` threads at once, this one included.
+//
+// fork() copies no threads but the one that called it. OpenMP, which torch's pool is made of, does not notice:
+// in a child it waits for ever for the threads of its parent, and one small call of an operator in the parent
+// is enough for that. A child therefore starts threads of its own for each stage (20 us each).
+template <class Task>
+void run_in_threads(int64_t count, const Task& task) {
+  if (count <= 1 || !was_forked()) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { task(); });
+    return;
+  }
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(count - 1));
+  try {
+    for (int64_t i = 1; i < count; ++i) others.emplace_back(task);
+  } catch (const std::system_error&) {  // no more threads may be started: those that were do the work
+  }
+  task();
+  for (std::thread& other : others) other.join();
+}
+
 // Threads take the next item from a counter, because causal query blocks and ragged sequences cost unequal
 // amounts. Which thread runs an item never changes its result.
 template <class Work>
@@ -36,7 +71,7 @@ void run_stage(const Stage<Work>& stage, const Work& work) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
   // An exception thrown inside parallel_for loses its text, so failure is reported after it.
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  run_in_threads(threads, [&] {
     void* scratch = thread_scratch(bytes);
     if (bytes > 0 && scratch == nullptr) {
       out_of_memory = true;

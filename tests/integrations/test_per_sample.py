@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 from tiny_transformers import ADAPTED, EAGER, FIVE, PROMPTS, adapted, base_model, inputs_of  # noqa: E402
@@ -157,20 +158,37 @@ def test_gradients():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
-    grads = []
+    """Backward in the block and after it; layers of the user's own checkpoints have to be computed again in it."""
+    grads, rows = [], [1, 0, 1]
     for checkpointing in (False, True):
         model, inputs = adapted("Llama", gates=2.0).train(), inputs_of("Llama")
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        tables = visual().requires_grad_()
-        with zinit.per_sample_prompts(model, tables, [1, 0, 1]):
-            model(**inputs).logits.square().sum().backward()
-        grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    for plain, recomputed in zip(*grads, strict=True):
-        torch.testing.assert_close(plain, recomputed)
-    with zinit.per_sample_prompts(model, visual(), [1, 0, 1]):
-        loss = model(**inputs).logits.square().sum()
+        for ends_first in (False, True):
+            model.zero_grad()
+            tables = visual().requires_grad_()
+            with zinit.per_sample_prompts(model, tables, rows):
+                loss = model(**inputs).logits.square().sum()
+                if not ends_first:
+                    loss.backward()
+            if ends_first:
+                # of this call each layer was last computed without the block
+                loss = loss + model(**inputs).logits.square().sum()
+                loss.backward()
+            grads.append([p.grad for p in (*model.parameters(), tables) if p.grad is not None])
+    for plain, recomputed in ((grads[0], grads[2]), (grads[1], grads[3])):
+        assert len(plain) == 5
+        for one, other in zip(plain, recomputed, strict=True):
+            torch.testing.assert_close(one, other)
+    model.gradient_checkpointing_disable()
+    with zinit.per_sample_prompts(model, visual(), rows):
+        hidden = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
+        loss = (
+            checkpoint(lambda x: model(inputs_embeds=x).logits, hidden, use_reentrant=reentrant)
+            .square()
+            .sum()
+        )
     with pytest.raises(RuntimeError, match="call backward in the block"):
         loss.backward()
     model(**inputs).logits.square().sum().backward()  # without the block: as ever

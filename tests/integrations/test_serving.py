@@ -1,6 +1,12 @@
 """transformers' continuous batching with prompts: the answers of generate, and everything as before afterwards."""
 
+import contextlib
+import os
+import signal
 import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,3 +146,80 @@ def test_a_context_that_cannot_be_entered_leaves_nothing_behind(monkeypatch):
     ):
         pass
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before and not served_without
+
+
+@pytest.mark.parametrize("first", ["disabled", "added", "plain"])
+@pytest.mark.parametrize("second", ["disabled", "added", "plain"])
+def test_contexts_that_overlap_must_agree(first, second):
+    """All requests share the model, so one context would get the other's answers without a word."""
+    model, entry = adapted("Llama"), torch.randn(1, 1, 32)
+    blocks = {
+        "disabled": lambda: zinit.disable_zero_init_attention(model),
+        "added": lambda: zinit.per_sample_prompts(model, entry.clone()),
+        "plain": contextlib.nullcontext,
+    }
+    with ThreadPoolExecutor(1) as thread, blocks[second]():
+        block = blocks[first]()
+        thread.submit(block.__enter__).result()
+        context = zinit.continuous_batching(model)
+        thread.submit(context.__enter__).result()
+        if first == second:
+            with zinit.continuous_batching(model):
+                assert model.config._attn_implementation == "sdpa"
+        else:
+            said = "begun elsewhere with.* leave that context first"
+            with pytest.raises(ValueError, match=said), zinit.continuous_batching(model):
+                pass
+        thread.submit(context.__exit__, None, None, None).result()
+        with zinit.continuous_batching(model):  # now it may
+            pass
+    assert model.config._attn_implementation == "zinit"
+
+
+def test_the_base_is_not_asked_for_within_a_context():
+    """generate_batch computes in a thread that knows nothing of the block."""
+    model = adapted("Llama")
+    with (
+        zinit.continuous_batching(model),
+        pytest.raises(ValueError, match="enter disable_zero_init_attention first"),
+        zinit.disable_zero_init_attention(model),
+    ):
+        pass
+    with (
+        zinit.disable_zero_init_attention(model),
+        zinit.continuous_batching(model),
+        zinit.disable_zero_init_attention(model),  # says nothing new
+    ):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_enters():
+    """The child has only the thread that forked, and a lock that another one held would never be free there."""
+    model, other, forking = adapted("Llama"), adapted("Llama"), threading.Event()
+    real = model.set_attn_implementation
+
+    def slow(implementation):
+        forking.set()
+        time.sleep(0.3)
+        real(implementation)
+
+    model.set_attn_implementation = types.MethodType(lambda self, *args: slow(*args), model)
+
+    def serve():
+        with zinit.continuous_batching(model):
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert forking.wait(60)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)  # ends a child that waits for ever
+            with zinit.continuous_batching(other):
+                os._exit(0 if other.config._attn_implementation == "sdpa" else 1)
+        finally:
+            os._exit(2)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

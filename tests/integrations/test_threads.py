@@ -217,6 +217,41 @@ def test_what_backward_recomputes_after_the_block(reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("before", [False, True], ids=["a first block", "a block before"])
+def test_a_block_within_a_checkpointed_layer(before, reentrant):
+    """Code within the layer asks for the base."""
+    model, inputs = prompted("Llama", gates=2.0).train(), inputs_of("Llama")
+    model.config.use_cache = False
+    model.enable_input_require_grads()
+    attention = model.model.layers[-1].self_attn
+    forward = attention.forward
+
+    def without_prompts(*args, **kwargs):
+        with zinit.disable_zero_init_attention(model):
+            return forward(*args, **kwargs)
+
+    attention.forward = without_prompts
+
+    def gradients():
+        model.zero_grad()
+        if before:
+            with zinit.disable_zero_init_attention(model), torch.no_grad():
+                outputs(model, inputs)
+        out = outputs(model, inputs)
+        out.square().sum().backward()
+        return out.detach(), {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
+
+    expected, gradients_expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(2):
+        out, found = gradients()
+        assert torch.equal(out, expected) and found.keys() == gradients_expected.keys()
+        assert all(torch.equal(found[name], gradients_expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_what_backward_recomputes_of_rows_with_adapters_of_their_own(peft_model, reentrant):
     """adapter_names is refused in training mode, but parts of the model may be in it."""
     names = ["second", "default"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .added_prompts import Added, added, refuse_served
 from .layers import ZeroInitPrompts, required_adapters, sizes
+from .recomputation import remember_blocks
 
 
 @contextmanager
@@ -29,8 +30,9 @@ def per_sample_prompts(
     """For the calls in this block, each sequence's prompts are the layers' own plus one entry of `prompts`.
 
     Forward and generate take it, with beams, several returned sequences, padding on either side and static caches. The
-    block is for the thread, or asyncio task, that entered it. Gradients reach `prompts`. With gradient checkpointing
-    the backward pass belongs in the block too.
+    block is for the thread, or asyncio task, that entered it. Gradients reach `prompts`. Backward may come after the
+    block, also with gradient checkpointing by `gradient_checkpointing_enable` or FSDP. Where your own code calls
+    `torch.utils.checkpoint`, backward belongs in the block.
 
     Args:
         model: has prompts, by `add_zero_init_attention`.
@@ -51,8 +53,9 @@ def per_sample_prompts(
     if index is not None and len(index) and bool((index == index[0]).all()) and int(index[0]) > 0:
         chosen = int(index[0]) - 1
         by_layer, index = [table[chosen : chosen + 1] for table in by_layer], None
-    refuse_served(frozenset(adapter.token for _, adapter in found))
+    refuse_served("per_sample_prompts", frozenset(adapter.token for _, adapter in found))
     entry = Added({adapter.token: table for (_, adapter), table in zip(found, by_layer, strict=True)}, index)
+    remember_blocks(model)
     with added.holding(entry):
         yield
 

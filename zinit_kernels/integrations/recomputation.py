@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from .scope import blocks_here, standing_in
 
-_CHECKPOINT = (
-    "_gradient_checkpointing_func"  # transformers' name for the function that each layer checkpoints by
-)
+# The attributes that hold the function which a module checkpoints by: in transformers' layers, and in the wrapper of
+# torch.distributed, which FSDP's activation checkpointing puts around layers.
+_CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 def remember_blocks(model: nn.Module) -> None:
@@ -21,18 +21,23 @@ def remember_blocks(model: nn.Module) -> None:
 
     Called where a block begins, since a model without any has nothing to remember.
     """
-    for module in model.modules():
-        checkpoint = module.__dict__.get(_CHECKPOINT)
-        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpointed:
-            module.__dict__[_CHECKPOINT] = partial(_checkpointed, checkpoint)
+    for module, name, checkpoint in _checkpoints(model):
+        if getattr(checkpoint, "func", None) is not _checkpointed:
+            module.__dict__[name] = partial(_checkpointed, checkpoint)
 
 
 def forget_blocks(model: nn.Module) -> None:
     """Undoes `remember_blocks`."""
-    for module in model.modules():
-        checkpoint = module.__dict__.get(_CHECKPOINT)
+    for module, name, checkpoint in _checkpoints(model):
         if getattr(checkpoint, "func", None) is _checkpointed:
-            module.__dict__[_CHECKPOINT] = checkpoint.args[0]  # type: ignore[union-attr]
+            module.__dict__[name] = checkpoint.args[0]
+
+
+def _checkpoints(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for module in model.modules():
+        for name in _CHECKPOINTS:
+            if (checkpoint := module.__dict__.get(name)) is not None:
+                yield module, name, checkpoint
 
 
 def _checkpointed(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,28 @@ from weakref import WeakSet
 import torch
 
 _Value = TypeVar("_Value")
+
+
+class ForkLock:
+    """A lock that no fork() finds half-way: the forking thread waits for it, and parent and child have it free.
+
+    A child has only the thread that forked. A plain lock that another thread held would never be free there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._lock.acquire,
+                after_in_parent=self._lock.release,
+                after_in_child=self._lock.release,
+            )
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class _Entry(Generic[_Value]):
@@ -34,13 +57,18 @@ def blocks_here() -> dict[int, tuple[_Entry[Any], ...]]:
 
 @contextmanager
 def standing_in(blocks: dict[int, tuple[_Entry[Any], ...]]) -> Iterator[None]:
-    """In it, the calling code stands in these blocks and no others, though they may have ended."""
+    """In it, the calling code stands in these blocks, though they may have ended, and in those that it enters."""
     before = getattr(_standing, "of", None)
     _standing.of = blocks
     try:
         yield
     finally:
         _standing.of = before
+
+
+def is_computed_again() -> bool:
+    """Whether the calling code stands in blocks that were remembered for it."""
+    return getattr(_standing, "of", None) is not None
 
 
 def _is_autograds_thread() -> bool:
@@ -76,9 +104,11 @@ class Scope(Generic[_Value]):
         self._all.append(entry)
         self._here.set((*self._here.get(), entry))
         self._set_thread((*getattr(self._thread, "entries", ()), entry))
+        self._set_standing(lambda entries: (*entries, entry))
         try:
             yield
         finally:
+            self._set_standing(lambda entries: tuple(other for other in entries if other is not entry))
             # not by a token: blocks of one thread may overlap, and end in another thread than they began in
             self._all.remove(entry)
             self._here.set(tuple(other for other in self._here.get() if other is not entry))
@@ -87,6 +117,14 @@ class Scope(Generic[_Value]):
     def _set_thread(self, entries: Iterable[_Entry[_Value]]) -> None:
         self._thread.entries = tuple(entries)
         self._thread.values = tuple(entry.value for entry in self._thread.entries)
+
+    def _set_standing(
+        self, change: Callable[[tuple[_Entry[_Value], ...]], tuple[_Entry[_Value], ...]]
+    ) -> None:
+        """A block that begins or ends in a layer that is checkpointed."""
+        standing: dict[int, tuple[_Entry[_Value], ...]] | None = getattr(_standing, "of", None)
+        if standing is not None:
+            _standing.of = {**standing, id(self): change(standing.get(id(self), ()))}
 
     def values(self, moved: bool = False) -> tuple[_Value, ...]:
         """The values in force for the calling code.

@@ -20,7 +20,7 @@ from torch import nn
 
 from . import reload_note  # noqa: F401, it has transformers' warning of lost prompts say how to read them
 from .adapter_folder import load_adapter, save_adapter
-from .added_prompts import serving_added
+from .added_prompts import refuse_served, serving_added
 from .architectures import ARCHITECTURES, ENCODER, NORMED, SPLIT, Projection
 from .layers import (
     ZeroInitPrompts,
@@ -137,18 +137,22 @@ def disable_zero_init_attention(model: nn.Module) -> Iterator[None]:
 
     That is for those of the thread, or asyncio task, that entered it: other threads go on with the prompts, those
     started within the block too. Enter it in the thread that calls the model. Models of `integrations.peft.accelerate`
-    can be disabled too.
+    can be disabled too. What is computed again for backward (gradient checkpointing) is the base's or not as it was
+    the first time, also when the block has ended.
 
     Raises:
-        ValueError: PEFT's adaption prompts that were not accelerated.
+        ValueError: PEFT's adaption prompts that were not accelerated; a block within `continuous_batching`, which
+            serves what it has begun with.
     """
     if any(not getattr(type(layer), "attends_by_zinit", False) for _, layer in peft_layers(model)):
         raise ValueError(
             "the model has PEFT's adaption prompts: call accelerate(model) of zinit_kernels.integrations.peft first, "
             "or use PEFT's own model.disable_adapter()"
         )
+    tokens = tokens_of(model)
+    refuse_served("disable_zero_init_attention", tokens - frozenset().union(*disabled.values()))
     remember_blocks(model)
-    with disabled.holding(tokens_of(model)):
+    with disabled.holding(tokens):
         yield
 
 
@@ -162,7 +166,8 @@ def continuous_batching(model: Any) -> Iterator[None]:
     `disable_zero_init_attention` serves the base, and one in a block of `per_sample_prompts` its one entry.
 
     Raises:
-        ValueError: no prompts in the model.
+        ValueError: no prompts in the model; another context of it that has not ended yet, and serves other prompts: the
+            model cannot serve both.
     """
     if not any(getattr(module, "attends_by_zinit", False) for module in model.modules()):
         required_adapters(model)

@@ -73,6 +73,26 @@ class LlamaAdapter(nn.Module):
             self._kept.keep(attention, made_of, prompt)
         return prompt
 
+    @torch.no_grad()
+    def layer_gradient_norms(self) -> list[float]:
+        """The norm of each adapted layer's gradient, prompts and gates together, lowest layer first."""
+        squares = sum(
+            parameter.grad.double().square().flatten(1).sum(1)
+            for parameter in (self.prompts, self.gates)
+            if parameter is not None and parameter.grad is not None
+        )
+        return squares.sqrt().tolist() if isinstance(squares, Tensor) else []
+
+    @torch.no_grad()
+    def layer_gates(self) -> list[float]:
+        """The mean over heads of |tanh(gate)| (|gate| for the activation "identity") in each adapted layer: how much
+        of the prompts' branch is added. Empty without gates.
+        """
+        if self.gates is None:
+            return []
+        gates = self.gates.tanh() if self.config.gate_activation == "tanh" else self.gates
+        return gates.abs().mean(1).tolist()
+
     def forget(self) -> None:
         """Drops the projected prompts that are kept. Needed only after a write through `.data`."""
         self._kept.clear()

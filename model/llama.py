@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zinit_kernels import zero_init_attention, zero_init_attention_varlen, zero_init_attention_with_kvcache
 
@@ -159,7 +160,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, prompt: Prompt | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, adapter: Adapter | None) -> Tensor:
+        # asked here and not by the model: where weights are sharded, a layer has them only while it runs
+        prompt = None if adapter is None else adapter(self.self_attn)
         x = x + self.self_attn(self.input_layernorm(x), layout, prompt)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -188,6 +191,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # layers keep their input alone, and run again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -230,7 +234,10 @@ class Llama(nn.Module):
         layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, layout, None if adapter is None else adapter(layer.self_attn))
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, adapter, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, layout, adapter)
         if cache is not None:
             cache.lengths += tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff()
         return self.norm(x)
@@ -255,6 +262,12 @@ class Llama(nn.Module):
         """Sets the backend of zinit_kernels that attention runs on; "auto" by default."""
         for layer in self.layers:
             layer.self_attn.backend = backend
+        return self
+
+    def compile_layers(self) -> Llama:
+        """Compiles every layer with torch.compile, for any number of tokens. Attention stays as it is."""
+        for layer in self.layers:
+            layer.compile(dynamic=True)
         return self
 
     def _layout(

@@ -7,6 +7,7 @@ A picture is an extra: where it cannot be drawn, a warning says why.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,48 @@ def loss_picture(path: str | Path, entries: Sequence[Mapping[str, float]]) -> No
     save_picture(path, draw)
 
 
+def layer_picture(path: str | Path, entries: Sequence[Mapping[str, Any]], lowest: int) -> None:
+    """Each adapted layer's gate and gradient against the step, from a run's metrics; nothing for metrics of before they
+    had them. lowest: the number of the lowest adapted layer.
+    """
+    rows = [entry for entry in entries if entry.get("layer_grad_norms")]
+    if not rows:
+        return
+    width = max(len(row["layer_grad_norms"]) for row in rows)
+    rows = [row for row in rows if len(row["layer_grad_norms"]) == width]
+
+    def draw(figure: Any) -> None:
+        from matplotlib import colormaps
+
+        steps = [row["step"] for row in rows]
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, name in zip(panels, ("layer_gates", "layer_grad_norms"), strict=True):
+            for place in range(width):
+                values = [row[name][place] if row.get(name) else math.nan for row in rows]
+                color = colormaps["viridis"](place / max(width - 1, 1))
+                label = f"layer {lowest + place}" if place in (0, width - 1) else None
+                axes.plot(steps, values, color=color, label=label)
+            axes.grid(alpha=0.3)
+        panels[0].set(ylabel="mean |tanh(gate)|")
+        panels[1].set(xlabel="step", ylabel="gradient's norm", yscale="log")
+        panels[0].legend()
+
+    save_figure(path, draw)
+
+
 def save_picture(path: str | Path, draw: Callable[[Any], None]) -> None:
-    """Writes a PNG of what `draw` puts on matplotlib's axes, whole or not at all.
+    """Writes a PNG of what `draw` puts on matplotlib's axes, whole or not at all, as `save_figure` does."""
+
+    def on_axes(figure: Any) -> None:
+        axes = figure.subplots()
+        draw(axes)
+        axes.grid(alpha=0.3)
+
+    save_figure(path, on_axes)
+
+
+def save_figure(path: str | Path, draw: Callable[[Any], None]) -> None:
+    """Writes a PNG of what `draw` puts on matplotlib's figure, whole or not at all.
 
     Raises UserError if the file cannot be written. Whatever goes wrong in matplotlib is a warning.
     """
@@ -47,9 +88,7 @@ def save_picture(path: str | Path, draw: Callable[[Any], None]) -> None:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        draw(axes)
-        axes.grid(alpha=0.3)
+        draw(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
     except UserError:

@@ -7,15 +7,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from zinit_kernels.checkpoints import write_atomically
 
 from .errors import UserError, warn
 
-Entry = dict[str, float]
+Entry = dict[str, Any]  # numbers, and lists of one number for each adapted layer
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -97,16 +98,18 @@ class MetricsLog:
     `steps_done` steps drops the lines of later steps and writes them again. A new run, with 0, starts an empty file.
     """
 
-    def __init__(self, path: str | Path, steps_done: int = 0):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, steps_done: int = 0, also: Sequence[Callable[[Entry], None]] = ()):
+        self.path, self.also = Path(path), also
         before = read_metrics(self.path) if steps_done else []
         self.entries = [entry for entry in before if entry["step"] + ("loss" in entry) <= steps_done]
         write_file(self.path, "".join(map(_line, self.entries)).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
 
-    def write(self, **entry: float) -> None:
-        """Appends one line."""
+    def write(self, **entry: Any) -> None:
+        """Appends one line, and tells it to whoever else wants it."""
         self.entries.append(entry)
+        for tell in self.also:
+            tell(entry)
         with writing(self.path):
             self._file.write(_line(entry))
             self._file.flush()
@@ -137,7 +140,7 @@ def read_metrics(path: str | Path) -> list[Entry]:
             continue
         if not isinstance(entry, dict) or type(entry.get("step")) is not int:
             raise UserError(f"{path} is no metrics file: {line[:40]!r} holds no step. Move it away to go on.")
-        if all(type(value) in (int, float) for value in entry.values()):
+        if all(map(_is_number_or_list, entry.values())):
             entries.append(entry)
         else:
             broken.append(number)
@@ -148,5 +151,10 @@ def read_metrics(path: str | Path) -> list[Entry]:
     return entries
 
 
-def _line(entry: Mapping[str, float]) -> str:
+def _is_number_or_list(value: object) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return all(type(number) in (int, float) for number in numbers)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry) + "\n"

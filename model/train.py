@@ -5,7 +5,9 @@ The defaults are the paper's recipe (arXiv 2303.16199, section 4.1, and its offi
     adapter.safetensors   the adapter after the last whole epoch (adapter.pth with --format official-v1)
     checkpoint.pt         what --resume needs, at every epoch's end, every --save-every steps and on Ctrl-C
     metrics.jsonl         one line per step and per validation
-    loss.png              the same as a picture
+    loss.png, layers.png  the same as pictures
+    config.yaml           the options, as --config takes them
+    best.safetensors      with --keep-best, the adapter with the lowest validation loss
 """
 
 from __future__ import annotations
@@ -13,22 +15,29 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .config_file import write_config
 from .data.views import token_lengths
 from .errors import run_program, warn
 from .fingerprint import adapter_metadata
+from .forecast import forecast
 from .loading import DTYPES, load_base, open_device
-from .pictures import loss_picture
+from .pictures import layer_picture, loss_picture
 from .program import interruptible, program
 from .progress import messages, progress
 from .recipe import recipe_warnings
 from .resume import load_checkpoint, restore, save_checkpoint
 from .run_folder import MetricsLog, held, make_directory, remove_leftovers, writing
+from .trackers import numbers, open_trackers
 from .train_loop import evaluate, make_optimizer, train
-from .train_options import ADAPTER_FILES, check_folder, read_options, recipe_of
+from .train_options import ADAPTER_FILES, check_folder, config_of, read_options, recipe_of
 from .train_setup import make_adapter, make_samples, read_file, run_identity, run_summary, try_backend
+from .validation import Best, Previews, drop_later
 from .vision.files import save_adapter
 
-FILES = ("checkpoint.pt", "metrics.jsonl", "loss.png", *ADAPTER_FILES.values())
+FILES = (
+    "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png", "config.yaml", "best.safetensors",
+    *ADAPTER_FILES.values(),
+)  # fmt: skip
 
 
 @program(
@@ -47,12 +56,26 @@ def main(arguments: list[str] | None = None) -> None:
     base = load_base(options.base, DTYPES.get(options.dtype), open_device(options.device)).freeze()
     base.set_backend(options.backend)
     adapter = make_adapter(options, base)
-    training, validation, mixture, outcome = make_samples(options, found, base.config, adapter, console)
+    training, validation, mixture, outcome, tokenizer = make_samples(
+        options, found, base.config, adapter, console
+    )
     say(outcome)
     try_backend(options.backend, base, adapter, training[0], recipe)
     lengths = token_lengths(training)[mixture.order(recipe.seed, 0)].tolist()
     for sentence in recipe_warnings(recipe, lengths, options.init is None):
         warn(f"{sentence}.")
+    base.recompute = options.checkpoint_activations
+    if options.compile:
+        base.compile_layers()
+    if options.dry_run:
+        say(str(forecast(base, adapter, training, mixture, recipe)))
+        return
+    previews = None
+    if options.sample_every:
+        previews = Previews(
+            options.out / "previews.jsonl", tokenizer, options.sample_prompts, validation or training,
+            base.config.max_seq_len,
+        )  # fmt: skip
     optimizer = make_optimizer(adapter, recipe)
     steps_per_epoch, num_steps = recipe.steps_per_epoch(mixture.size), recipe.num_steps(mixture.size)
     run = run_identity(options, recipe, base, adapter, training, mixture)
@@ -90,15 +113,35 @@ def main(arguments: list[str] | None = None) -> None:
             loss = evaluate(base, adapter, validation, recipe, interrupt.is_set, tell)
             if not interrupt.is_set():  # an interrupted one is made up for on --resume
                 metrics.write(step=done, epoch=done / steps_per_epoch, val_loss=loss)
-                say(f"step {done}: validation loss {loss:.4f}")
+                is_best = best.improves(loss)
+                keeps = is_best and bool(options.keep_best or options.patience)
+                say(f"step {done}: validation loss {loss:.4f}{', the best until now' * keeps}")
+                if keeps:
+                    with writing(options.out / "best.safetensors"):
+                        save_adapter(
+                            options.out / "best.safetensors", adapter, base.config, "zinit", metadata
+                        )
 
         if not options.resume:
             save_state()  # first: whatever ends the run from here on, --resume goes on with this one
-            _remove(options.out, {"loss.png", *ADAPTER_FILES.values()})
+            _remove(options.out, set(FILES) - {"checkpoint.pt", "metrics.jsonl"})
         remove_leftovers(options.out, FILES)
+        config = config_of(options)
+        write_config(options.out / "config.yaml", config)
+        if previews:
+            drop_later(previews.path, done)
 
         # the training loop
-        metrics = MetricsLog(options.out / "metrics.jsonl", done)
+        trackers = open_trackers(options.trackers, options.out, vars(config), done)
+        metrics = MetricsLog(
+            options.out / "metrics.jsonl",
+            done,
+            [
+                lambda entry, tracker=tracker: tracker.log(entry["step"], numbers(entry))
+                for tracker in trackers
+            ],
+        )
+        best = Best(metrics.entries, options.patience)
         first, tokens, seconds = done, 0, 0.0
         with interruptible() as interrupt, progress(console, num_steps, done) as show:
             was_validated = any("val_loss" in entry and entry["step"] == done for entry in metrics.entries)
@@ -106,20 +149,26 @@ def main(arguments: list[str] | None = None) -> None:
                 validate()
             for report in train(
                 base, adapter, training, recipe, optimizer,
-                first_step=first, stop=interrupt.is_set, mixture=mixture,
+                first_step=num_steps if best.exhausted else first, stop=interrupt.is_set, mixture=mixture,
             ):  # fmt: skip
                 done = report.step + 1
                 metrics.write(**report._asdict())
                 tokens, seconds = tokens + report.num_tokens, seconds + report.seconds
                 epoch_ends = done % steps_per_epoch == 0
+                validates = epoch_ends or is_due(options.validate_every, done)
                 title = f"epoch {int(report.epoch) + 1}/{recipe.epochs}, step"
                 detail = f"loss {report.loss:.3f}, {tokens / seconds:,.0f} tokens/s"
                 show(done, title, detail, always=epoch_ends or done == first + 1)
-                if epoch_ends:
+                if validates:
                     validate()
+                if previews and is_due(options.sample_every, done):
+                    say(previews.write(done, base, adapter))
+                if epoch_ends or best.exhausted:
                     save_result()
-                if epoch_ends or (options.save_every and done % options.save_every == 0):
+                if epoch_ends or best.exhausted or is_due(options.save_every, done):
                     save_state()
+                if best.exhausted:
+                    break
             stopped = interrupt.is_set()
 
         # the last files, and what came of the run
@@ -128,13 +177,23 @@ def main(arguments: list[str] | None = None) -> None:
         elif done == first:
             save_result()  # nothing was left to train, but the --format may be another
         metrics.close()
+        for tracker in trackers:
+            tracker.close()
         loss_picture(options.out / "loss.png", metrics.entries)
+        layer_picture(options.out / "layers.png", metrics.entries, adapter.layers[0])
     if stopped:
         say(f"Stopped after step {done} of {num_steps}; --resume goes on from there.")
         sys.exit(130)  # what shells expect of a program that Ctrl-C ended
     losses = [entry["val_loss"] for entry in metrics.entries if "val_loss" in entry]
     change = f"Validation loss {losses[0]:.4f} -> {losses[-1]:.4f}. " if losses else ""
+    if best.exhausted:
+        say(f"Stopped after step {done} of {num_steps}: {best.since} validations brought nothing better.")
     say(f"{change}The adapter is in {adapter_file}.")
+
+
+def is_due(every: int | None, done: int) -> bool:
+    """Whether what happens every so many steps happens after this one."""
+    return every is not None and done % every == 0
 
 
 def _remove(directory: Path, names: set[str]) -> None:

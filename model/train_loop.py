@@ -34,6 +34,8 @@ class StepReport(NamedTuple):
     grad_norm: float  # before clipping
     num_tokens: int  # through the model, without padding
     seconds: float
+    layer_grad_norms: list[float]  # of each adapted layer, before clipping
+    layer_gates: list[float]  # of each adapted layer after the step: the mean of |tanh(gate)| over its heads
 
 
 def make_optimizer(adapter: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -98,6 +100,7 @@ def train(
         learning_rate = recipe.learning_rate(step / steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_factor", 1.0)
+        layer_grad_norms = adapter.layer_gradient_norms()
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm or math.inf).item()
         for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
@@ -114,6 +117,8 @@ def train(
             grad_norm=grad_norm,
             num_tokens=sum(batch.num_tokens for batch in passes),
             seconds=time.perf_counter() - began,
+            layer_grad_norms=layer_grad_norms,
+            layer_gates=adapter.layer_gates(),
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from zinit_kernels.console import Parser
 
+from .config_file import with_config
 from .data.encoding import TEMPLATES
 from .errors import UserError, program_name
 from .loading import DTYPES, default_device
@@ -15,14 +17,18 @@ from .mixture import read_share
 from .recipe import Recipe
 from .resume import refuse_missing
 from .run_folder import refuse_occupied, refuse_unwritable
+from .trackers import check_trackers
 from .vision.options import add_training_options, check_options
 
+_OF_ONE_START = {"config", "resume", "auto_resume", "overwrite", "dry_run", "paths", "shares", "trackers"}
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, with `paths` and `shares` of the data files. Raises UserError for what has no effect."""
-    options = training_parser().parse_args(arguments)
+    parser = training_parser()
+    words = with_config(parser, sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
     options.paths, options.shares = zip(*map(read_share, options.data), strict=True)
     check_options(options)
     if options.encoder is not None and (options.cache or options.chat_template or options.template == "chat"):
@@ -31,8 +37,26 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if options.template == "alpaca" and options.chat_template is not None:
         raise UserError("--chat-template has no effect with --template alpaca.")
+    for name in ("validate_every", "patience", "sample_every", "save_every"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+    if options.sample_prompts is not None and options.sample_every is None:
+        raise UserError("--sample-prompts has no effect without --sample-every.")
+    for name in ("validate_every", "patience", "keep_best"):
+        if getattr(options, name) and options.validation == 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect with --validation 0, which leaves nothing to validate on."
+            )
+    options.trackers = check_trackers(options.log)
     _refuse_twice(options.paths)
     return options
+
+
+def config_of(options: argparse.Namespace) -> argparse.Namespace:
+    """The options that a configuration file has: not what is about one start of the run alone."""
+    return argparse.Namespace(
+        **{name: value for name, value in vars(options).items() if name not in _OF_ONE_START}
+    )
 
 
 def _refuse_twice(paths: Sequence[Path]) -> None:
@@ -54,8 +78,10 @@ def _refuse_twice(paths: Sequence[Path]) -> None:
 
 def check_folder(options: argparse.Namespace) -> None:
     """Raises UserError unless the output folder is one that this run may write into."""
-    if options.save_every is not None and options.save_every < 1:
-        raise UserError(f"--save-every must be at least 1, got {options.save_every}.")
+    if options.auto_resume and (options.out / "checkpoint.pt").exists():
+        options.resume = True
+    if options.dry_run:
+        return
     refuse_unwritable(options.out)
     if options.resume:
         refuse_missing(options.out / "checkpoint.pt")
@@ -120,10 +146,30 @@ def training_parser() -> argparse.ArgumentParser:
     there = files.add_mutually_exclusive_group()
     there.add_argument("--resume", action="store_true", help="go on with the run in --out as if it had not "
                        "stopped: bit for bit with as many threads, the same chip and torch, to rounding otherwise")
+    there.add_argument("--auto-resume", action="store_true", help="--resume if --out holds a run, and a new run if "
+                       "not: for jobs that a cluster starts again")
     there.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     files.add_argument("--format", choices=ADAPTER_FILES, default="zinit", help="of the adapter; official-v1 "
                        f"does not say how many prompts a layer has, nor for which base it is {default}")
     files.add_argument("--save-every", type=int, metavar="STEPS", help="checkpoints besides each epoch's end")
+
+    files.add_argument("--config", type=Path, metavar="FILE", help="options from a YAML file, as `epochs: 3`; the "
+                       "command line has the last word, and the run's own are in config.yaml in --out")
+    files.add_argument("--dry-run", action="store_true", help="say what the run would take, parameters, memory and "
+                       "time, and write nothing")
+
+    watching = parser.add_argument_group("watching")
+    watching.add_argument("--validate-every", type=int, metavar="STEPS", help="validations besides each epoch's end")
+    watching.add_argument("--keep-best", action="store_true", help="keep the adapter with the lowest validation loss "
+                          "too, as best.safetensors")
+    watching.add_argument("--patience", type=int, metavar="N", help="stop after N validations that brought nothing "
+                          "better; --keep-best comes with it")
+    watching.add_argument("--sample-every", type=int, metavar="STEPS", help="let the model answer, into "
+                          "previews.jsonl: the prompts of three validation samples")
+    watching.add_argument("--sample-prompts", type=Path, metavar="FILE", help="or those of this file, as `zinit "
+                          "generate --prompts-file` reads it")
+    watching.add_argument("--log", metavar="NAMES", help="metrics also into tensorboard, wandb or mlflow, with commas "
+                          "between them")
 
     add_training_options(parser.add_argument_group("images"))
 
@@ -152,6 +198,9 @@ def training_parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
     machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
     machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
+    machine.add_argument("--checkpoint-activations", action="store_true", help="keep only each layer's input for the "
+                         "backward pass and compute the rest again: less memory, about a third more time")
+    machine.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
     machine.add_argument("--autocast", action="store_true", help="compute in bfloat16")
     machine.add_argument("--dtype", choices=DTYPES, help="of the base's weights (default: the files')")
     machine.add_argument("--device", default=default_device(), help=default)

@@ -46,7 +46,8 @@ class Samples(NamedTuple):
     training: Sequence[Sample]  # file after file
     validation: Sequence[Sample]
     mixture: Mixture  # which of the training samples an epoch has
-    outcome: str  # sentences: what became of the records, and what the samples are like
+    outcome: str  # a sentence: what became of the records, and what the samples are like
+    tokenizer: Tokenizer
 
 
 # The records of one file; those about images, which are not looked at yet; or a file that is read through the cache
@@ -159,7 +160,8 @@ def _samples(options: argparse.Namespace, files: Sequence[File], model: LlamaCon
     mixture = Mixture.of([in_files[file] for file in range(len(files))], options.shares)
     training = Subset(samples, kept)
     like = report_on(training, mixture.order(options.seed, 0), options.batch_size, options.max_tokens)
-    return Samples(training, Subset(samples, held_back), mixture, f"{num_records} records: {report}; {like}")
+    outcome = f"{num_records} records: {report}; {like}"
+    return Samples(training, Subset(samples, held_back), mixture, outcome, tokenizer)
 
 
 class _Encoded(NamedTuple):

@@ -197,7 +197,12 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(folder, tmp_path, capsys, m
         f"warning: the picture {tmp_path / 'out' / 'loss.png'} was not drawn: no fonts."
         in capsys.readouterr().err
     )
-    assert set(contents(tmp_path / "out")) == {"adapter.safetensors", "checkpoint.pt", "metrics.jsonl"}
+    assert set(contents(tmp_path / "out")) == {
+        "adapter.safetensors",
+        "checkpoint.pt",
+        "config.yaml",
+        "metrics.jsonl",
+    }
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     pictures.loss_picture(tmp_path / "loss.png", [])
     assert "was not drawn: import of matplotlib.figure halted" in capsys.readouterr().err

@@ -19,9 +19,11 @@ from model.loading import load_base
 from model.resume import Checkpoint
 from model.run_folder import MetricsLog, read_metrics
 
+FILES = {"checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png", "config.yaml"}
+
 
 def test_a_run_leaves_its_files(folder, whole_run):
-    assert set(contents(whole_run)) == {"adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "loss.png"}
+    assert set(contents(whole_run)) == {"adapter.safetensors", *FILES}
     entries = read_metrics(whole_run / "metrics.jsonl")
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(6))
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, 2, 4, 6]
@@ -140,7 +142,7 @@ def test_resuming_with_another_format_leaves_one_adapter_in_it(folder, whole_run
         first.rename(output)
         assert (output / "adapter.safetensors").exists()
     assert run(*arguments(folder, output, "--format", "official-v1", "--resume")) == 0
-    assert set(contents(output)) == {"adapter.pth", "checkpoint.pt", "metrics.jsonl", "loss.png"}
+    assert set(contents(output)) == {"adapter.pth", *FILES}
     ours = load_adapter(whole_run / "adapter.safetensors", CONFIG)
     official = load_adapter(output / "adapter.pth", CONFIG, prompt_length=3)
     assert torch.equal(ours.prompts, official.prompts) and torch.equal(ours.gates, official.gates)

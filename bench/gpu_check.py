@@ -60,8 +60,6 @@ def steps(results: Path) -> list[Step]:
     test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
     other_dtypes = "(torch.float32 or torch.float16)"
     short = [python, "-m", "pytest", "-vv", *tests, "-k", f"test_cuda and {SHORT}"]
-    # whole models call backend="auto", which uses these kernels only with this setting
-    fused = {"ZINIT_TRY_GPU": "1"}
     return [
         Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
         Step("test", 60, [*test, f"not test_cuda and not {other_dtypes}"]),
@@ -69,8 +67,8 @@ def steps(results: Path) -> list[Step]:
         Step("attention", 80, bench("attention", results, "--compile", "none")),
         Step("decode", 35, bench("decode", results, "--compile", "none")),
         Step("memory", 15, bench("memory", results, "--compile", "none")),
-        Step("train", 50, bench("train", results), fused),
-        Step("generate", 35, bench("generate", results), fused),
+        Step("train", 50, bench("train", results)),
+        Step("generate", 35, bench("generate", results)),
         # the targets' two shapes again, with the providers that compile for a minute
         Step("attention", 60, bench("attention", results, *compiled_jobs())),
         # float32 with 256 dimensions alone compiles for 50 s

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
     "torch", "triton", "transformers", "peft", "litgpt", "flash_attn", "flashinfer-python", "xformers", "liger-kernel"
 )  # fmt: skip
-SETTINGS = ("ZINIT_AUTOTUNE", "ZINIT_TRY_GPU")  # environment variables that change which kernel runs
+SETTINGS = ("ZINIT_AUTOTUNE", "ZINIT_PROOF")  # environment variables that change which kernel runs
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 FLAGS = {
     "AVX512": ["-march=native"],

@@ -20,7 +20,7 @@ from .call import CacheCall, Call, PromptCall
 from .checks import BRANCH, CACHED, PACKED_BRANCH, VARLEN, WHOLE
 from .pages import gather_pages
 from .prompts_and_masks import classify_mask, dense_rows, prompt_table
-from .values import has_values
+from .values import has_autocast, has_values
 
 
 def from_sdpa(
@@ -478,7 +478,7 @@ def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     if not isinstance(query, Tensor):
         return query, key, value
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
     return tuple(

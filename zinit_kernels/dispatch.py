@@ -1,6 +1,7 @@
 """Which backend runs a call: one written table, and the reasons behind it.
 
-"auto" takes the first usable backend of the device's row. A named backend never falls back.
+"auto" takes the first usable backend of the device's row. On an NVIDIA GPU it takes a fused one only after the kernels
+have passed their trial on this chip (`proof`). A named backend never falls back, and is not asked for a proof.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import proof
 from .backends import composed, cpu, cuda, reference, triton
 from .call import AnyCall, CacheCall, Call, PromptCall
 from .values import check_values
@@ -40,12 +42,17 @@ BACKENDS: dict[str, Backend] = {
     "composed": composed,
     "reference": reference,
 }
-# Triton and CUDA are taken by name only until a GPU has run their kernels. ZINIT_TRY_GPU=1 lets "auto" take them, for
-# whole models that name no backend: bench.gpu_check times those. CUDA comes first; it refuses what wants gradients.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "composed", "reference")}
-ORDER_ELSEWHERE: tuple[str, ...] = ("composed", "reference")
-if os.environ.get("ZINIT_TRY_GPU") == "1":
-    ORDER["cuda"] = ("cuda", "triton", *ORDER_ELSEWHERE)
+PLAIN: tuple[str, ...] = ("composed", "reference")
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", *PLAIN)}
+# On an NVIDIA GPU. The CUDA kernels are written for decoding; of whole sequences they are expected to reach 0.6 of
+# Triton's speed on Hopper, and they have no backward.
+CUDA_ORDER: dict[type, tuple[str, ...]] = {
+    Call: ("triton", "cuda", *PLAIN),
+    CacheCall: ("cuda", "triton", *PLAIN),
+    PromptCall: ("cuda", "triton", *PLAIN),
+}
+# devices of CUDA_ORDER; AMD's chips have the same name in torch, and nobody has tried the kernels there
+PROVED = set() if torch.version.hip else {"cuda"}
 _LOG = os.environ.get("ZINIT_LOG") == "1"
 # whether "auto" takes the CPU kernels without a question, and nobody wants to read about it
 CPU_IS_FIRST = not cpu.UNAVAILABLE and not _LOG
@@ -54,21 +61,44 @@ _logged: set[tuple[object, ...]] = set()
 
 
 class Explanation(dict[str, str]):
-    """Backend -> "usable" or the reason why not; `selected` is the one that runs, "" if the named one cannot."""
+    """Backend -> "usable" or the reason why not; `selected` is the one that runs, "" if the named one cannot.
+
+    `proof`: backend -> what is known of its trial on this chip, for usable backends that auto takes after one.
+    """
 
     selected: str
+    proof: dict[str, str]
 
     def __str__(self) -> str:
-        return "\n".join(f"{'->' if name == self.selected else '  '} {name}: {self[name]}" for name in self)
+        lines = []
+        for name, reason in self.items():
+            arrow, trial = "->" if name == self.selected else "  ", self.proof.get(name)
+            lines.append(f"{arrow} {name}: {reason}{f' ({trial})' if trial else ''}")
+        return "\n".join(lines)
 
 
 def explain(call: AnyCall, return_lse: bool, backend: str) -> Explanation:
-    """What each backend says to a call, and the one that `backend` selects."""
+    """What each backend says to a call, and the one that `backend` selects. Runs no trial.
+
+    A family that was not tried yet counts as one that will pass.
+    """
     explanation = Explanation(
         {name: room.why_not(call, return_lse) or "usable" for name, room in BACKENDS.items()}
     )
-    is_refused = explanation.get(backend, "usable") != "usable"
-    explanation.selected = "" if is_refused else select(backend, call, return_lse)
+    explanation.proof = {}
+    if call.query.device.type in PROVED:
+        usable = [name for name, reason in explanation.items() if reason == "usable"]
+        explanation.proof = {name: said for name in usable if (said := proof.describe(name, call))}
+    if backend == "auto":
+        explanation.selected = next(
+            name
+            for name in _order(call)
+            if explanation[name] == "usable"
+            and not (call.query.device.type in PROVED and proof.known_why_not(name, call))
+        )
+    else:
+        is_refused = explanation.get(backend, "usable") != "usable"
+        explanation.selected = "" if is_refused else select(backend, call, return_lse)
     return explanation
 
 
@@ -80,11 +110,15 @@ def why_not(backend: str, call: AnyCall, return_lse: bool) -> str:
 def select(backend: str, call: AnyCall, return_lse: bool) -> str:
     """The backend that runs the call; raises with the reason where a named one cannot."""
     if backend == "auto":
-        order = ORDER.get(call.query.device.type, ORDER_ELSEWHERE)
-        if call.query.dtype == torch.float64 and call.query.device.type == "cpu":
-            # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
-            order = ("reference",)
-        backend = next(name for name in order if not why_not(name, call, return_lse))
+        device = call.query.device.type
+        if device in PROVED:
+            backend = next(
+                name
+                for name in _order(call)
+                if not why_not(name, call, return_lse) and not proof.why_not(name, call)
+            )
+        else:
+            backend = next(name for name in _order(call) if not why_not(name, call, return_lse))
         if cpu.UNAVAILABLE and call.query.is_cpu and not torch.compiler.is_compiling():
             cpu.warn_unavailable()
     elif backend not in BACKENDS:
@@ -97,6 +131,17 @@ def select(backend: str, call: AnyCall, return_lse: bool) -> str:
     if _LOG and not torch.compiler.is_compiling():
         _log_choice(backend, call, return_lse)
     return backend
+
+
+def _order(call: AnyCall) -> tuple[str, ...]:
+    """The backends that auto asks, in this order."""
+    device = call.query.device.type
+    if device in PROVED:
+        return CUDA_ORDER[type(call)]
+    if call.query.dtype == torch.float64 and device == "cpu":
+        # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
+        return ("reference",)
+    return ORDER.get(device, PLAIN)
 
 
 def run(backend: str, call: Call | CacheCall, return_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ was computed and tells whether it is still what a new projection would give.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .values import has_autocast
 
 _Value = TypeVar("_Value")
 _Layout = tuple[int, torch.Size, tuple[int, ...]]  # address, shape, strides
@@ -173,14 +174,9 @@ def in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-@functools.cache
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # asking one that has none for its state raises
-
-
 def _autocast(sources: Sequence[Tensor]) -> torch.dtype | None:
     device = sources[0].device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

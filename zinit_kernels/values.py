@@ -26,6 +26,21 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+# dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
+
+
+def has_autocast(device: str) -> bool:
+    """Whether a type of device knows torch.autocast: meta tensors do not, and asking for its state raises there."""
+    if device in _AUTOCAST_DEVICES:
+        return True
+    return not torch.compiler.is_compiling() and torch.amp.is_autocast_available(device)
+
+
 def is_transforming() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) is on."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -123,9 +123,9 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
     monkeypatch.delenv("ZINIT_COMMIT", raising=False)
     assert machine.commit() == "unknown"
     monkeypatch.setenv("ZINIT_COMMIT", "0123456789")
-    monkeypatch.setenv("ZINIT_TRY_GPU", "1")
+    monkeypatch.setenv("ZINIT_PROOF", "0")
     facts = machine.conditions(CPU)
-    assert facts["commit"] == "0123456789" and facts["settings"]["ZINIT_TRY_GPU"] == "1"
+    assert facts["commit"] == "0123456789" and facts["settings"]["ZINIT_PROOF"] == "0"
 
 
 def test_the_readme_shows_the_newest_complete_chip_and_the_losses_of_the_others(tmp_path, capsys):

@@ -126,6 +126,17 @@ def test_cache_function_compiles_as_one_graph_and_writes_the_caches(page_size):
         assert torch.equal(traced[name].nan_to_num(7.0), eager[name].nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiles_where_dynamo_cannot_ask_for_autocast(backend, monkeypatch):
+    """As with torch 2.11, which the package accepts."""
+    torch._dynamo.reset()
+    asked = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    inputs = make_inputs(OPCHECKED[0], torch.float32)
+    compiled = torch.compile(lambda: inputs.call(backend)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), inputs.call(backend)[0])
+
+
 def test_inductor_runs_the_same_kernel():
     torch._dynamo.reset()
     inputs = make_inputs(OPCHECKED[0], torch.float32)

@@ -46,6 +46,8 @@ def why_not_on_gpu(call: AnyCall) -> str:
     device = call.query.device
     if device.type != "cuda":
         return f"the tensors are on {device}"
+    if torch.cuda.device_count() == 0:  # fake tensors may be on a device that is not there
+        return f"the tensors are on {device}, and torch finds no NVIDIA GPU"
     # a constant to torch.compile, which get_device_capability is not
     chip = torch.cuda.get_device_properties(device)
     if (chip.major, chip.minor) < MIN_CAPABILITY:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import AnyCall, CacheCall, Call, PromptCall
-from ..values import has_values
+from ..values import has_autocast, has_values
 
 CHECKS_VALUES = False
 
@@ -33,7 +33,7 @@ def attention(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Ten
     """
     dtype = compute_dtype or (torch.float64 if call.query.dtype == torch.float64 else torch.float32)
     device = call.query.device.type
-    if not torch.amp.is_autocast_available(device):  # meta tensors
+    if not has_autocast(device):
         return _attention(call, dtype)
     with torch.autocast(device, enabled=False):
         return _attention(call, dtype)

@@ -1,4 +1,4 @@
-"""Named cases, their inputs, and the one rule that judges a kernel's results. For tests and benchmarks only."""
+"""Named cases, their inputs, and the one rule that judges a kernel's results: for tests, benchmarks and `proof`."""
 
 from .cases import (
     CACHE_CASES,
@@ -13,7 +13,8 @@ from .cases import (
     make_cache_arguments,
     make_inputs,
 )
-from .check import assert_within_eager_error, check_cache_case, check_case, check_function, gradients
+from .check import check_cache_case, check_case, check_function, gradients
+from .tolerance import assert_within_eager_error
 
 __all__ = [
     "CACHE_CASES",

@@ -1,0 +1,312 @@
+"""Proof at first use: `backend="auto"` takes a family of GPU kernels once it was right on this chip.
+
+No GPU was at hand when the kernels were written. So each chip tries a family before it is used: small calls against the
+float64 reference, at the family's first eager call or by `zinit check --gpu`. The verdict is kept in the user's cache
+folder. It holds for the chip, driver, libraries and kernels that it names. A family that was wrong is left out, with
+one warning. A backend that the caller names is never asked for a proof.
+
+ZINIT_PROOF=0: no trial is run and no verdict is read, so auto leaves these families out. ZINIT_PROOF=force: families
+are tried again, whatever is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import threading
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from ..call import AnyCall
+from ..values import has_values
+from . import calls as small_calls
+from . import chip, store
+from .families import FAMILIES, Subject, needed
+from .store import Store, Verdict, folder
+
+__all__ = ["FAMILIES", "Subject", "Verdict", "folder"]
+MODES = ("1", "0", "force")
+MODE = os.environ.get("ZINIT_PROOF") or "1"
+MOST_ATTEMPTS = 2  # trials that did not end, before a family counts as one that kills its process
+SECONDS_TO_RETRY = 30.0  # after a trial that proved nothing
+_REPORT = "Please report this with the output of `zinit check --gpu`"
+
+_lock = threading.RLock()
+_stores: dict[str, Store] = {}  # device -> its store
+_answers: dict[tuple[str, Subject], str] = {}  # what this process will not ask again; '' = taken
+_taken: set[tuple[Any, ...]] = set()  # what a call is made of, where all its families were taken
+_retry_at: dict[tuple[str, Subject], float] = {}
+_warned: set[str] = set()
+_is_forked = False
+
+
+def why_not(backend: str, call: AnyCall) -> str:
+    """The reason why auto leaves a backend out for want of a proof; '' where it takes it. May run the trial."""
+    if backend not in FAMILIES:
+        return ""
+    query = call.query
+    families = needed(backend, call)
+    if torch.compiler.is_compiling():
+        return _read_while_compiling(families, str(query.device), str(query.dtype), query.shape[-1])
+    known = (families, query.device, query.dtype, query.shape[-1])
+    if known in _taken:
+        return ""
+    for family in families:
+        subject = Subject(family, query.dtype, query.shape[-1])
+        if reason := _answers.get((str(query.device), subject)):
+            return reason
+        if reason := _answer(
+            subject, query.device, "" if has_values(query) else "the tensors hold no values"
+        ):
+            return reason
+    _taken.add(known)
+    return ""
+
+
+def describe(backend: str, call: AnyCall) -> str:
+    """What is known of the families that a call takes of a backend, for `explain`; '' where none needs a proof."""
+    if backend not in FAMILIES:
+        return ""
+    _check_mode()
+    if MODE == "0":
+        return "not tried: ZINIT_PROOF=0"
+    said = []
+    for family in needed(backend, call):
+        subject = Subject(family, call.query.dtype, call.query.shape[-1])
+        with _lock:
+            kept = _store_of(call.query.device)
+            verdict = kept.verdicts.get(subject.key)
+            reason = _answers.get((str(call.query.device), subject))
+        where = f"on {kept.facts.get('chip', call.query.device)}"
+        if verdict is not None:
+            passed = "proven" if verdict.passed else "failed its trial"
+            said.append(
+                f"{family} {passed} {where}, {verdict.date}{'' if verdict.passed else ': ' + verdict.said}"
+            )
+        else:
+            said.append(f"{family} {reason or 'not tried yet ' + where + ': the first call tries it'}")
+    return "; ".join(said)
+
+
+def known_why_not(backend: str, call: AnyCall) -> str:
+    """`why_not` by what is known, without a trial: '' also for a family that was not tried yet."""
+    if backend not in FAMILIES:
+        return ""
+    _check_mode()
+    if MODE == "0":
+        return "ZINIT_PROOF=0"
+    with _lock:
+        kept = _store_of(call.query.device)
+        for family in needed(backend, call):
+            subject = Subject(family, call.query.dtype, call.query.shape[-1])
+            verdict = kept.verdicts.get(subject.key)
+            if verdict is not None and not verdict.passed:
+                return verdict.said
+            if reason := _answers.get((str(call.query.device), subject)):
+                return reason
+    return ""
+
+
+def prove(subject: Subject, device: torch.device) -> Verdict | None:
+    """Tries a family now, whatever is kept, and keeps the verdict. None: nothing was proven, for want of memory.
+
+    Raises RuntimeError where the trial has broken the CUDA context of this process, and `store.Busy`.
+    """
+    with _lock:
+        kept = _store_of(device)
+        with kept.locked():
+            verdict = _tried(subject, device, kept)
+    _answers.pop((str(device), subject), None)
+    _taken.clear()
+    return verdict
+
+
+def calls(subject: Subject, device: torch.device) -> list[AnyCall]:
+    """What a family is tried on, on a device."""
+    from . import trial
+
+    made = small_calls.calls(subject.family, subject.dtype, subject.head_dim, 0)
+    return [trial.converted(call, None, device) for call in made]
+
+
+def forget_all() -> int:
+    """Removes the files of all chips and installations; how many there were."""
+    with _lock:
+        _stores.clear()
+        _answers.clear()
+        _taken.clear()
+        return store.remove_all()
+
+
+def store_of(device: torch.device) -> Store:
+    """The verdicts and times of a device's chip."""
+    with _lock:
+        return _store_of(device)
+
+
+def _check_mode() -> None:
+    if MODE not in MODES:
+        raise ValueError(f"ZINIT_PROOF must be one of {', '.join(MODES)}, got {MODE!r}")
+
+
+def _store_of(device: torch.device) -> Store:
+    """Devices of one kind share a store; the file is read once."""
+    name = str(device)
+    if name not in _stores:
+        found = Store(chip.facts(device))
+        same = (other for other in _stores.values() if other.facts == found.facts)
+        _stores[name] = next(same, found)
+    return _stores[name]
+
+
+def _answer(subject: Subject, device: torch.device, why_not_now: str = "") -> str:
+    """The reason why a family is left out, '' where it is taken; after a trial where there was none.
+
+    why_not_now: why no trial can be run at this call.
+    """
+    _check_mode()
+    if MODE == "0":
+        return "ZINIT_PROOF=0: it is not tried on this chip"
+    key = (str(device), subject)
+    with _lock:
+        if key in _answers:
+            return _answers[key]
+        kept = _store_of(device)
+        verdict = None if MODE == "force" else kept.verdicts.get(subject.key)
+        if verdict is None:
+            if reason := why_not_now or _why_not_now(subject, device):
+                return f"{subject.family} is not proven on this chip yet, and not tried now: {reason}"
+            try:
+                with kept.locked():
+                    # another process may have tried it while this one waited
+                    verdict = None if MODE == "force" else kept.verdicts.get(subject.key)
+                    verdict = verdict or _tried(subject, device, kept)
+            except store.Busy:
+                verdict = None
+        if verdict is None:
+            _retry_at[key] = time.monotonic() + SECONDS_TO_RETRY
+            return f"the trial of {subject.family} proved nothing; it is tried again later"
+        if verdict.passed:
+            _answers[key] = ""
+        else:
+            _answers[key] = f"{subject.family} failed its trial on this chip: {verdict.said}"
+            _warn(
+                f"zinit_kernels: the kernels {subject} failed their trial on {kept.facts.get('chip', device)} "
+                f"({verdict.date}): {verdict.said}. backend='auto' leaves them out and takes PyTorch's attention where "
+                f"nothing else is proven. {_REPORT}; ZINIT_PROOF=force tries them again"
+            )
+        return _answers[key]
+
+
+def _why_not_now(subject: Subject, device: torch.device) -> str:
+    """Why this is no moment for a trial; '' if it is one."""
+    if _is_forked:
+        return "this process was forked; run `zinit check --gpu` before"
+    if _retry_at.get((str(device), subject), 0.0) > time.monotonic():
+        return "a trial a few seconds ago proved nothing"
+    if chip.is_capturing(device):
+        _warn(
+            f"zinit_kernels: a CUDA graph is captured, and {subject} was not tried on this chip yet: the graph holds "
+            "PyTorch's attention. Make the call once before the capture, or run `zinit check --gpu`"
+        )
+        return "a CUDA graph is being captured; make the call once before the capture"
+    return ""
+
+
+def _read_while_compiling(families: tuple[str, ...], device: str, dtype: str, head_dim: int) -> str:
+    """`why_not` for torch.compile: reads what is kept, and never runs a trial. The graph keeps the answer."""
+    return read(families, device, dtype, head_dim)
+
+
+# what torch.compiler.assume_constant_result does; that imports dynamo, which takes seconds
+_read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def read(families: tuple[str, ...], device: str, dtype: str, head_dim: int) -> str:
+    """`why_not` of families by what is known, without a trial."""
+    kind = getattr(torch, dtype.removeprefix("torch."))
+    where = torch.device(device)
+    for family in families:
+        subject = Subject(family, kind, head_dim)
+        if reason := _answer(subject, where, "torch.compile is tracing; make the call once before"):
+            _warn(
+                f"zinit_kernels: torch.compile takes PyTorch's attention, since {reason}; or run `zinit check --gpu`"
+            )
+            return reason
+    return ""
+
+
+def _tried(subject: Subject, device: torch.device, kept: Store) -> Verdict | None:
+    """The verdict of a trial in a thread of its own; None where memory was short.
+
+    A new thread has torch's defaults for all that belongs to threads: autocast, grad mode, inference mode, dispatch
+    modes, hooks on saved tensors, the current stream.
+    """
+    if kept.begin(subject.key) >= MOST_ATTEMPTS and MODE != "force":
+        verdict = Verdict(False, "two processes did not survive its trial", _today())
+        kept.end(subject.key, verdict)
+        return verdict
+    raised: list[BaseException] = []
+    thread = threading.Thread(target=_run, args=(subject, device, raised), name="zinit proof", daemon=True)
+    thread.start()
+    thread.join()
+    error = raised[0] if raised else None
+    if error is None:
+        verdict = Verdict(True, "", _today())
+        kept.end(subject.key, verdict)
+        return verdict
+    if isinstance(error, torch.OutOfMemoryError):
+        kept.end(subject.key, None)
+        return None
+    verdict = Verdict(False, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", _today())
+    if isinstance(error, AssertionError):
+        kept.end(subject.key, verdict)
+        return verdict
+    try:
+        chip.synchronize(device)
+    except Exception as broken:
+        kept.end(subject.key, verdict)
+        raise RuntimeError(
+            f"the trial of {subject} broke this process's CUDA context ({verdict.said}). Start the program again: "
+            f"the verdict is kept, and backend='auto' will leave these kernels out. {_REPORT}"
+        ) from broken
+    kept.end(
+        subject.key, None
+    )  # a missing compiler, an older driver: the next process may have what this one lacks
+    return verdict
+
+
+def _run(subject: Subject, device: torch.device, raised: list[BaseException]) -> None:
+    from . import trial  # the reference and the rule, which only a trial needs
+
+    try:
+        chip.make_current(device)
+        trial.run(subject, device)
+    except BaseException as error:  # handed to the thread that waits
+        raised.append(error)
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _warn(text: str) -> None:
+    """Once a process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=6)  # of the caller of zero_init_attention
+
+
+def _after_fork() -> None:
+    """A forked child cannot use its parent's CUDA context, and the thread that holds the lock may not exist there."""
+    global _is_forked, _lock
+    _is_forked = True
+    _lock = threading.RLock()
+
+
+with contextlib.suppress(AttributeError):  # where there is no fork
+    os.register_at_fork(after_in_child=_after_fork)

@@ -26,6 +26,7 @@ from .program import program
 from .progress import messages, progress
 from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
+from .stop_strings import cut, settled_length
 from .tokenizer import Tokenizer, load_tokenizer
 from .vision.adapter import VisualAdapter
 from .vision.files import open_adapter
@@ -56,20 +57,13 @@ class Watcher:
         beginning of a character or of a stop string.
         """
         text = self.cut(text)
-        settled = text if last else text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if not last:
-            settled = settled[: len(settled) - _overlap(settled, self.stop)]
+        settled = text if last else text[: settled_length(text, self.stop)]
         print(settled[self.shown :], end="", flush=True)
         self.shown = max(self.shown, len(settled))
 
     def cut(self, text: str) -> str:
         """The text before the first stop string."""
-        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))]
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of the text that is the beginning of a stop string."""
-    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        return cut(text, self.stop)
 
 
 def _parser() -> argparse.ArgumentParser:

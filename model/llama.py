@@ -5,7 +5,7 @@ Tokens come in one of three layouts:
 
     [B, T]                    sequences from position 0, padded on the right: causality hides the padding
     [total] + cu_seqlens      sequences packed one after the other; positions restart at each
-    [B, T] + a cache          the next T tokens of each cached sequence
+    [B, T] + a cache          the next T tokens of each cached sequence; in a paged cache, of each row
 
 B sequences, T tokens, C hidden size, Hq / Hkv heads, D head_dim. Parameter names are Hugging Face's without
 "model.".
@@ -47,6 +47,8 @@ class KVCache:
     fast.
     """
 
+    block_table = slots = None  # it has no pages
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -73,6 +75,30 @@ class KVCache:
         return chosen
 
 
+class PagedRows:
+    """The next tokens of some sequences whose keys and values lie in pages, as rows of W tokens each.
+
+    A sequence may have several rows, one after the other: its tokens then see those of its rows before. The rows are
+    for one call of the model; who owns the pages tells the next call its lengths.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        tables: tuple[Tensor, Tensor],
+        lengths: Tensor,
+        block_table: Tensor,
+        slots: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.keys, self.values = keys, values  # [L, num_pages, page_size, Hkv, D]
+        self.cos, self.sin = tables  # [positions, D/2]
+        self.lengths = lengths  # int32 [R]: tokens of each row's sequence before the row
+        self.block_table = block_table  # int32 [R, max_pages]
+        # (page, place in it) of each token, int64 [R, W]. None: no sequence has two rows, and the kernel writes them
+        self.slots = slots
+
+
 class Layout(NamedTuple):
     """The position of every token of a batch; the same for all layers."""
 
@@ -80,8 +106,9 @@ class Layout(NamedTuple):
     sin: Tensor | None
     cu_seqlens: Tensor | None  # int32 [B + 1]: packed
     max_seqlen: int
-    cache: KVCache | None
-    slots: tuple[Tensor, Tensor] | None  # packed into a cache: (sequence, position) of each token
+    cache: KVCache | PagedRows | None
+    # where each token's key is written before attention: (sequence, position) of packed tokens, (page, place) of rows
+    slots: tuple[Tensor, Tensor] | None
 
 
 class Attention(nn.Module):
@@ -112,11 +139,19 @@ class Attention(nn.Module):
             return zero_init_attention_with_kvcache(
                 query, keys, values, key, value,
                 prompt_k=prompt_key, prompt_v=prompt_value, gate=gate, cache_seqlens=cache.lengths,
-                rotary_cos=cache.cos, rotary_sin=cache.sin, rotary_interleaved=False,
+                block_table=cache.block_table, rotary_cos=cache.cos, rotary_sin=cache.sin, rotary_interleaved=False,
                 causal=True, window_size=(window_left, 0), gate_activation=activation, prompt_index=index,
                 backend=self.backend,
             )  # fmt: skip
         query, key = Rotary.apply(query, layout.cos, layout.sin), Rotary.apply(key, layout.cos, layout.sin)
+        if cache is not None and cache.block_table is not None:
+            keys[layout.slots], values[layout.slots] = key, value
+            return zero_init_attention_with_kvcache(
+                query, keys, values, prompt_k=prompt_key, prompt_v=prompt_value, gate=gate,
+                cache_seqlens=cache.lengths + layout.max_seqlen, block_table=cache.block_table,
+                causal=True, window_size=(window_left, 0), gate_activation=activation, prompt_index=index,
+                backend=self.backend,
+            )  # fmt: skip
         if layout.cu_seqlens is not None:
             if cache is not None:
                 keys[layout.slots], values[layout.slots] = key, value
@@ -223,13 +258,14 @@ class Llama(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedRows | None = None,
     ) -> Tensor:
         """The normed hidden states [..., C] that `logits` projects.
 
         tokens: [B, T], or [total] with int32 cu_seqlens [B + 1]; with max_seqlen the longest length need not be read
-        from the device. cache: packed tokens are its first ones, [B, T] tokens its next ones. It is extended in place,
-        under no_grad. In a frozen model, layers below the lowest adapted one save nothing for backward.
+        from the device. cache: packed tokens are its first ones, [B, T] tokens its next ones (of a paged one, its
+        rows'). It is extended in place, under no_grad. In a frozen model, layers below the lowest adapted one save
+        nothing for backward.
         """
         layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed_tokens(tokens)
@@ -271,10 +307,18 @@ class Llama(nn.Module):
         return self
 
     def _layout(
-        self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | PagedRows | None,
     ) -> Layout:
         if cache is not None and cu_seqlens is None:
-            return Layout(None, None, None, tokens.shape[1], cache, None)
+            if cache.slots is None:
+                return Layout(None, None, None, tokens.shape[1], cache, None)
+            positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+            cos, sin = cache.cos[positions][..., None, :], cache.sin[positions][..., None, :]
+            return Layout(cos, sin, None, tokens.shape[1], cache, cache.slots)
         slots = None
         if cu_seqlens is None:
             positions, max_seqlen = torch.arange(tokens.shape[1], device=tokens.device), tokens.shape[1]

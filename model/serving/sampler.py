@@ -1,0 +1,51 @@
+"""The next token of each sequence of a batch, and its probability. No sequence's choice depends on the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..sampling import choose
+from .request import SequenceState, TokenLogprobs
+
+Chosen = tuple[int, TokenLogprobs | None]
+
+
+def choose_tokens(logits: Tensor, sequences: Sequence[SequenceState]) -> list[Chosen | Exception]:
+    """For each row of logits [B, vocab_size] the token that its sequence goes on with, or why there is none."""
+    found: list[Chosen | Exception] = [(0, None)] * len(sequences)
+    alike: dict[tuple[float, float], list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        sampling = sequence.request.sampling
+        alike.setdefault((sampling.temperature, sampling.top_p), []).append(row)
+    for (temperature, top_p), rows in alike.items():
+        for row, token in _choose(logits, rows, temperature, top_p, sequences):
+            found[row] = token
+    return found
+
+
+def _choose(
+    logits: Tensor, rows: list[int], temperature: float, top_p: float, sequences: Sequence[SequenceState]
+) -> list[tuple[int, Chosen | Exception]]:
+    """Of the rows that are sampled alike, together; one by one where some row's logits are not numbers."""
+    chosen = logits if len(rows) == len(logits) else logits[rows]
+    try:
+        tokens = choose(chosen, temperature, top_p, [sequences[row].generator for row in rows]).tolist()
+    except UserError as error:
+        if len(rows) == 1:
+            return [(rows[0], error)]
+        return [found for row in rows for found in _choose(logits, [row], temperature, top_p, sequences)]
+    return [
+        (row, (token, _logprobs(logits[row], token, sequences[row].request.sampling.logprobs)))
+        for row, token in zip(rows, tokens, strict=True)
+    ]
+
+
+def _logprobs(logits: Tensor, token: int, count: int | None) -> TokenLogprobs | None:
+    if count is None:
+        return None
+    logprobs = logits.float().log_softmax(-1)
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprobs(float(logprobs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
@@ -38,14 +38,24 @@ def encode_chat(
 
     messages: objects with "role" (system, user, assistant) and "content". limit: as in `Tokenizer.encode`.
 
-    The names of special tokens in the template become these tokens. In a message they would too, so that a message
-    could end itself: it is refused. Raises UserError for that, and for a tokenizer without a template or with one that
+    The names of special tokens in the template become these tokens. In a message they stay text, so that no message
+    can end itself or speak for another role. Raises UserError for a tokenizer without a template, or with one that
     cannot be rendered.
     """
-    _refuse_special_tokens(tokenizer, messages)
+    mark = _unused_character(messages)
+    marked = [
+        {**message, "content": _marked(message["content"], tokenizer.special_ids, mark)}
+        for message in messages
+    ]
     ids: list[int] = []
-    for part in _parts(tokenizer, render(tokenizer, messages)):
-        ids += _encode_part(tokenizer, part, limit)
+    for part in _parts(tokenizer, render(tokenizer, marked)):
+        if plain := part.replace(mark, ""):
+            # a name that holds the mark is a message's, and text: without it, it would be the token
+            ids += (
+                _encode_part(tokenizer, part, limit)
+                if plain == part
+                else _encode_text(tokenizer, plain, limit)
+            )
     return ids[:limit]
 
 
@@ -55,8 +65,9 @@ def encode_answers(
     """The token ids of a whole conversation, and where the assistant's messages are in them.
 
     An answer begins where the template's beginning of an answer ends, and it ends with the special token behind it:
-    what the model writes when it is asked with `encode_chat`. Raises UserError as `encode_chat` does, and for a
-    template that leaves a message out or renders a longer conversation otherwise than its beginning.
+    what the model writes when it is asked with `encode_chat`. Raises UserError as `encode_chat` does, for a message
+    that holds the name of a special token, and for a template that leaves a message out or renders a longer conversation
+    otherwise than its beginning.
     """
     _refuse_special_tokens(tokenizer, messages)
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
@@ -157,7 +168,11 @@ def _parts(tokenizer: Tokenizer, text: str) -> list[str]:
 def _encode_part(tokenizer: Tokenizer, part: str, limit: int | None) -> list[int]:
     if part in tokenizer.special_ids:
         return [tokenizer.special_ids[part]]
-    return tokenizer.encode(part, bos=False, eos=False, limit=limit)
+    return _encode_text(tokenizer, part, limit)
+
+
+def _encode_text(tokenizer: Tokenizer, text: str, limit: int | None) -> list[int]:
+    return tokenizer.encode(text, bos=False, eos=False, limit=limit)
 
 
 def _border(tokenizer: Tokenizer, before: str, ids: list[int]) -> int:
@@ -168,6 +183,36 @@ def _border(tokenizer: Tokenizer, before: str, ids: list[int]) -> int:
     alone = tokenizer.encode(before, bos=False, eos=False, limit=len(ids) + 1)
     pairs = enumerate(zip(alone, ids, strict=False))
     return next((index for index, (ours, whole) in pairs if ours != whole), min(len(alone), len(ids)))
+
+
+def _unused_character(messages: Sequence[Mapping[str, str]]) -> str:
+    """One that no message holds: of those that Unicode leaves to programs' own use."""
+    used = set().union(*(message["content"] for message in messages))
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+
+
+def _marked(content: str, names: Iterable[str], mark: str) -> str:
+    """A message with a mark within every special token's name that it spells, and where its ends could be part of one
+    that the template, or the next message, completes. Elsewhere it is as it was, because templates look into it.
+    """
+    places: set[int] = set()
+    for name in names:
+        if name in content:
+            if len(name) == 1:
+                raise UserError(
+                    f"the message holds {name!r}, which the chat template would take for its own token."
+                )
+            places |= {match.start() + 1 for match in re.finditer(f"(?={re.escape(name)})", content)}
+        if any(content.endswith(name[:length]) for length in range(1, len(name))):
+            places.add(len(content))
+        if any(content.startswith(name[length:]) for length in range(1, len(name))):
+            places.add(0)
+    ends = [0, *sorted(places), len(content)]
+    return (
+        mark.join(content[first:last] for first, last in zip(ends, ends[1:], strict=False))
+        if places
+        else content
+    )
 
 
 def _refuse_special_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> None:

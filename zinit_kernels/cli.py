@@ -5,11 +5,13 @@
     zinit convert ADAPTER OUT --to FORMAT              an adapter file in another format
     zinit train --base DIR --data FILE --out DIR       train an adapter on instruction data
     zinit generate --base DIR --adapter FILE --instruction "..."    answer with a LLaMA and an adapter
+    zinit serve --base DIR --adapter NAME=FILE         many adapters of one base at once, over the OpenAI protocol
     zinit demo                                         train a small base and an adapter, without any download
     zinit evaluate NAME ...                            the benchmarks of the paper, by their official rules
 
-`zinit PROGRAM --help` lists a program's options. train, generate and demo need pip install 'zinit-kernels[model]', and
-evaluate needs 'zinit-kernels[evaluate]'. The benchmarks of speed are not installed: in a checkout, python -m bench.
+`zinit PROGRAM --help` lists a program's options. train, generate and demo need pip install 'zinit-kernels[model]',
+serve needs 'zinit-kernels[serve]', and evaluate needs 'zinit-kernels[evaluate]'. The benchmarks of speed are not
+installed: in a checkout, python -m bench.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from . import __version__
 from .console import InputError, run, shown
 
 OWN = ("check", "inspect", "convert")
-MODEL = ("train", "generate", "demo")
+MODEL = ("train", "generate", "serve", "demo")
 EVALUATE = ("evaluate",)
 # what may be missing -> the extra that has it
 NEEDS = {
     **dict.fromkeys(("tokenizers", "sentencepiece", "rich", "matplotlib"), "model"),
     **dict.fromkeys(("transformers", "PIL"), "vision"),
+    **dict.fromkeys(("fastapi", "uvicorn"), "serve"),
     "peft": "evaluate",
 }
 

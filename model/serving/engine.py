@@ -89,9 +89,9 @@ class Engine:
         self.table = PromptTable(model)
         self.scheduler = Scheduler(self.pool, max_running, chunk)
         shape = (config.num_layers, self.pool.num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
-        try:  # head-major in memory, as in KVCache
+        try:  # head-major in memory, as in KVCache; what no token was written to is not read
             self._keys, self._values = (
-                torch.zeros(shape, dtype=model.dtype, device=model.device).transpose(2, 3) for _ in range(2)
+                torch.empty(shape, dtype=model.dtype, device=model.device).transpose(2, 3) for _ in range(2)
             )
         except RuntimeError as error:
             raise UserError(
@@ -124,6 +124,11 @@ class Engine:
     def waiting(self) -> int:
         """Choices that wait to be computed."""
         return self._arriving + self._entered
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a prompt and its answer may have together."""
+        return min(self.model.config.max_seq_len, self.pool.num_pages * PAGE_SIZE)
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Serves an adapter under a name. Raises UserError if the name is taken, or the adapter cannot be served."""
@@ -206,14 +211,14 @@ class Engine:
 
     def check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raises UserError if the prompt is empty, holds what is no token, or does not fit with its answer."""
-        vocab_size, context = self.model.config.vocab_size, self.model.config.max_seq_len
+        vocab_size, room = self.model.config.vocab_size, self.room
         if not prompt:
             raise UserError("the prompt has no tokens.")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise UserError(f"the prompt holds token ids outside the model's vocabulary of {vocab_size}.")
-        room = min(context, self.pool.num_pages * PAGE_SIZE)
         if len(prompt) + max_new_tokens > room:
-            what = f"the model's context of {context}" if room == context else f"the cache of {room}"
+            what = "the cache" if room < self.model.config.max_seq_len else "the model's context"
+            what += f" of {room}"
             raise UserError(
                 f"the prompt has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds {what} tokens: ask "
                 f"for at most {max(room - len(prompt), 0)} new tokens."

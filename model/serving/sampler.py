@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..sampling import choose
 from .request import SequenceState, TokenLogprobs
 
+_LEAST = -9999.0  # of a log-probability: what OpenAI says where there is none, since JSON has no -infinity
 Chosen = tuple[int, TokenLogprobs | None]
 
 
@@ -46,6 +47,6 @@ def _choose(
 def _logprobs(logits: Tensor, token: int, count: int | None) -> TokenLogprobs | None:
     if count is None:
         return None
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1).clamp(min=_LEAST)
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     return TokenLogprobs(float(logprobs[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))

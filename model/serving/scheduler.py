@@ -28,6 +28,7 @@ class Scheduler:
         self._queues: OrderedDict[str, deque[SequenceState]] = OrderedDict()  # the next one's turn is first
         self._returning: deque[SequenceState] = deque()  # they have been admitted before, and go first
         self.preemptions = 0
+        self.shared = 0  # tokens whose pages were there already
 
     @property
     def waiting(self) -> Iterator[SequenceState]:
@@ -113,6 +114,7 @@ class Scheduler:
         sequence.pages, sequence.before = self.pool.share(root, sequence.tokens)
         sequence.filled = len(sequence.pages)
         sequence.cached = sequence.filled * PAGE_SIZE
+        self.shared += sequence.cached
         self.running.append(sequence)
         return sequence
 

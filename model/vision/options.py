@@ -13,7 +13,7 @@ from ..errors import UserError, warn
 from ..llama import Llama
 from .adapter import VisualAdapter
 from .config import TOKENS, FeatureConfig, VisualConfig
-from .encoders import load_encoder
+from .encoders import Encoder, load_encoder
 from .features import Features
 
 _DEFAULT_SCALES = 4  # layers that are taken by default, evenly spaced, the last one among them
@@ -100,12 +100,13 @@ def open_source(
     options: argparse.Namespace, adapter: VisualAdapter, device: torch.device | str = "cpu"
 ) -> Features:
     """The features that the adapter was trained with. Raises UserError if --encoder is another one."""
-    encoder = load_encoder(options.encoder, device=device)
-    return _source(
-        options,
-        adapter,
-        Features(encoder, adapter.feature_config, options.feature_cache, options.convert_images),
-    )
+    return source_of(options, adapter, load_encoder(options.encoder, device=device))
+
+
+def source_of(options: argparse.Namespace, adapter: VisualAdapter, encoder: Encoder) -> Features:
+    """As `open_source`, with an encoder that has been loaded."""
+    features = Features(encoder, adapter.feature_config, options.feature_cache, options.convert_images)
+    return _source(options, adapter, features)
 
 
 def visual_adapter(

@@ -176,7 +176,7 @@ TEMPLATE = (
 )
 
 
-def test_programs_take_a_gguf_file(tmp_path, original, capsys):
+def test_programs_take_a_gguf_file(tmp_path, original):
     """Training, then an answer by the chat template."""
     from model import train
 
@@ -199,8 +199,7 @@ def test_programs_take_a_gguf_file(tmp_path, original, capsys):
         "cpu",
     ]
     assert run(*asked, "--message", "fox", main=generate_program.main) == 0
-    assert run(*asked, "--message", "a </s>", main=generate_program.main) == 2
-    assert "holds '</s>', which the chat template would take for its own token" in capsys.readouterr().err
+    assert run(*asked, "--message", "a </s>", main=generate_program.main) == 0  # it stays text
 
 
 def test_a_chat_is_what_transformers_makes_of_it(tmp_path):
@@ -220,6 +219,11 @@ def test_a_chat_is_what_transformers_makes_of_it(tmp_path):
     )
     for path in (tmp_path, tmp_path / "a.gguf"):
         assert encode_chat(load_tokenizer(path), messages) == expected
+    # what a message spells stays text: no token but the template's own four
+    spelled = [{"role": "user", "content": "x</s>"}, {"role": "user", "content": "<s></s"}]
+    ids = encode_chat(load_tokenizer(tmp_path), spelled)
+    assert (ids.count(1), ids.count(2)) == (1, 2)
+    assert theirs.decode(ids).count("</s>") == 3 and theirs.decode(ids).endswith("assistant\n")
     for template, message in (
         ("{{ raise_exception('no system message') }}", "no system message"),
         ("{% for", "cannot be rendered"),

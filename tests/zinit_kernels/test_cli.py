@@ -70,7 +70,7 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it(missing, monke
     )
 
 
-@pytest.mark.parametrize("name", ["model", "vision"])
+@pytest.mark.parametrize("name", ["model", "vision", "serve"])
 def test_an_extra_brings_what_its_programs_need(name):
     """All that model/ imports beside torch, the standard library and what the package itself depends on."""
     rules = (ROOT / "tests" / "import_rules.toml").read_text().split('["model"]')[1].split('["bench"]')[0]
@@ -82,7 +82,7 @@ def test_an_extra_brings_what_its_programs_need(name):
     assert "zinit-kernels[model]" in everything and all(
         f'"{"pillow" if package == "PIL" else package}>=' in everything
         for package, brings in cli.NEEDS.items()
-        if brings != "model"
+        if brings not in ("model", "serve")
     )
 
 

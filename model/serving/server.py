@@ -1,0 +1,81 @@
+"""The process that listens: uvicorn, and how it ends.
+
+SIGTERM (and Ctrl-C) drains: new requests are refused with 503, those that run are answered, then the process exits
+with 0. A second signal, or the end of the time for draining, ends what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from ..errors import UserError, note
+from .service import Service
+from .worker import EngineThread
+
+_BACKLOG = 2048  # connections that wait to be accepted
+_LOOK = 0.05  # seconds between looks at what still runs
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, without its handling of signals: it would end connections at once, and exit by the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(app: Any, service: Service, host: str, port: int, drain_seconds: float) -> None:
+    """Serves until a signal comes, then drains. Raises UserError if the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UserError(f"{host}, port {port}, cannot be listened on: {error.strerror or error}.") from None
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on")
+    with listener:
+        asyncio.run(_serve(_Server(config), service, listener, drain_seconds))
+
+
+async def _serve(
+    server: uvicorn.Server, service: Service, listener: socket.socket, drain_seconds: float
+) -> None:
+    loop, asked = asyncio.get_running_loop(), asyncio.Event()
+    signals = 0
+
+    def ask() -> None:
+        nonlocal signals
+        signals += 1
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask)
+    thread = EngineThread(service.engine).start()
+    serving = asyncio.create_task(server.serve([listener]))
+    host, port = listener.getsockname()[:2]
+    note(f"serving {', '.join(service.models[:8])} on http://{host}:{port}/v1")
+    ending = asyncio.create_task(asked.wait())
+    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+    service.draining = True
+    note(f"draining: {len(service.running)} requests are answered first")
+    stop = loop.time() + drain_seconds
+    while service.is_busy and signals < 2 and loop.time() < stop and not serving.done():
+        await asyncio.sleep(_LOOK)
+    if service.running:
+        note(f"{len(service.running)} requests are ended")
+        for running in list(service.running):
+            running.cancel()
+        stop = loop.time() + 5.0
+        while service.running and loop.time() < stop:
+            await asyncio.sleep(_LOOK)
+    server.should_exit = True
+    server.force_exit = bool(service.running)
+    await serving
+    ending.cancel()
+    thread.stop()

@@ -66,8 +66,8 @@ def encode_answers(
 
     An answer begins where the template's beginning of an answer ends, and it ends with the special token behind it:
     what the model writes when it is asked with `encode_chat`. Raises UserError as `encode_chat` does, for a message
-    that holds the name of a special token, and for a template that leaves a message out or renders a longer conversation
-    otherwise than its beginning.
+    that holds the name of a special token, and for a template that leaves a message out or renders a longer
+    conversation otherwise than its beginning.
     """
     _refuse_special_tokens(tokenizer, messages)
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")

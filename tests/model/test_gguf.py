@@ -222,7 +222,7 @@ def test_a_chat_is_what_transformers_makes_of_it(tmp_path):
     # what a message spells stays text: no token but the template's own four
     spelled = [{"role": "user", "content": "x</s>"}, {"role": "user", "content": "<s></s"}]
     ids = encode_chat(load_tokenizer(tmp_path), spelled)
-    assert (ids.count(1), ids.count(2)) == (1, 2)
+    assert (ids.count(theirs.bos_token_id), ids.count(theirs.eos_token_id)) == (1, 2)
     assert theirs.decode(ids).count("</s>") == 3 and theirs.decode(ids).endswith("assistant\n")
     for template, message in (
         ("{{ raise_exception('no system message') }}", "no system message"),

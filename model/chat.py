@@ -1,7 +1,7 @@
 """A conversation as the tokens that a chat model was trained on, by the template of its tokenizer.
 
-The template is a program from a downloaded folder. It runs in Jinja's sandbox, which keeps it from everything but the
-messages and the few names below.
+The template is a program from a downloaded folder. It runs in a sandbox (chat_sandbox.py), which keeps it from
+everything but the messages and the few names below, and ends it if it does not end itself.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: 
     special = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
     try:
         template = _compiled(tokenizer.chat_template)
-        return template.render(messages=list(messages), add_generation_prompt=answer, **special)
+        values = {"messages": list(messages), "add_generation_prompt": answer, **special}
+        text: str = template.environment.render(template, values)
+        return text
     except (
         TemplateError,
         TypeError,
@@ -127,15 +129,17 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: 
         LookupError,
         AttributeError,
         RecursionError,
+        MemoryError,
     ) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(f"the tokenizer's chat template cannot be rendered: {reason}.") from None
 
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .chat_sandbox import Sandbox
 
     class Generation(Extension):
         """transformers' {% generation %} marks answers; they are found by their borders here, so it stands for its
@@ -147,10 +151,11 @@ def _compiled(template: str) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
+    environment.bound_filters()
     environment.globals |= {
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),

@@ -57,6 +57,18 @@ BAD = {
                                "in messages %}{% if loop.last or message.role == 'user' %}x{% endif %}"),
                 "renders a message otherwise when another follows it"),
     "refuses": ("{{ raise_exception('no system role') }}", "cannot be rendered: no system role."),
+    "long range": ("{% for i in range(10 ** 12) %}{% endfor %}", "gives a function a number above 16,777,216"),
+    "loops": (3 * "{% for i in range(99999) %}" + 3 * "{% endfor %}", "does not end within 1,000,000 steps"),
+    "long text": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "more than 16,777,216 characters"),
+    "times": ("{{ 'a' * 10 ** 10 }}", "text or list of more than 16,777,216"),
+    "list times": ("{{ (10 ** 10 * [1])[0] }}", "text or list of more than 16,777,216"),
+    "power": ("{{ 10 ** 99999 }}", "more than 65,536 bits"),
+    "squares": ("{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+                "more than 65,536 bits"),
+    "doubled": ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+                "text or list of more than 16,777,216"),
+    "filter": ("{{ 'a' | center(10 ** 10) }}", "gives a function a number above 16,777,216"),
+    "method": ("{{ 'a'.ljust(10 ** 10) }}", "gives a function a number above 16,777,216"),
     "escapes": ("{{ messages.__class__.__mro__ }}", "cannot be rendered"),
 }  # fmt: skip
 
@@ -85,3 +97,15 @@ def test_the_ids_are_those_of_transformers(tmp_path):
     ids, _, _ = encode_answers(tokenizer, TALK)
     whole = theirs.apply_chat_template(TALK, return_dict=False)
     assert ids == whole
+
+
+def test_a_template_file_with_a_byte_order_mark(tmp_path):
+    """Windows' editors write one."""
+    plain = render(tokenizer_with(tmp_path, CHATML), TALK)
+    (tmp_path / "chat_template.jinja").write_text("X" + CHATML, encoding="utf-8-sig")
+    assert render(load_tokenizer(tmp_path), TALK) == "X" + plain
+
+
+def test_a_long_conversation_is_within_the_bounds(tmp_path):
+    text = render(tokenizer_with(tmp_path, MARKED), TALK[1:3] * 2000)
+    assert text.count("Hello.") == 2000

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from zinit_kernels.console import Parser
+from zinit_kernels.console import Parser, for_output
 
 from .chat import encode_chat
 from .errors import UserError, program_name, run_program
@@ -58,7 +58,7 @@ class Watcher:
         """
         text = self.cut(text)
         settled = text if last else text[: settled_length(text, self.stop)]
-        print(settled[self.shown :], end="", flush=True)
+        print(for_output(settled[self.shown :]), end="", flush=True)
         self.shown = max(self.shown, len(settled))
 
     def cut(self, text: str) -> str:
@@ -258,7 +258,7 @@ def _show(watcher: Watcher, prompt: str, answer: str, many: bool) -> None:
     """One answer: a JSON object if there are many, else what the streaming has not shown yet."""
     answer = watcher.cut(answer)
     if many:
-        print(json.dumps({"prompt": prompt, "output": answer}, ensure_ascii=False), flush=True)
+        print(for_output(json.dumps({"prompt": prompt, "output": answer}, ensure_ascii=False)), flush=True)
     else:
         watcher.show(answer, last=True)
         print()

@@ -27,6 +27,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# Of what a terminal obeys: control characters but the tab and the line end, and those that turn the direction of text.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def for_output(text: str) -> str:
+    """Text of several lines, such as a model's answer, as it is written to stdout.
+
+    For a terminal, what it would obey stands there as an escape (\\x1b), so that an answer cannot move the cursor or
+    change a title. A file or a pipe gets the text as it is.
+    """
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def shortened(text: str, length: int = LONGEST_NAME) -> str:
     """`printable`, cut at `length` characters."""
     return printable(text if len(text) <= length else f"{text[:length]}...")

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -284,6 +285,20 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
         code, out, told = run(capsys, *arguments)
         assert (code, out) == (2, ""), (arguments, told)
         assert told.startswith("error: ") and told.count("\n") == 1 and message in told, told
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_does_not_obey_an_answer(capsys, monkeypatch, terminal):
+    """A pipe gets the text as it is."""
+    answer = "a\x1b]0;title\x07\n\tb\rc\u202e\N{ZERO WIDTH JOINER}\x9b2J"
+    tokenizer = SimpleNamespace(decode=lambda tokens: answer[: len(tokens)])
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: terminal, raising=False)
+    watcher = Watcher(tokenizer, [], stream=True)
+    for length in range(len(answer)):
+        watcher(0, [0] * length)
+    watcher.show(answer, last=True)
+    said = "a\\x1b]0;title\\x07\n\tb\\rc\\u202e\N{ZERO WIDTH JOINER}\\x9b2J"
+    assert capsys.readouterr().out == (said if terminal else answer)
 
 
 def test_streaming_prints_settled_text_only(capsys):

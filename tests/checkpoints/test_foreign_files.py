@@ -179,6 +179,20 @@ def test_an_archive_with_two_records_of_one_name_is_refused(tmp_path, name):
     assert "holds two records of one name" in refusal(tmp_path / "a")
 
 
+@pytest.mark.parametrize("where", ["behind", "two files", "before"])
+def test_bytes_around_an_archive_are_refused(tmp_path, where):
+    """A file that something was appended to, or two in one: readers of zip files take the last and do not say so."""
+    torch.save(official_v1(), tmp_path / "a")
+    content = (tmp_path / "a").read_bytes()
+    assert load_adapter(tmp_path / "a")
+    joined = {"behind": content + b"\0", "two files": content + content, "before": b"PK\3\4" + content}
+    (tmp_path / "a").write_bytes(joined[where])
+    with pytest.raises(
+        CheckpointError, match=f"more bytes {'behind' if where == 'behind' else 'before'} what torch"
+    ):
+        load_adapter(tmp_path / "a")
+
+
 def test_checksums_are_compared(tmp_path):
     """torch compares none: a flipped bit, or bytes moved by one, became prompts."""
     torch.save(official_v1(), tmp_path / "a")

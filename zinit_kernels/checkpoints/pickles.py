@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -59,6 +60,7 @@ def check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             names = [record.filename.partition("/")[2] for record in records]
+            _check_ends(archive, path)
             if "constants.pkl" in names:
                 raise CheckpointError(
                     f"{path} is a TorchScript archive, which holds a program: save the model's state_dict()"
@@ -89,6 +91,21 @@ def check_zip(path: Path) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise Truncated(str(error)) from error
+
+
+def _check_ends(archive: zipfile.ZipFile, path: Path) -> None:
+    """CheckpointError for bytes around the archive. Readers of zip files look for its end, and pass over them."""
+    end = struct.pack("<4s16xH", b"PK\5\6", len(archive.comment))
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - len(end) - len(archive.comment)))
+        found = file.read(len(end))
+    begins = min((record.header_offset for record in archive.infolist()), default=0)
+    if begins or found[:4] != end[:4] or found[-2:] != end[-2:]:
+        raise CheckpointError(
+            f"{path} has more bytes {'before' if begins else 'behind'} what torch.save wrote: something was "
+            "appended, or two files were joined; download or save it again"
+        )
 
 
 def _check_sums(archive: zipfile.ZipFile, records: list[zipfile.ZipInfo]) -> None:

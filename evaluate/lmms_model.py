@@ -10,6 +10,8 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
+from model.vision.images import as_rgb
+
 from . import models
 from .asking import batches
 from .question import Item, Picture
@@ -89,6 +91,6 @@ class ZeroInit(lmms):
 def _picture(image: Any) -> Picture:
     """Of a PIL image."""
     content = io.BytesIO()
-    image.convert("RGB").save(content, "PNG")
+    as_rgb(image).save(content, "PNG")
     encoded = base64.b64encode(content.getvalue()).decode()
     return Picture(hashlib.sha256(content.getvalue()).hexdigest()[:16], encoded=encoded)

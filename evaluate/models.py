@@ -41,17 +41,22 @@ def identity(base: Path, adapter: Path | None, encoder: Path | None = None) -> d
 
 
 def _digest(path: Path) -> str:
-    """Of a file or the files of a folder: names, sizes and content.
+    """Of a file, or of the files of a folder and the folders in it: names, sizes and content. Weights may lie in
+    subfolders, which an index names. What is hidden (.git, the .cache of a download) is no part of a model.
 
     Of a large file only some parts are read, spread evenly: two models of one shape differ nearly everywhere.
     """
     if not path.exists():
         raise UserError(f"there is no {path}.")
-    files = sorted(found for found in path.iterdir() if found.is_file()) if path.is_dir() else [path]
+    names = {path.name: path}
+    if path.is_dir():
+        names = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     found = hashlib.sha256()
-    for file in files:
+    for name, file in sorted(names.items()):
+        if path.is_dir() and any(part.startswith(".") for part in name.split("/")[:-1]):
+            continue
         size = file.stat().st_size
-        found.update(os.fsencode(file.name) + f" {size}\0".encode())
+        found.update(os.fsencode(name) + f" {size}\0".encode())
         places = [0] if size <= _WHOLE else [size * part // _PARTS for part in range(_PARTS)]
         with file.open("rb") as opened:
             for place in places:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from model.vision.images import read_image
 from zinit_kernels.console import shown
 
 from ..reading import check_fields, json_object
@@ -27,7 +28,6 @@ LAYOUT = (
     "train-images-idx3-ubyte[.gz] and the three files beside it"
 )
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # of these names, whatever a file is called
 _LISTS = {"train": ("train800.txt", "train.txt"), "val": ("val200.txt", "val.txt"), "test": ("test.txt",)}
 MOST_CLASSES = 100_000  # ImageNet-21k has 21,843
 _IDX = {"train": "train", "test": "t10k"}
@@ -45,20 +45,15 @@ class Images:
     def pixels(self, row: int, size: int) -> Tensor:
         """uint8 [3, size, size]: resized to a square, without a crop, as VTAB's protocol has it.
 
-        Raises:
-            UserError: a file that is no image.
+        Files are read by `read_image`: upright, and what is transparent on white. Raises UserError for a file that is
+        no image.
         """
         source = self.sources[row]
-        try:
-            # Pillow knows other formats too, and some of them run programs
-            image = (
-                Image.open(source, formats=_FORMATS) if isinstance(source, Path) else Image.fromarray(source)
-            )
-            if image.mode[0] in "IF":  # whose conversion makes everything above 255 white
-                raise UserError(f"{source} has more than 8 bits a channel: convert it to 8-bit RGB.")
-            resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{source} cannot be read as an image ({error}).") from error
+        if isinstance(source, Path):
+            image = read_image(source, convert=True)
+        else:
+            image = Image.fromarray(source).convert("RGB")
+        resized = image.resize((size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
     def chosen(self, rows: Sequence[int]) -> Images:

@@ -51,7 +51,7 @@ def read_image(path: str | Path, convert: bool = False) -> Any:
     that is too large, a side of one pixel, a file that cannot be read.
     """
     try:
-        from PIL import Image, ImageFile, ImageOps
+        from PIL import Image, ImageFile
     except ModuleNotFoundError:
         raise UserError("images need Pillow: pip install 'zinit-kernels[vision]'.") from None
 
@@ -68,7 +68,7 @@ def read_image(path: str | Path, convert: bool = False) -> Any:
             if what and not convert:
                 raise ImageError(f"{name} {what}: {_CONVERT}.")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), name)
+            return as_rgb(image, name)
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
@@ -125,9 +125,11 @@ def _has_deep_channels(image: Any) -> bool:
     return any("16" in str(tile[3]) for tile in image.tile) and image.format == "PPM"
 
 
-def _to_rgb(image: Any, name: str) -> Any:
-    from PIL import Image
+def as_rgb(image: Any, name: str = "the image") -> Any:
+    """A PIL image as `read_image` makes it with convert: upright, on white, in mode RGB. Raises ImageError."""
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion cuts them off at 255
         image = image.convert("I").point(lambda value: value * (255 / 65535) + 0.5).convert("L")
     if image.mode == "F":

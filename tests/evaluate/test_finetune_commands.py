@@ -11,16 +11,18 @@ import tiny_finetuning as tiny
 import torch
 import transformers
 from evaluate_program import run
+from PIL import Image
 from tiny_transformers import FIVE
 
 from evaluate.finetune import protocol
 from evaluate.finetune.base_to_novel import BaseToNovel
-from evaluate.finetune.image_sets import read_set
+from evaluate.finetune.image_sets import Images, read_set
 from evaluate.finetune.instruct import Instructions
 from evaluate.finetune.squad import Answering
 from evaluate.finetune.tagging import Tagging
 from evaluate.finetune.token_files import Sentence, read_splits
 from evaluate.finetune.vtab import Classification
+from evaluate.shared import UserError
 
 ENCODER = "BERT" if FIVE else "Llama"
 QUICK = ("--steps", 2, "--batch-size", 4, "--num-layers", 2, "--prompt-length", 3)
@@ -194,6 +196,32 @@ def test_four_kinds_of_image_folders(place):
     assert len(idx.test) == 8 and folders.fingerprint() != lists.fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["transparent", "upright", "grey", "eps"])
+def test_images_are_read_by_the_rule_of_images(kind, tmp_path):
+    """What is transparent is white, photographs are turned upright, and no format runs programs."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+    path, expected = tmp_path / "image.png", pixels
+    if kind == "transparent":
+        image = Image.fromarray(pixels).convert("RGBA")
+        image.putalpha(0)
+        image.save(path)
+        expected = np.full_like(pixels, 255)
+    elif kind == "upright":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees
+        Image.fromarray(pixels).save(path, exif=exif)
+        expected = np.rot90(pixels, -1)
+    elif kind == "grey":  # 16 bits; Pillow's own conversion makes what is above 255 white
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(path)
+        expected = np.repeat(pixels[..., :1], 3, 2)
+    else:
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        with pytest.raises(UserError, match="no image in a known format"):
+            Images([path], [0]).pixels(0, 4)
+        return
+    assert np.array_equal(Images([path], [0]).pixels(0, 4).permute(1, 2, 0), expected)
+
+
 def test_vtab_trains_again_on_all_images(place):
     task = Classification(place / "ViT", read_set(place / "images" / "folders"), 12, None)
     assert (task.count(False), task.count(True), len(task.validation)) == (19, 24, 5)
@@ -271,6 +299,9 @@ DAMAGE = {
     "squad: place": (
         "squad", lambda d: rewritten(d / "train-v1.1.json", 'answer_start": 5', 'answer_start": 6'), "not at character",
     ),
+    "squad: an empty answer": (
+        "squad", lambda d: rewritten(d / "train-v1.1.json", '"text": "', '"text": "", "x": "'), "'' is not at",
+    ),
     "squad: a place before the text": (
         "squad", lambda d: rewritten(d / "train-v1.1.json", 'answer_start": 5', 'answer_start": -5'), "at character -5",
     ),
@@ -290,7 +321,7 @@ DAMAGE = {
     "vtab: an empty class": ("vtab", lambda d: [p.unlink() for p in (d / "folders/train/red").iterdir()], "no images"),
     "vtab: a class of the test": ("vtab", lambda d: (d / "folders/train/red").rename(d / "red"), "'red'"),
     "vtab: no test": ("vtab", lambda d: shutil.rmtree(d / "folders/test"), "there is no"),
-    "vtab: no image": ("vtab", lambda d: (d / "folders/train/red/0.png").write_bytes(b"x"), "read as an image"),
+    "vtab: no image": ("vtab", lambda d: (d / "folders/train/red/0.png").write_bytes(b"x"), "no image in a known"),
     "vtab: a list": ("vtab", lambda d: rewritten(d / "lists/test.txt", " 0", ""), "expected `PATH LABEL`"),
     "vtab: a listed file": ("vtab", lambda d: rewritten(d / "lists/test.txt", "blue/0", "blue/9"), "there is no"),
     "vtab: a label": ("vtab", lambda d: rewritten(d / "lists/test.txt", " 3", " 7"), "the label 7"),

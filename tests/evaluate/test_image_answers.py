@@ -123,3 +123,17 @@ def test_two_models_of_one_shape_are_told_apart(tmp_path, monkeypatch):
             seen.add(models.identity(folder, None)["base"])
             assert models.identity(folder, folder) == models.identity(folder, folder)
         assert len(seen) == 3, "the names and sizes are the same"
+
+
+def test_weights_in_a_subfolder_tell_models_apart(tmp_path):
+    """An index may name shards there. What a download hides beside them says nothing about the model."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights").mkdir()
+    seen = set()
+    for content in (b"1", b"2"):
+        (tmp_path / "weights" / "shard.safetensors").write_bytes(content)
+        seen.add(models.identity(tmp_path, None)["base"])
+    assert len(seen) == 2
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "config.json.metadata").write_text("a time")
+    assert models.identity(tmp_path, None)["base"] in seen

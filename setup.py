@@ -42,7 +42,7 @@ from toolchain import (  # noqa: E402 (needs the line above)
     fail,
     find_compiler,
     find_torch,
-    wants_host,
+    why_no_host,
     why_pure_python,
 )
 
@@ -66,14 +66,15 @@ CPU_ISAS = {  # one object file each; dispatch.cpp picks at run time among those
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 
-CUDA_BINDINGS = ["csrc/cuda/bindings_attention.cpp", "csrc/cuda/bindings_decode.cpp"]
+CUDA_BINDINGS = ["csrc/cuda/bindings_attention.cpp", "csrc/cuda/bindings_decode.cpp", "csrc/cuda/build.cpp"]
 CUDA_KERNELS = [
     *(f"csrc/cuda/decode/{name}.cu" for name in ("decode", "decode_bf16", "decode_fp16", "decode_fp32")),
     *(f"csrc/cuda/prefill/{name}.cu" for name in ("prefill", "prefill_bf16", "prefill_fp16")),
     "csrc/cuda/prompt/prompt.cu",
 ]
-# A100; 30 and 40 series, L40S; H100, H200; B200; 50 series. Those that nvcc does not know are left out.
-CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0"
+# A100; 30 and 40 series, L40S; H100, H200; B200; 50 series. Those that nvcc does not know are left out. The PTX of 10.0
+# is for 10.3 and 11.0 (Thor): a chip takes no PTX that was made for a newer one.
+CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX;12.0+PTX"
 
 
 def say(message: str):
@@ -92,15 +93,21 @@ def cpu_objects(compiler: list[str]) -> dict[str, list[str]]:
 
 
 def arch_flags(cuda: Cuda) -> list[str]:
-    """nvcc's flags for the chips of TORCH_CUDA_ARCH_LIST, or for CUDA_ARCHS with PTX of the last."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, or the chips of this machine, or CUDA_ARCHS; PTX of the last one too."""
     named = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    archs = [arch for arch in re.split(r"[;, ]+", named or CUDA_ARCHS) if arch]
+    archs = [arch for arch in re.split(r"[;, ]+", named or ";".join(chips_here()) or CUDA_ARCHS) if arch]
     if not named:
         listed = subprocess.run(
             [cuda.path / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True
         )
-        archs = [arch for arch in archs if f"compute_{arch.replace('.', '')}" in listed.stdout.split()]
-        archs[-1] += "+PTX"
+        known = set(listed.stdout.split())
+        there = [arch for arch in archs if f"compute_{arch.replace('.', '').removesuffix('+PTX')}" in known]
+        if (
+            not there
+        ):  # nvcc is older than the only chip: the driver compiles the PTX of the newest that it knows
+            numbers = [int(name.removeprefix("compute_")) for name in known if name[8:].isdigit()]
+            there = [f"{max(numbers) // 10}.{max(numbers) % 10}"]
+        archs = [*there[:-1], there[-1].removesuffix("+PTX") + "+PTX"]
     old = [arch for arch in archs if re.match(r"[1-7]\.", arch)]
     if old and len(old) < len(archs):  # lists for all of torch name them: NVIDIA's containers do
         say(f"left out {', '.join(old)} of TORCH_CUDA_ARCH_LIST: the kernels are written for 8.0 and newer")
@@ -118,12 +125,37 @@ def arch_flags(cuda: Cuda) -> list[str]:
     return flags
 
 
+def chips_here() -> list[str]:
+    """The chips of this machine, "9.0", from the oldest to the newest; none where they are not to be asked for.
+
+    A wheel that is made for others (ZINIT_VERSION_TAG) serves all chips. Each chip takes as long to compile for as the
+    first one, a minute on one core.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("ZINIT_VERSION_TAG"):
+        return []
+    try:
+        asked = subprocess.run(
+            [program, "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = {tuple(map(int, arch)) for arch in re.findall(r"^(\d+)\.(\d)\s*$", asked.stdout, re.MULTILINE)}
+    return (
+        [f"{major}.{minor}" for major, minor in sorted(found) if major >= 8] if asked.returncode == 0 else []
+    )
+
+
 def cuda_objects(cuda: Cuda) -> dict[str, list[str]]:
     """source -> its own flags; nvcc compiles what ends in .cu."""
     bindings = {
         source: [TORCH_TARGET, "-DUSE_CUDA", f"-isystem{cuda.path / 'include'}"] for source in CUDA_BINDINGS
     }
-    return {**bindings, **{source: arch_flags(cuda) for source in CUDA_KERNELS}}
+    archs = arch_flags(cuda)
+    built = " ".join([".".join(map(str, cuda.version)), *(flag.split(",code=")[1] for flag in archs)])
+    bindings["csrc/cuda/build.cpp"].append(f'-DZINIT_CUDA_BUILD="{built}"')
+    return {**bindings, **{source: archs for source in CUDA_KERNELS}}
 
 
 def host_objects(cuda: Cuda, torch: Torch, folder: Path) -> dict[str, list[str]]:
@@ -312,8 +344,8 @@ def native_parts() -> list[str]:
     if BuildNative.cuda is None:
         BuildNative.left_out = [f"left out the CUDA kernels: {reason}"]
         return [CPU_PART]
-    if not wants_host():
-        reason = "ZINIT_HOST=0"
+    if reason := why_no_host():
+        pass
     elif importlib.util.find_spec("pybind11") is None:
         reason = "pybind11 is not here"
     else:

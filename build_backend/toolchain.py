@@ -45,9 +45,12 @@ def why_pure_python() -> str:
     return "" if sys.platform.startswith("linux") else f"they are built on Linux only, this is {sys.platform}"
 
 
-def wants_host() -> bool:
-    """Whether _C_host is built beside the CUDA kernels. It alone ties a wheel to one Python version."""
-    return os.environ.get("ZINIT_HOST", "1") != "0"
+def why_no_host() -> str:
+    """Why _C_host is not built beside the CUDA kernels; '' if it is. It alone needs Python's headers."""
+    if os.environ.get("ZINIT_HOST", "1") == "0":
+        return "ZINIT_HOST=0"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"{header} is not here (Debian, Ubuntu: apt-get install python3-dev)"
 
 
 def find_compiler() -> tuple[list[str] | None, str]:

@@ -17,7 +17,7 @@ from toolchain import (  # noqa: E402 (needs the line above)
     cuda_for,
     find_compiler,
     find_torch,
-    wants_host,
+    why_no_host,
     why_pure_python,
 )
 
@@ -29,7 +29,7 @@ def _headers() -> list[str]:
     torch = find_torch()
     cuda, _ = cuda_for(torch)
     headers = [] if torch is not None else [f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"]
-    return headers + (["pybind11>=2.13"] if cuda is not None and wants_host() else [])
+    return headers + (["pybind11>=2.13"] if cuda is not None and not why_no_host() else [])
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -346,8 +346,21 @@ def toolkit(build, tmp_path):
 
 def test_cuda_architectures(build, toolkit, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(build, "chips_here", lambda: [])
     codes = [flag.split(",code=")[1] for flag in build.arch_flags(toolkit)]
     assert codes == ["sm_80", "sm_86", "sm_89", "sm_90", "compute_90"]
+    nvcc = toolkit.path / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("compute_90", "compute_90\\ncompute_100\\ncompute_120"))
+    codes = [flag.split(",code=")[1] for flag in build.arch_flags(toolkit)]
+    # PTX of 10.0 for 11.0, which lies between two chips with code of their own and takes none of 12.0's
+    assert codes[3:] == ["sm_90", "sm_100", "compute_100", "sm_120", "compute_120"]
+    for chips, expected in (
+        (["8.9"], ["sm_89", "compute_89"]),
+        (["8.0", "9.0"], ["sm_80", "sm_90", "compute_90"]),
+        (["13.0"], ["sm_120", "compute_120"]),  # newer than nvcc: the driver compiles the PTX
+    ):
+        monkeypatch.setattr(build, "chips_here", lambda chips=chips: chips)
+        assert [flag.split(",code=")[1] for flag in build.arch_flags(toolkit)] == expected
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
     assert [flag.removeprefix("-gencode=arch=") for flag in build.arch_flags(toolkit)] == [
         "compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_100,code=sm_100", "compute_100,code=compute_100",
@@ -359,6 +372,57 @@ def test_cuda_architectures(build, toolkit, monkeypatch):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         with pytest.raises(SystemExit, match=words):
             build.arch_flags(toolkit)
+
+
+def test_the_chips_of_the_machine_are_asked_for(build, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '9.0\\n7.5\\n8.0\\n9.0\\n[N/A]\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("ZINIT_VERSION_TAG", raising=False)
+    assert build.chips_here() == ["8.0", "9.0"]
+    monkeypatch.setenv("ZINIT_VERSION_TAG", "cu130")  # a wheel for others
+    assert build.chips_here() == []
+    monkeypatch.delenv("ZINIT_VERSION_TAG")
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert build.chips_here() == []
+
+
+def test_without_pythons_headers_the_host_part_is_left_out(build, monkeypatch, tmp_path):
+    """It is optional, and its compilation would fail the whole installation."""
+    toolchain = sys.modules["toolchain"]
+    monkeypatch.delenv("ZINIT_HOST", raising=False)
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert f"{tmp_path / 'Python.h'} is not here" in toolchain.why_no_host()
+    monkeypatch.setattr(build, "cuda_for", lambda torch: (toolchain.Cuda(tmp_path, (13, 0), tmp_path), ""))
+    assert build.native_parts() == [build.CPU_PART, build.CUDA_PART]
+    assert "Python.h is not here" in build.BuildNative.left_out[0]
+    (tmp_path / "Python.h").touch()
+    assert toolchain.why_no_host() == ""
+    monkeypatch.setenv("ZINIT_HOST", "0")
+    assert toolchain.why_no_host() == "ZINIT_HOST=0"
+
+
+@pytest.mark.parametrize(
+    "codes, chip, driver, words",
+    [
+        (("sm_80", "sm_90", "compute_90"), 90, (13, 0), ""),
+        (("sm_80",), 89, (13, 0), ""),  # of the same generation
+        (("sm_89",), 80, (13, 0), "none of which runs on sm_80"),
+        (("sm_80", "sm_86"), 90, (13, 0), "none of which runs on sm_90: TORCH_CUDA_ARCH_LIST=9.0 "),
+        (("sm_100", "compute_100"), 110, (13, 1), ""),
+        (("sm_120", "compute_120"), 110, (13, 0), "none of which runs on sm_110"),
+        (("sm_90a", "compute_90a"), 100, (13, 0), "none of which runs on sm_100"),
+        (("sm_100f",), 103, (13, 0), ""),
+        (("sm_90",), 90, (12, 8), "this driver knows CUDA 12.8 at most"),
+        (("sm_90",), 90, (13, 0), ""),
+        (("compute_90",), 90, (13, 0), "the driver must know CUDA 13.1, it knows 13.0"),
+        (("compute_90",), 90, (13, 1), ""),
+    ],
+)
+def test_a_library_for_other_chips_or_drivers_is_not_usable(codes, chip, driver, words):
+    reason = extension.CudaBuild((13, 1), codes).why_not_on(chip, driver)
+    assert words in reason if words else not reason
 
 
 def test_what_the_cuda_kernels_need_is_said(build, toolkit, monkeypatch):

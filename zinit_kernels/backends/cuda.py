@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,26 @@ MAX_DECODE_TOKENS = 16  # more are attention on tensor cores
 
 
 def why_not(call: AnyCall, return_lse: bool) -> str:
-    return UNAVAILABLE or fused.why_not_on_gpu(call) or _why_not_kernels(call) or fused.why_not(call)
+    return (
+        UNAVAILABLE
+        or fused.why_not_on_gpu(call)
+        or _why_not_built_for(call.query.device.index)
+        or _why_not_kernels(call)
+        or fused.why_not(call)
+    )
+
+
+@functools.cache
+def _why_not_built_for(index: int | None) -> str:
+    """The reason why a GPU, or its driver, does not take the machine code of the library."""
+    if index is None:  # a CPU: its tests put an emulator here
+        return ""
+    chip = torch.cuda.get_device_properties(index)
+    return extension.cuda_build().why_not_on(10 * chip.major + chip.minor, extension.driver_version())
+
+
+# torch.compile takes the answer as a constant, as after torch.compiler.assume_constant_result, which imports dynamo
+_why_not_built_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not_kernels(call: AnyCall) -> str:

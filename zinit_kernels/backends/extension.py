@@ -4,6 +4,7 @@ A library is loaded once, on the first question about it. It registers its kerne
 `operators.py`, which may be imported before or after.
 """
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ import sys
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -112,8 +113,65 @@ def build_facts() -> dict[str, Any]:
     return {**json.loads(host.build_facts), "kernels": json.loads(host.kernel_facts)}
 
 
+class CudaBuild(NamedTuple):
+    """toolkit: of nvcc, (13, 0). codes: what the kernels were compiled for: sm_90 (machine code), compute_90 (PTX)."""
+
+    toolkit: tuple[int, int]
+    codes: tuple[str, ...]
+
+    def why_not_on(self, chip: int, driver: tuple[int, int]) -> str:
+        """The reason why the kernels cannot run on a chip (90 is sm_90); '' if they can.
+
+        driver: `driver_version`. Machine code needs the toolkit's major version of it, PTX the minor one too.
+        """
+        made = f"the CUDA kernels were built by nvcc {'.'.join(map(str, self.toolkit))}"
+        if driver < (self.toolkit[0], 0):
+            return (
+                f"{made}, and this driver knows CUDA {driver[0]}.{driver[1]} at most: install a newer driver, or build "
+                f"with a CUDA {driver[0]} toolkit: CUDA_HOME=... {build_command('cuda')}"
+            )
+        running = [code for code in self.codes if _runs(code, chip)]
+        again = f"TORCH_CUDA_ARCH_LIST={chip // 10}.{chip % 10} {build_command('cuda')}"
+        if any(code.startswith("sm_") for code in running) or (running and driver >= self.toolkit):
+            return ""
+        if running:
+            return (
+                f"{made} for {', '.join(self.codes)}; to compile {running[-1]} for sm_{chip} the driver must know CUDA "
+                f"{'.'.join(map(str, self.toolkit))}, it knows {driver[0]}.{driver[1]}: {again}"
+            )
+        return f"{made} for {', '.join(self.codes)}, none of which runs on sm_{chip}: {again}"
+
+
+def _runs(code: str, chip: int) -> bool:
+    """Whether a chip runs what was compiled for a code, by CUDA's rules of compatibility."""
+    kind, _, name = code.partition("_")
+    number = int(name.rstrip("af"))
+    if name.endswith("a"):  # of one chip alone
+        return number == chip
+    if kind == "sm" or name.endswith("f"):  # of one generation
+        return number // 10 == chip // 10 and number <= chip
+    return number <= chip
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest CUDA that the machine's driver knows, (12, 8); (99, 0) where it does not say."""
+    known = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(known))
+    except (OSError, AttributeError):
+        failed = 1
+    return (99, 0) if failed or not known.value else (known.value // 1000, known.value % 1000 // 10)
+
+
+def cuda_build() -> CudaBuild:
+    """How the loaded CUDA kernels were built."""
+    toolkit, *codes = torch.ops.zinit.cuda_build().split()
+    major, minor = map(int, toolkit.split("."))
+    return CudaBuild((major, minor), tuple(codes))
+
+
 def describe() -> str:
     """One line per compiled backend: the CPU's instruction set, "loaded", or why there is none."""
     cpu = why_unavailable("cpu") or torch.ops.zinit.cpu_capability()
-    archs = ", ".join(build_facts().get("archs", ()))
-    return f"cpu: {cpu}\ncuda: {why_unavailable('cuda') or f'loaded {archs}'.rstrip()}"
+    cuda = why_unavailable("cuda") or f"loaded {', '.join(cuda_build().codes)}"
+    return f"cpu: {cpu}\ncuda: {cuda}"

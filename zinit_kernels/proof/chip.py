@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..backends import extension
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DRIVER = Path("/proc/driver/nvidia/version")
 # what decides what the kernels compute, beside the libraries that `facts` names
@@ -56,8 +58,7 @@ def _driver() -> str:
     except (OSError, UnicodeDecodeError):
         words = []
     module = next((word for word in words if word[0].isdigit() and word.count(".") >= 1), "unknown")
-    known = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return module if known is None else f"{module} (CUDA {known()})"
+    return f"{module}, CUDA {'.'.join(map(str, extension.driver_version()))}"
 
 
 def _version_of(package: str) -> str:

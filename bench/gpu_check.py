@@ -2,18 +2,26 @@
 
     make gpu-check                                # into bench/results/<chip>/, docs/ and README.md
     PY=python3 make gpu-check OUT=/tmp/records    # with the torch that is there, no network, everything in one folder
-    make gpu-check PART=decode                    # or build, test, sanitize, attention, memory, train, generate, tune
+    make gpu-check                                # again: what the first call left, in as much time
+    make gpu-check PART=decode                    # or build, proof, test, sanitize, attention, memory, train, ...
 
-Every step is a process with a time limit. A step that is stopped keeps what it has written, and the steps after it
-still run, in the time that is left. The order is by importance: first whether the kernels are right, then the figures
-that the targets need, last what could take all of the time. All output goes to <chip>/gpu-check.log, which ends with
-the targets. OUT holds few files, since some machines return only a few: the ledgers, the log, and docs.zip.
+One call takes less than 9 minutes, so it fits a machine that is rented for 15. Every step is a
+process with a time limit. A step that is stopped keeps what it has written, and the steps after it still run, in the
+time that is left. The order is by importance: first whether the kernels are right, then the figures that the targets
+need, last what could take all of the time. Before and after each step gpu-check.json says how far it came. The next
+call of the same commit begins with the steps that never ran, then takes those that were stopped or that the machine did
+not survive, then those that failed; what is done is not repeated (--again: all of it). Benchmarks go on at the job
+where they ended.
+
+All output goes to <chip>/gpu-check.log, which ends with the targets. OUT holds few files, since some machines return
+only a few: the ledgers, the log, gpu-check.json and docs.zip.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -31,7 +39,7 @@ from rich.console import Console
 from zinit_kernels.console import Parser
 
 from .ledger import chips
-from .machine import ROOT, folder_name, why_failed
+from .machine import ROOT, commit, folder_name, why_failed
 from .problem import COMPILED
 from .runner import targets_of, targets_table
 
@@ -55,6 +63,7 @@ class Step(NamedTuple):
 
 def steps(results: Path) -> list[Step]:
     python = sys.executable
+    prove = [python, "-m", "zinit_kernels.check", "--gpu"]
     many = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
     tests = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/backends/test_gpu*.py"))
     test = [python, "-m", "pytest", "-vv", *many, *tests, "-k"]
@@ -62,6 +71,8 @@ def steps(results: Path) -> list[Step]:
     short = [python, "-m", "pytest", "-vv", *tests, "-k", f"test_cuda and {SHORT}"]
     return [
         Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
+        # whether backend="auto" takes the kernels here at all; what whole models need later comes first
+        Step("proof", 28, [*prove, "--dtype", "bfloat16", "--head-dim", "128", "64"]),
         Step("test", 60, [*test, f"not test_cuda and not {other_dtypes}"]),
         Step("test", 40, [*test, "test_cuda"]),
         Step("attention", 80, bench("attention", results, "--compile", "none")),
@@ -70,10 +81,9 @@ def steps(results: Path) -> list[Step]:
         Step("train", 50, bench("train", results)),
         Step("generate", 35, bench("generate", results)),
         # the targets' two shapes again, with the providers that compile for a minute
-        Step("attention", 60, bench("attention", results, *compiled_jobs())),
+        Step("attention", 45, bench("attention", results, *compiled_jobs())),
         # float32 with 256 dimensions alone compiles for 50 s
         Step("test", 40, [*test, f"not test_cuda and {other_dtypes}"]),
-        Step("test", 10, [python, "-m", "zinit_kernels.check"]),
         # without torch's memory cache, in which a stray read would land in another tensor
         *(
             Step("sanitize", seconds, [*sanitizer(tool), *short], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -96,6 +106,52 @@ def bench(suite: str, results: Path, *options: str) -> list[str]:
 
 def compiled_jobs() -> list[str]:
     return [word for shape in COMPILED for word in ("--only", f"{shape}, bfloat16, forward")]
+
+
+class Progress:
+    """How far the calls of one commit came with each step: a file beside the log."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "gpu-check.json"
+        self.reached: dict[str, str] = {}  # step -> begun, stopped, failed or done
+        try:
+            content = json.loads(self.path.read_text())
+            if content["commit"] == commit():
+                self.reached = {str(name): str(value) for name, value in content["steps"].items()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):  # none yet, or half a file
+            self.reached = {}
+
+    def note(self, step: Step, reached: str) -> None:
+        self.reached[name_of(step)] = reached
+        text = json.dumps({"commit": commit(), "steps": self.reached}, indent=1)
+        new = self.path.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.path)
+
+    def left(self, wanted: Sequence[Step]) -> list[Step]:
+        """What is not done yet: first what never ran, last what failed. It shares the time of all."""
+        ranks = {"": 0, "stopped": 1, "begun": 1, "failed": 2}
+        open_steps = [step for step in wanted if self.reached.get(name_of(step), "") != "done"]
+        open_steps.sort(key=lambda step: ranks.get(self.reached.get(name_of(step), ""), 2))
+        if not open_steps or not self.reached:
+            return open_steps
+        share = sum(step.seconds for step in wanted) / sum(step.seconds for step in open_steps)
+        return [
+            step._replace(seconds=share * step.seconds, command=going_on(step.command)) for step in open_steps
+        ]
+
+
+def name_of(step: Step) -> str:
+    """A step's name in the file: its command without the interpreter, the folder of the results, and --resume."""
+    words = zip(step.command, step.command[1:], strict=False)
+    return " ".join(
+        [step.part, *(word for before, word in words if before != "--results" and word != "--resume")]
+    )
+
+
+def going_on(command: Sequence[str]) -> Sequence[str]:
+    """A benchmark that leaves out the jobs which this commit has finished; other commands as they are."""
+    return [*command, "--resume"] if list(command[1:3]) == ["-m", "bench"] else command
 
 
 def chosen(only: str | None, results: Path) -> list[Step]:
@@ -127,8 +183,11 @@ def this_chip() -> dict[str, str]:
     return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "ZINIT_CUDA": "1"}
 
 
-def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:
-    """Runs a step in a process group of its own, so that none of its processes outlives it; output goes to the log."""
+def run_step(step: Step, limit: float, log: TextIO, console: Console) -> str:
+    """Runs a step in a process group of its own, so that none of its processes outlives it; output goes to the log.
+
+    Returns how far it came: done, failed or stopped.
+    """
     log.write(f"\n===== {step.part}, {limit:.0f} s at most: {' '.join(step.command)}\n")
     log.flush()
     began = time.monotonic()
@@ -139,19 +198,19 @@ def run_step(step: Step, limit: float, log: TextIO, console: Console) -> bool:
         )  # fmt: skip
     except OSError as error:
         said(f"{step.part}: {step.command[0]} cannot be run: {error.strerror}", log, console)
-        return False
+        return "failed"
     try:
         code = process.wait(max(limit, 1))
     except subprocess.TimeoutExpired:
         stop(process)
         said(f"{step.part}: stopped after its {limit:.0f} s; what it had is kept", log, console)
-        return False
+        return "stopped"
     except KeyboardInterrupt:
         stop(process)
         raise
     failed = f"failed with exit code {code}, see the log" if code else "done"
     said(f"{step.part}: {failed}, {time.monotonic() - began:.0f} s", log, console, "yellow" if code else "")
-    return code == 0
+    return "failed" if code else "done"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -182,6 +241,7 @@ def main() -> int:
     parser.add_argument(
         "--part", choices=known, metavar="PART", help=f"one instead of all: {', '.join(known)}"
     )
+    parser.add_argument("--again", action="store_true", help="also what this commit has done already")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     if not torch.cuda.is_available():
@@ -192,25 +252,39 @@ def main() -> int:
         )  # fmt: skip
         return 2
     out = arguments.out.resolve() if arguments.out else None
-    return check(out, chosen(arguments.part, out or RESULTS), console)
+    wanted = chosen(arguments.part, out or RESULTS)
+    return check(out, wanted, console, goes_on=not arguments.again and arguments.part is None)
 
 
-def check(out: Path | None, wanted: Sequence[Step], console: Console) -> int:
-    """Runs the steps; whatever happens, the log ends with the targets, and the page is written."""
+def check(out: Path | None, wanted: Sequence[Step], console: Console, goes_on: bool = False) -> int:
+    """Runs the steps; whatever happens, the log ends with the targets, and the page is written.
+
+    goes_on: without the steps that this commit has done already.
+    """
     results = out or RESULTS
     folder = results / folder_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "no chip")
     folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(folder)
+    if goes_on:
+        wanted = progress.left(wanted)
+        if not wanted:
+            console.print(
+                "every step is done for this commit; --again repeats them, PART= one part", highlight=False
+            )
     began, allowed, done = time.monotonic(), 0.0, []
     with (folder / "gpu-check.log").open("a", encoding="utf-8") as log:
         try:
             for step in wanted:
                 allowed += step.seconds
-                done.append(run_step(step, allowed - (time.monotonic() - began), log, console))
+                progress.note(step, "begun")
+                reached = run_step(step, allowed - (time.monotonic() - began), log, console)
+                progress.note(step, reached)
+                done.append(reached == "done")
         except KeyboardInterrupt:
             said("stopped: what was done is kept", log, console)
         finally:
             if any(
-                step.part not in ("build", "test", "sanitize") for step in wanted
+                step.part not in ("build", "proof", "test", "sanitize") for step in wanted
             ):  # which measure nothing
                 conclude(results, out, log, console)
     console.print(f"everything is in {results}", highlight=False, soft_wrap=True)

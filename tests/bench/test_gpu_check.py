@@ -62,6 +62,43 @@ def test_gpu_check_stops_tests_so_that_they_say_what_failed(tmp_path):
     assert "AssertionError: the reason" in log.read_text() and "test: stopped after its" in log.read_text()
 
 
+def test_gpu_check_goes_on_where_it_ended(tmp_path, monkeypatch):
+    """A second call takes what never ran, then what was stopped or killed the machine, then what failed."""
+    ran = []
+    ends = {"a": "done", "b": "failed", "c": "stopped", "d": "done", "e": "done"}
+    benchmark = [sys.executable, "-m", "bench", "decode", "--results", str(tmp_path)]
+    steps = [step(part, 100, part) for part in "abcd"] + [gpu_check.Step("e", 100, benchmark)]
+
+    def run_step(step, limit, log, console):
+        ran.append((step.part, round(step.seconds), step.command[-1] == "--resume"))
+        if step.part == "d" and len(ran) < 6:
+            raise KeyboardInterrupt
+        return ends[step.part]
+
+    monkeypatch.setattr(gpu_check, "run_step", run_step)
+    monkeypatch.setattr(gpu_check, "commit", lambda: "one")
+
+    def call():
+        ran.clear()
+        gpu_check.check(tmp_path, steps, Console(quiet=True), goes_on=True)
+        return [part for part, _, _ in ran]
+
+    assert call() == ["a", "b", "c", "d"]
+    monkeypatch.setitem(ends, "b", "done")
+    assert call() == ["e", "c", "d"]  # and d interrupts again
+    assert ran[0] == ("e", 125, True)  # four steps share the time of five, and a benchmark goes on
+    monkeypatch.setitem(ends, "c", "done")
+    monkeypatch.setattr(
+        gpu_check, "run_step", lambda step, *_: ran.append((step.part, 0, 0)) or ends[step.part]
+    )
+    assert call() == ["c", "d", "b"]
+    assert call() == []
+    monkeypatch.setattr(gpu_check, "commit", lambda: "two")
+    assert call() == list("abcde")
+    (tmp_path / "no-chip" / "gpu-check.json").write_text("{half")
+    assert call() == list("abcde")
+
+
 def test_gpu_check_gives_back_few_files(tmp_path):
     """The ledgers, its log, and the page with the pictures in one: some machines give back eight."""
     for suite in ("attention", "decode", "memory", "train", "generate"):
@@ -87,6 +124,7 @@ def test_gpu_check_takes_less_than_nine_minutes():
     parts = {*(step.part for step in steps), "tune"}
     assert parts == {
         "build",
+        "proof",
         "test",
         "sanitize",
         "attention",

@@ -100,6 +100,8 @@ class LlamaAdapter(nn.Module):
     def _project(self, row: int, attention: Attention) -> Prompt:
         key, value = project_prompts(self.prompts[row], attention)
         gate = None if self.gates is None else self.gates[row]
+        if gate is not None and attention.heads is not None:
+            gate = gate[attention.heads]
         return Prompt(key, value, gate, self.config.gate_activation)
 
 

@@ -115,6 +115,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer_index: int):
         super().__init__()
         self.config, self.layer_index, self.backend = config, layer_index, "auto"
+        self.heads: slice | None = None  # the query heads that this process has; None: all
         self.q_proj = nn.Linear(config.hidden_size, config.num_heads_q * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_heads_kv * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_heads_kv * config.head_dim, bias=False)

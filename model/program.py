@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from threading import Event
 from types import FrameType
 
-from zinit_kernels.console import is_out_of_memory
+from zinit_kernels.console import is_out_of_memory, silence
 
 from .errors import UserError
 
@@ -27,19 +27,29 @@ _LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",  # srun
 }
 _AMOUNT = re.compile(r"(?:tried to allocate|needs) ([\d.]+ ?[kmgt]?i?b(?:ytes)?)", re.IGNORECASE)
+# What torch's gloo and NCCL say where a process has gone
+_LOST = re.compile(r"connection (closed|reset) by peer|gloo/transport|broken pipe|NCCL", re.IGNORECASE)
 _WAIT = 5.0  # seconds that the other processes give the first one to say why all end
 
 
-def program(advice: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a program's main. advice: what the user can change where there is not enough memory."""
+def program(advice: str, several: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a program's main. advice: what the user can change where there is not enough memory. several: torchrun
+    may start many processes of it, of which the first speaks.
+    """
 
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(arguments: list[str] | None = None) -> None:
-            refuse_several_processes()
+            if not (several and _is_of_torchrun()):
+                refuse_several_processes()
             try:
-                main(arguments)
+                _as_one_of_many(main, arguments)
             except (MemoryError, RuntimeError) as error:
+                if _LOST.search(str(error)):
+                    raise UserError(
+                        "another process of this run has ended: --resume goes on from the last checkpoint, which "
+                        "torchrun --max-restarts and --auto-resume do by themselves"
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 amount = _AMOUNT.search(str(error))
@@ -49,6 +59,32 @@ def program(advice: str) -> Callable[[Callable[..., None]], Callable[..., None]]
         return run
 
     return decorate
+
+
+def _is_of_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def _as_one_of_many(main: Callable[..., None], arguments: list[str] | None) -> None:
+    """Runs main. All processes of torchrun but the first are silent, and a fault that all of them have is said once:
+    the others wait for the first one, because torchrun ends all as soon as one has ended.
+    """
+    rank = int(os.environ.get("RANK", 0)) if _is_of_torchrun() else 0
+    if rank == 0:
+        main(arguments)
+        return
+    silence(True)
+    try:
+        main(arguments)
+    except (UserError, OSError, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != 2:
+            raise
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(_WAIT)
+        silence(False)  # the first process has no such fault
+        raise UserError(f"process {rank}: {error}") from error
+    finally:
+        silence(False)
 
 
 def _size(amount: str) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from zinit_kernels.checkpoints.tensor_files import read_torch, regular_file
 
 from .errors import UserError, warn
-from .llama import Llama
 from .run_folder import write_file
 
 # What a group of AdamW cannot do without; torch adds others in newer versions
 _HYPERPARAMETERS = {"params", "lr", "betas", "eps", "weight_decay"}
+_ONE_PROCESS = {"processes": 1, "tensor parallel": 1, "sharded": False}
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -53,12 +53,12 @@ def refuse_missing(path: Path) -> None:
         )
 
 
-def machine(base: Llama) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What decides the last digits of a run, beside its recipe: the number of threads, the chip and torch."""
     chip = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if base.device.type == "cuda":
-        chip = torch.cuda.get_device_name(base.device)
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
     elif cpuinfo.exists():
         names = [
             line.partition(":")[2].strip()
@@ -161,6 +161,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -
 def _say_conditions(path: str | Path, before: Any, now: dict[str, Any]) -> None:
     if not isinstance(before, dict) or before == now:
         return
+    # a run in one process names no world, and neither do checkpoints from before there were several
+    before, now = ({**_ONE_PROCESS, **conditions} for conditions in (before, now))
     changed = [name for name in now if before.get(name) != now[name]]
     then, today = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
     warn(

@@ -96,28 +96,39 @@ class MetricsLog:
 
     Training lines have the step, from 0; validation lines have the number of steps done. A run that resumes after
     `steps_done` steps drops the lines of later steps and writes them again. A new run, with 0, starts an empty file.
+    writes: False for a process that only keeps the entries, because another one writes them.
     """
 
-    def __init__(self, path: str | Path, steps_done: int = 0, also: Sequence[Callable[[Entry], None]] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        steps_done: int = 0,
+        also: Sequence[Callable[[Entry], None]] = (),
+        writes: bool = True,
+    ):
         self.path, self.also = Path(path), also
         before = read_metrics(self.path) if steps_done else []
         self.entries = [entry for entry in before if entry["step"] + ("loss" in entry) <= steps_done]
-        write_file(self.path, "".join(map(_line, self.entries)).encode())
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        self._file = None
+        if writes:
+            write_file(self.path, "".join(map(_line, self.entries)).encode())
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
 
     def write(self, **entry: Any) -> None:
         """Appends one line, and tells it to whoever else wants it."""
         self.entries.append(entry)
         for tell in self.also:
             tell(entry)
-        with writing(self.path):
-            self._file.write(_line(entry))
-            self._file.flush()
+        if self._file is not None:
+            with writing(self.path):
+                self._file.write(_line(entry))
+                self._file.flush()
 
     def close(self) -> None:
         """Closes the file; `entries` stays."""
-        with writing(self.path):
-            self._file.close()
+        if self._file is not None:
+            with writing(self.path):
+                self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[Entry]:

@@ -47,6 +47,14 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
             raise UserError(
                 f"--{name.replace('_', '-')} has no effect with --validation 0, which leaves nothing to validate on."
             )
+    if options.sample_every is not None and (options.shard or options.tensor_parallel > 1):
+        raise UserError(
+            "--sample-every answers with a whole base: leave out --shard and --tensor-parallel, or it."
+        )
+    if options.encoder is not None and (options.shard or options.tensor_parallel > 1):
+        raise UserError("--encoder takes a whole base: leave out --shard and --tensor-parallel.")
+    if options.compile and (options.shard or options.tensor_parallel > 1):
+        raise UserError("--compile takes a whole base: leave out --shard and --tensor-parallel, or it.")
     options.trackers = check_trackers(options.log)
     _refuse_twice(options.paths)
     return options
@@ -198,6 +206,10 @@ def training_parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
     machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
     machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
+    machine.add_argument("--shard", action="store_true", help="under torchrun: divide the base's weights among the "
+                         "processes (FSDP2), for a base that one device cannot hold")
+    machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="under torchrun: N processes "
+                         f"divide the heads of each pass among themselves {default}")
     machine.add_argument("--checkpoint-activations", action="store_true", help="keep only each layer's input for the "
                          "backward pass and compute the rest again: less memory, about a third more time")
     machine.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")

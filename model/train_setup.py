@@ -26,6 +26,7 @@ from .errors import UserError, warn
 from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
 from .llama import Llama
 from .mixture import Mixture
+from .parallel.world import World
 from .progress import progress
 from .recipe import Recipe
 from .records import Record, read_text
@@ -209,11 +210,13 @@ def run_identity(
     adapter: LlamaAdapter,
     training: Sequence[Sample],
     mixture: Mixture,
+    world: World,
+    device: torch.device,
 ) -> dict[str, object]:
     """What a run that goes on with this one must share with it; "conditions" alone may change, with a warning."""
     choices = asdict(recipe)
     # how a step is cut into passes changes its rounding alone, and is what one changes where memory ends
-    conditions = machine(base) | {"max_tokens": choices.pop("max_tokens")}
+    conditions = machine(device) | {"max_tokens": choices.pop("max_tokens")} | world.describe()
     # checkpoints from before there were images have none of these, and text alone must go on with them
     choices |= {"projection_lr": None, "visual": None, "stage": options.stage}
     source = None
@@ -226,7 +229,7 @@ def run_identity(
         "base model": first_fingerprint(base),  # all that checkpoints of the first version have
         "base weights": base_fingerprint(base),
         "dtype": str(base.dtype),
-        "device": base.device.type,
+        "device": device.type,
         "backend": options.backend,
         "data": data_fingerprint(training, {} if source is None else source.digests),
         "mixture": None if mixture == Mixture.of(mixture.available) else list(mixture.counts),
@@ -236,14 +239,13 @@ def run_identity(
 
 
 def run_summary(
-    recipe: Recipe, base: Llama, adapter: LlamaAdapter, num_training: int, num_validation: int, done: int
+    recipe: Recipe, base: Llama, adapter: LlamaAdapter, num_training: int, num_validation: int
 ) -> str:
     """What is about to be trained. num_training: samples an epoch."""
     trainable = adapter.num_parameters
     share = trainable / (trainable + sum(parameter.numel() for parameter in base.parameters()))
-    resumed = f", from step {done}" if done else ""
     return (
         f"{trainable:,} trainable parameters ({share:.3%}) in layers {adapter.layers[0]} to {adapter.layers[-1]}; "
         f"{num_training} samples to train on, {num_validation} to validate; {recipe.num_steps(num_training)} steps in "
-        f"{recipe.epochs} epochs{resumed}; learning rate up to {recipe.highest_lr(num_training):.3g}"
+        f"{recipe.epochs} epochs; learning rate up to {recipe.highest_lr(num_training):.3g}"
     )

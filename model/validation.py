@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,15 @@ class Previews:
                 f"--sample-every: no prompt leaves room for {_PREVIEW_TOKENS} tokens in the context of {context}: pass "
                 "shorter ones by --sample-prompts."
             )
+
+    @classmethod
+    def of(
+        cls, options: argparse.Namespace, tokenizer: Tokenizer, samples: Sequence[Sample], context: int
+    ) -> Previews | None:
+        """The previews that the options ask for."""
+        if options.sample_every is None:
+            return None
+        return cls(options.out / "previews.jsonl", tokenizer, options.sample_prompts, samples, context)
 
     def write(self, step: int, base: Llama, adapter: LlamaAdapter) -> str:
         """Asks, appends the answers to the file, and returns the first one as a line to show."""

@@ -184,8 +184,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(0 if status is None else status)
 
 
+_silent = False
+
+
+def silence(silent: bool) -> None:
+    """Whether notes, warnings and errors are said at all: of several processes with one work, only the first speaks."""
+    global _silent
+    _silent = silent
+
+
 def _tell(line: str) -> None:
-    if sys.stderr is not None:
+    if sys.stderr is not None and not _silent:
         with suppress(OSError):  # where nobody reads, nothing is to be said
             print(line, file=sys.stderr)
 

@@ -13,7 +13,18 @@ alone.
 from ..records import Record, format_prompt, read_records
 from .encoding import Encoder, encode
 from .messages import Conversation, Message
-from .samples import Batch, EncodingReport, Sample, batches, epoch_order, pack, pad, passes, split
+from .samples import (
+    Batch,
+    EncodingReport,
+    Sample,
+    batches,
+    count_answer_tokens,
+    epoch_order,
+    pack,
+    pad,
+    passes,
+    split,
+)
 
 __all__ = [
     "Batch",
@@ -24,6 +35,7 @@ __all__ = [
     "Record",
     "Sample",
     "batches",
+    "count_answer_tokens",
     "encode",
     "epoch_order",
     "format_prompt",

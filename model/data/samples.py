@@ -151,6 +151,12 @@ def pad(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
     return Batch(tokens, targets, None, max(lengths), num_answer_tokens, sum(lengths), images)
 
 
+def count_answer_tokens(sample: Sample) -> int:
+    """How many tokens of a sample the loss is taken on."""
+    spans = sample.answers or ((sample.prompt_length, len(sample.tokens)),)
+    return sum(end - start for start, end in spans)
+
+
 def _targets(sample: Sample) -> list[int]:
     """The token after each input token, or IGNORE where that is no part of an answer."""
     if not sample.answers:

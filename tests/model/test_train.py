@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_runs import CONFIG, arguments, contents, losses_of, run
 
-from model import generate, train_loop, train_options
+from model import generate, run_output, train_loop, train_options
 from model import train as program
 from model.adapter_files import load_adapter
 from model.errors import UserError
@@ -101,7 +101,7 @@ def test_a_run_that_crashes_before_its_first_step_resumes(
 
 def test_resume_after_a_crash_takes_the_last_checkpoint(folder, whole_run, tmp_path, monkeypatch):
     output = tmp_path / "out"
-    real, saves = program.save_checkpoint, []
+    real, saves = run_output.save_checkpoint, []
 
     def crash(*args):
         saves.append(None)
@@ -110,7 +110,7 @@ def test_resume_after_a_crash_takes_the_last_checkpoint(folder, whole_run, tmp_p
         real(*args)
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(program, "save_checkpoint", crash)
+        patched.setattr(run_output, "save_checkpoint", crash)
         program.main(arguments(folder, output, "--save-every", "1"))
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # a line the crash cut short

@@ -56,3 +56,28 @@ def test_bad_seed_tasks_are_named(tmp_path):
     done = run(tmp_path / "tasks.jsonl", tmp_path / "nowhere" / "records.jsonl")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'nowhere' / 'records.jsonl'}: No such file or directory\n"
+
+
+def test_the_tables_of_the_scaling_page_are_those_of_the_script():
+    """Word for word: a rate or a count that is changed in one place shows in the other."""
+    script = ROOT / "examples" / "scaling_model.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_launch_files_name_options_that_there_are():
+    """They have not run on a cluster; their syntax and the options are checked."""
+    import re
+
+    import yaml
+
+    from model.train_options import training_parser
+
+    known = {option for action in training_parser()._actions for option in action.option_strings}
+    slurm, sky = (ROOT / "examples" / "launch" / name for name in ("train.sbatch", "sky.yaml"))
+    subprocess.run(["bash", "-n", slurm], check=True)
+    job = yaml.safe_load(sky.read_text())
+    subprocess.run(["bash", "-n"], input=job["run"], text=True, check=True)
+    for text in (slurm.read_text(), job["run"]):
+        words = re.findall(r"--[a-z-]+", text[text.rindex("-m model.train") :])
+        assert words and set(words) <= known

@@ -1,0 +1,108 @@
+"""What a run writes into its folder, and when: one process writes, the others keep what they need to know."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter import LlamaAdapter
+from .config import LlamaConfig
+from .config_file import write_config
+from .pictures import layer_picture, loss_picture
+from .resume import save_checkpoint
+from .run_folder import MetricsLog, remove_leftovers, writing
+from .trackers import numbers, open_trackers
+from .train_options import ADAPTER_FILES, config_of
+from .validation import Best, Previews, drop_later
+from .vision.files import save_adapter
+
+FILES = (
+    "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png", "config.yaml", "best.safetensors",
+    *ADAPTER_FILES.values(),
+)  # fmt: skip
+
+
+class RunOutput:
+    """The files of one run. writes: False in a process that leaves them to another."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        model: LlamaConfig,
+        adapter: LlamaAdapter,
+        optimizer: torch.optim.Optimizer,
+        run: dict[str, Any],
+        metadata: Mapping[str, str],
+        writes: bool = True,
+    ):
+        self.options, self.model, self.adapter, self.optimizer = options, model, adapter, optimizer
+        self.run, self.metadata, self.writes = run, metadata, writes
+        self.folder: Path = options.out
+        self.checkpoint_file = self.folder / "checkpoint.pt"
+        self.adapter_file = self.folder / ADAPTER_FILES[options.format]
+
+    def begin(self, done: int, previews: Previews | None = None) -> None:
+        """Prepares the folder for a run that goes on after `done` steps; a new one replaces what was there."""
+        self.trackers = []
+        if self.writes:
+            if not self.options.resume:
+                self.save_state(
+                    done
+                )  # first: whatever ends the run from here on, --resume goes on with this one
+                self._remove(set(FILES) - {"checkpoint.pt", "metrics.jsonl"})
+            remove_leftovers(self.folder, FILES)
+            config = config_of(self.options)
+            write_config(self.folder / "config.yaml", config)
+            if previews:
+                drop_later(previews.path, done)
+            self.trackers = open_trackers(self.options.trackers, self.folder, vars(config), done)
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl", done, [self._track], self.writes)
+        self.best = Best(self.metrics.entries, self.options.patience)
+
+    def save_state(self, done: int) -> None:
+        """The checkpoint after so many steps."""
+        if self.writes:
+            save_checkpoint(self.checkpoint_file, done, self.adapter, self.optimizer, self.run)
+
+    def save_result(self) -> None:
+        """The adapter as it is; one in another --format goes."""
+        if self.writes:
+            self._save_adapter(self.adapter_file, self.options.format)
+            self._remove(set(ADAPTER_FILES.values()) - {self.adapter_file.name})
+
+    def validated(self, done: int, epoch: float, loss: float) -> str:
+        """Takes the loss of a validation, and keeps the adapter if it is the best one and wanted. What to say."""
+        self.metrics.write(step=done, epoch=epoch, val_loss=loss)
+        keeps = self.best.improves(loss) and bool(self.options.keep_best or self.options.patience)
+        if keeps and self.writes:
+            self._save_adapter(self.folder / "best.safetensors", "zinit")
+        return f"step {done}: validation loss {loss:.4f}{', the best until now' * keeps}"
+
+    def was_validated(self, done: int) -> bool:
+        """Whether the metrics have the validation after so many steps."""
+        return any("val_loss" in entry and entry["step"] == done for entry in self.metrics.entries)
+
+    def end(self) -> None:
+        """Closes everything and draws the pictures."""
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if self.writes:
+            loss_picture(self.folder / "loss.png", self.metrics.entries)
+            layer_picture(self.folder / "layers.png", self.metrics.entries, self.adapter.layers[0])
+
+    def _save_adapter(self, path: Path, format: str) -> None:
+        with writing(path):
+            save_adapter(path, self.adapter, self.model, format, self.metadata)
+
+    def _track(self, entry: Mapping[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(entry["step"], numbers(entry))
+
+    def _remove(self, names: set[str]) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)

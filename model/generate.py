@@ -4,6 +4,7 @@ python -m model.generate --base DIR --adapter FILE --instruction "Name three pri
 python -m model.generate --base DIR --prompts-file prompts.txt --batch-size 16
 python -m model.generate --base DIR --adapter FILE --encoder DIR --image cat.jpg --instruction "What is it?"
 python -m model.generate --base model.Q4_K_M.gguf --message "Name three primary colours."
+python -m model.generate --base DIR --adapter poems=FILE --adapter prose=FILE --chat
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 from zinit_kernels.console import Parser, for_output
 
 from .chat import encode_chat
+from .chat_loop import Conversation
+from .chat_loop import run as run_conversation
 from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
@@ -26,6 +29,7 @@ from .program import program
 from .progress import messages, progress
 from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
+from .serving.request import Sampling
 from .stop_strings import cut, settled_length
 from .tokenizer import Tokenizer, load_tokenizer
 from .vision.adapter import VisualAdapter
@@ -74,7 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--adapter",
         type=Path,
-        help="an adapter's file, or a folder that holds one, such as a run's; without it the base alone answers",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an adapter's file, or a folder that holds one, such as a run's; without it the base alone answers. With "
+        "--chat it may be repeated, as NAME=FILE",
     )
     parser.add_argument(
         "--prompt-length", type=int, help="of an official-v1 adapter, whose file does not say (default: 10)"
@@ -88,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--prompt", help="text to go on from, as it is")
     asked.add_argument("--instruction", help="an instruction, put into the Alpaca template")
     asked.add_argument("--message", help="a message, put into the model's own chat template")
+    asked.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation in the terminal, by the model's own chat template: /reset, /adapter NAME, /quit",
+    )
     asked.add_argument(
         "--prompts-file", type=Path, help="one prompt a line; answers come as one JSON object a line"
     )
@@ -138,24 +151,59 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[str, ..
     return texts, [images] * len(texts)
 
 
+def _load_base(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    model = load_base(arguments.base, DTYPES.get(arguments.dtype), open_device(arguments.device)).freeze()
+    model.set_backend(arguments.backend)
+    return model, load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
+
+
 def _load(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer, Adapter | None]:
     """The base, its tokenizer, and the adapter if one was named, with the encoder of its images."""
-    device = open_device(arguments.device)
-    model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
-    model.set_backend(arguments.backend)
-    tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
-    if arguments.adapter is None:
+    model, tokenizer = _load_base(arguments)
+    if not arguments.adapter:
         return model, tokenizer, None
-    model, adapter = open_adapter(
-        arguments.adapter, model, arguments.prompt_length, arguments.gate_activation
-    )
+    (path,) = arguments.adapter
+    model, adapter = open_adapter(path, model, arguments.prompt_length, arguments.gate_activation)
     if arguments.encoder is not None:
         if not isinstance(adapter, VisualAdapter):
-            raise UserError(
-                f"{arguments.adapter} has no visual part: --encoder and --image are of no use to it."
-            )
-        adapter.source = open_source(arguments, adapter, device)
-    return model, tokenizer, adapter.to(device)
+            raise UserError(f"{path} has no visual part: --encoder and --image are of no use to it.")
+        adapter.source = open_source(arguments, adapter, model.device)
+    return model, tokenizer, adapter.to(model.device)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    """The conversation of --chat."""
+    names = [_named(path) for path in arguments.adapter]
+    model, tokenizer = _load_base(arguments)
+    sampling = Sampling(
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        eos_ids=tuple({*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])}),
+    )
+    sampling.check()
+    encode_chat(
+        tokenizer, [{"role": "user", "content": "Hello."}]
+    )  # a base without a template is refused now
+    _try_backend(arguments.backend, model, None, [0], ())
+    adapters: dict[str, tuple[Llama, Adapter]] = {}
+    for name, path in names:
+        if name in adapters:
+            raise UserError(f"two adapters have the name {name!r}: give each one by --adapter NAME=FILE.")
+        own, adapter = open_adapter(path, model, arguments.prompt_length, arguments.gate_activation)
+        adapters[name] = own, adapter.requires_grad_(False).to(own.device)
+    run_conversation(Conversation(model, tokenizer, adapters, sampling, arguments.stop))
+
+
+def _named(path: Path) -> tuple[str, Path]:
+    """NAME=FILE, or FILE, whose name is the adapter's."""
+    name, equals, file = str(path).partition("=")
+    if not equals or path.exists():
+        return path.stem or str(path), path
+    if not name or not file:
+        raise UserError(f"--adapter must be FILE or NAME=FILE, got {str(path)!r}.")
+    return name, Path(file)
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, context: int, chat: bool) -> list[list[int]]:
@@ -193,6 +241,9 @@ def main(command_line: list[str] | None = None) -> None:
     """The program. Everything is read and checked before the first token."""
     arguments = _parser().parse_args(command_line)
     _check_options(arguments)
+    if arguments.chat:
+        _chat(arguments)
+        return
     texts, images = _asked(arguments)
     model, tokenizer, adapter = _load(arguments)
     prompts = _encode(texts, tokenizer, model.config.max_seq_len, arguments.message is not None)
@@ -241,11 +292,16 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--images is the folder of the images that a file names: give --image its whole path."
         )
-    if arguments.encoder is not None and arguments.adapter is None:
+    if arguments.encoder is not None and not arguments.adapter:
         raise UserError("--encoder belongs to --adapter, which was not given: the base alone sees no images.")
     if "" in arguments.stop:
         raise UserError("--stop must not be empty: every answer would end at once.")
-    if arguments.adapter is None:
+    if len(arguments.adapter) > 1 and not arguments.chat:
+        raise UserError("--adapter is given twice, and only one can count without --chat.")
+    if arguments.chat and (arguments.encoder is not None or arguments.input):
+        option = "--input" if arguments.input else "--encoder"
+        raise UserError(f"{option} belongs to a single prompt: a conversation of --chat takes none.")
+    if not arguments.adapter:
         for option, value in (
             ("--prompt-length", arguments.prompt_length),
             ("--gate-activation", arguments.gate_activation),

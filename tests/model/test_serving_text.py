@@ -1,0 +1,60 @@
+"""The text of an answer, token by token: together it is what decoding all tokens at once gives."""
+
+import random
+
+import pytest
+import tokenizers
+from tiny_models import word_tokenizer
+
+from model.serving.text import AnswerText
+from model.stop_strings import cut
+from model.tokenizer import load_tokenizer
+
+
+def byte_fallback(path):
+    """Bytes, a space and a few words, whose decoder strips the first space."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocabulary |= {piece: 256 + place for place, piece in enumerate(["▁", "▁the", "h", "i", "é"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, byte_fallback])
+@pytest.mark.parametrize("stops", [[], ["h", "the q"], ["\ufffd"], [" t", "zzz"]], ids=str)
+def test_pieces_are_the_whole_text(tmp_path, make, stops):
+    make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    chance = random.Random(0)
+    # whole characters, their bytes in and out of order, words, special tokens
+    known = (
+        [tokenizer.encode(text, bos=False, eos=False) for text in ("the quick", "hi", " t")]
+        if make is word_tokenizer
+        else []
+    )
+    bytes_of = (
+        [[byte for byte in text.encode()] for text in ("é", "😀", "漢")] if make is byte_fallback else []
+    )
+    for _ in range(300):
+        tokens = []
+        while len(tokens) < chance.randrange(1, 30):
+            if (known or bytes_of) and chance.random() < 0.6:
+                tokens += chance.choice(known + bytes_of)
+            else:
+                tokens.append(chance.randrange(min(tokenizer.vocab_size, 260)))
+        answer, shown, said = AnswerText(tokenizer.decode, stops), "", []
+        for token in tokens:
+            said.append(token)
+            stopped = answer.add(token)
+            shown += answer.take()
+            if stopped:
+                break
+        shown += answer.finish()
+        whole = tokenizer.decode(said)
+        assert shown == cut(whole, stops), tokens
+        assert answer.stopped <= any(stop in whole for stop in stops)
+        if not answer.stopped:  # nothing was overlooked
+            settled = whole.rstrip("\ufffd")
+            assert not any(stop in settled for stop in stops)

@@ -38,7 +38,7 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
         digest.update(f"{name} {getattr(base.config, name)}\n".encode())
     scaling = base.config.rope_scaling
     digest.update(f"rope_scaling {None if scaling is None else astuple(scaling)}\n".encode())
-    weights = base.state_dict()
+    weights = _weights(base)
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
         sums = pool.map(lambda weight: checksum(weight, dtype), weights.values())
         for (name, weight), sum in zip(weights.items(), sums, strict=True):
@@ -62,10 +62,16 @@ def first_fingerprint(base: Llama, dtype: torch.dtype = torch.float32) -> str:
     every weight."""
     facts = ", ".join(f"{name}={getattr(base.config, name)!r}" for name in _FIRST_FIELDS)
     digest = hashlib.sha256(f"LlamaConfig({facts})".encode())
-    for name, weight in base.state_dict().items():
+    for name, weight in _weights(base).items():
         rows = torch.cat([weight[:2], weight[-2:]]).to(dtype).float().cpu()
         digest.update(name.encode() + rows.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _weights(base: Llama) -> dict[str, Tensor]:
+    """The base's own weights by their names, without what LoRA puts into its layers."""
+    found = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items()}
+    return {name: weight for name, weight in found.items() if ".lora_" not in name}
 
 
 def adapter_metadata(base: Llama) -> dict[str, str]:

@@ -61,11 +61,12 @@ def forecast(
     _, seconds = _measure(base, adapter, largest, recipe)
     rate = largest.num_tokens / seconds
     mean = sum(batch.num_tokens for batch in first) / min(len(order), recipe.batch_size)
+    frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
     trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
     return Forecast(
-        base_parameters=sum(parameter.numel() for parameter in base.parameters()),
+        base_parameters=sum(parameter.numel() for parameter in frozen),
         trained_parameters=trained,
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in base.parameters()),
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in frozen),
         training_state=4 * _STATE * trained,
         activations=activations,
         pass_tokens=largest.num_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import torch
 from .adapter import LlamaAdapter
 from .config import LlamaConfig
 from .config_file import write_config
+from .lora import Lora, save_lora
 from .pictures import layer_picture, loss_picture
 from .resume import save_checkpoint
 from .run_folder import MetricsLog, remove_leftovers, writing
 from .trackers import numbers, open_trackers
-from .train_options import ADAPTER_FILES, config_of
+from .train_options import ADAPTER_FILES, LORA_FOLDER, config_of
 from .validation import Best, Previews, drop_later
 from .vision.files import save_adapter
 
+_ADAPTERS = {*ADAPTER_FILES.values(), LORA_FOLDER}
 FILES = (
     "checkpoint.pt", "metrics.jsonl", "loss.png", "layers.png", "config.yaml", "best.safetensors",
-    *ADAPTER_FILES.values(),
+    f"best-{LORA_FOLDER}", *_ADAPTERS,
 )  # fmt: skip
 
 
@@ -33,7 +36,7 @@ class RunOutput:
         self,
         options: argparse.Namespace,
         model: LlamaConfig,
-        adapter: LlamaAdapter,
+        adapter: LlamaAdapter | Lora,
         optimizer: torch.optim.Optimizer,
         run: dict[str, Any],
         metadata: Mapping[str, str],
@@ -43,7 +46,9 @@ class RunOutput:
         self.run, self.metadata, self.writes = run, metadata, writes
         self.folder: Path = options.out
         self.checkpoint_file = self.folder / "checkpoint.pt"
-        self.adapter_file = self.folder / ADAPTER_FILES[options.format]
+        is_lora = isinstance(adapter, Lora)
+        self.adapter_file = self.folder / (LORA_FOLDER if is_lora else ADAPTER_FILES[options.format])
+        self.best_file = self.folder / (f"best-{LORA_FOLDER}" if is_lora else "best.safetensors")
 
     def begin(self, done: int, previews: Previews | None = None) -> None:
         """Prepares the folder for a run that goes on after `done` steps; a new one replaces what was there."""
@@ -72,14 +77,14 @@ class RunOutput:
         """The adapter as it is; one in another --format goes."""
         if self.writes:
             self._save_adapter(self.adapter_file, self.options.format)
-            self._remove(set(ADAPTER_FILES.values()) - {self.adapter_file.name})
+            self._remove(_ADAPTERS - {self.adapter_file.name})
 
     def validated(self, done: int, epoch: float, loss: float) -> str:
         """Takes the loss of a validation, and keeps the adapter if it is the best one and wanted. What to say."""
         self.metrics.write(step=done, epoch=epoch, val_loss=loss)
         keeps = self.best.improves(loss) and bool(self.options.keep_best or self.options.patience)
         if keeps and self.writes:
-            self._save_adapter(self.folder / "best.safetensors", "zinit")
+            self._save_adapter(self.best_file, "zinit")
         return f"step {done}: validation loss {loss:.4f}{', the best until now' * keeps}"
 
     def was_validated(self, done: int) -> bool:
@@ -96,6 +101,9 @@ class RunOutput:
             layer_picture(self.folder / "layers.png", self.metrics.entries, self.adapter.layers[0])
 
     def _save_adapter(self, path: Path, format: str) -> None:
+        if isinstance(self.adapter, Lora):
+            save_lora(path, self.adapter, self.options.base)
+            return
         with writing(path):
             save_adapter(path, self.adapter, self.model, format, self.metadata)
 
@@ -105,4 +113,7 @@ class RunOutput:
 
     def _remove(self, names: set[str]) -> None:
         for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+            if name in (LORA_FOLDER, f"best-{LORA_FOLDER}"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            else:
+                (self.folder / name).unlink(missing_ok=True)

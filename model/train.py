@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not world.divides:
         try_backend(options.backend, base, adapter, training[0], recipe)
     lengths = token_lengths(training)[mixture.order(recipe.seed, 0)].tolist()
-    for sentence in recipe_warnings(recipe, lengths, options.init is None):
+    for sentence in recipe_warnings(recipe, lengths, options.init is None and options.method == "adapter"):
         warn(f"{sentence}.")
     check_division(base.config, world, recipe.batch_size, mixture.size)
     base.recompute = options.checkpoint_activations

@@ -19,6 +19,7 @@ from .adapter import LlamaAdapter
 from .data import Batch, Sample, batches, count_answer_tokens, pack, pad, passes
 from .errors import UserError
 from .llama import Adapter, Llama, about_images
+from .lora import Lora
 from .loss import IGNORE, answer_loss
 from .mixture import Mixture
 from .parallel.world import World
@@ -62,7 +63,7 @@ def make_optimizer(adapter: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def train(
     base: Llama,
-    adapter: LlamaAdapter,
+    adapter: LlamaAdapter | Lora,
     samples: Sequence[Sample],
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
@@ -183,7 +184,7 @@ def batch_loss(base: Llama, adapter: Adapter | None, batch: Batch, autocast: boo
 @torch.no_grad()
 def evaluate(
     base: Llama,
-    adapter: LlamaAdapter | None,
+    adapter: LlamaAdapter | Lora | None,
     samples: Sequence[Sample],
     recipe: Recipe,
     stop: Callable[[], bool] = lambda: False,

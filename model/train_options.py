@@ -13,6 +13,7 @@ from .config_file import with_config
 from .data.encoding import TEMPLATES
 from .errors import UserError, program_name
 from .loading import DTYPES, default_device
+from .lora import LoraChoice
 from .mixture import read_share
 from .recipe import Recipe
 from .resume import refuse_missing
@@ -22,6 +23,7 @@ from .vision.options import add_training_options, check_options
 
 _OF_ONE_START = {"config", "resume", "auto_resume", "overwrite", "dry_run", "paths", "shares", "trackers"}
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
+LORA_FOLDER = "lora"
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,9 +57,33 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--encoder takes a whole base: leave out --shard and --tensor-parallel.")
     if options.compile and (options.shard or options.tensor_parallel > 1):
         raise UserError("--compile takes a whole base: leave out --shard and --tensor-parallel, or it.")
+    _check_method(options)
     options.trackers = check_trackers(options.log)
     _refuse_twice(options.paths)
     return options
+
+
+def _check_method(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that the method has no use for."""
+    of_lora = ("rank", "lora_alpha", "lora_targets")
+    of_adapter = ("prompt_length", "layers", "gate_activation", "init", "encoder")
+    if options.method == "adapter":
+        unused = [name for name in of_lora if getattr(options, name) is not None]
+    else:
+        unused = [name for name in of_adapter if getattr(options, name) is not None]
+        unused += ["format"] * (options.format != "zinit")
+        if options.shard or options.tensor_parallel > 1:
+            raise UserError("--method lora takes a whole base: leave out --shard and --tensor-parallel.")
+    if unused:
+        raise UserError(f"--{unused[0].replace('_', '-')} has no effect with --method {options.method}.")
+
+
+def lora_of(options: argparse.Namespace) -> LoraChoice:
+    """The LoRA that the options ask for."""
+    told = {"rank": options.rank, "alpha": options.lora_alpha}
+    if options.lora_targets is not None:
+        told["targets"] = tuple(name.strip() for name in options.lora_targets.split(","))
+    return LoraChoice(**{name: value for name, value in told.items() if value is not None})
 
 
 def config_of(options: argparse.Namespace) -> argparse.Namespace:
@@ -182,6 +208,13 @@ def training_parser() -> argparse.ArgumentParser:
     add_training_options(parser.add_argument_group("images"))
 
     adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--method", choices=("adapter", "lora"), default="adapter", help="what is trained: prompts "
+                         f"and gates, or LoRA through PEFT, saved into lora/ as PEFT does {default}")
+    lora = LoraChoice()
+    adapter.add_argument("--rank", type=int, help=f"of LoRA (default: {lora.rank})")
+    adapter.add_argument("--lora-alpha", type=float, help=f"LoRA's scale times the rank (default: {lora.alpha:g})")
+    adapter.add_argument("--lora-targets", metavar="NAMES", help="linear layers, with commas between them (default: "
+                         f"{','.join(lora.targets)})")
     adapter.add_argument("--prompt-length", type=int, help="prompts in each layer (default: 10, or as --init says)")
     adapter.add_argument("--gate-activation", choices=("tanh", "identity"),
                          help="of the gates (default: tanh, or as --init says)")

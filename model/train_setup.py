@@ -25,6 +25,7 @@ from .data.views import Joined, Subset
 from .errors import UserError, warn
 from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
 from .llama import Llama
+from .lora import Lora
 from .mixture import Mixture
 from .parallel.world import World
 from .progress import progress
@@ -33,6 +34,7 @@ from .records import Record, read_text
 from .resume import machine
 from .tokenizer import Tokenizer, load_tokenizer
 from .train_loop import batch_loss
+from .train_options import lora_of
 from .vision.adapter import VisualAdapter
 from .vision.features import Features
 from .vision.files import EXTRAS_FORMAT, load_adapter
@@ -63,8 +65,10 @@ def read_file(options: argparse.Namespace, path: Path) -> File:
     return path if options.cache is not None else list(read_source(path, options.strict))
 
 
-def make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter:
-    """The adapter to train: a new one, or --init's; with --encoder it has a visual part."""
+def make_adapter(options: argparse.Namespace, base: Llama) -> LlamaAdapter | Lora:
+    """The adapter to train: a new one, or --init's; with --encoder it has a visual part. Or a LoRA, in the base."""
+    if options.method == "lora":
+        return Lora(base, lora_of(options), options.seed)
     chosen = {"prompt_length": options.prompt_length, "gate_activation": options.gate_activation}
     init = None
     if options.init:
@@ -207,7 +211,7 @@ def run_identity(
     options: argparse.Namespace,
     recipe: Recipe,
     base: Llama,
-    adapter: LlamaAdapter,
+    adapter: LlamaAdapter | Lora,
     training: Sequence[Sample],
     mixture: Mixture,
     world: World,
@@ -243,7 +247,8 @@ def run_summary(
 ) -> str:
     """What is about to be trained. num_training: samples an epoch."""
     trainable = adapter.num_parameters
-    share = trainable / (trainable + sum(parameter.numel() for parameter in base.parameters()))
+    frozen = sum(parameter.numel() for parameter in base.parameters() if not parameter.requires_grad)
+    share = trainable / (trainable + frozen)
     return (
         f"{trainable:,} trainable parameters ({share:.3%}) in layers {adapter.layers[0]} to {adapter.layers[-1]}; "
         f"{num_training} samples to train on, {num_validation} to validate; {recipe.num_steps(num_training)} steps in "

@@ -1,5 +1,6 @@
 """The Triton backend where there is no GPU: compiled ahead of time, refused with a reason. backends/triton/: run."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from zinit_kernels import explain
+from zinit_kernels import explain, zero_init_attention
 
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -47,6 +48,21 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
         too_small = kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
         if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query") and not too_small:
             assert kernel["wgmma"] > 0, kernel
+
+
+def test_no_kernel_function_returns_none():
+    """Triton 3.6, which torch 2.11 comes with, compiles no call of a function that returns None as a value."""
+    folder = ROOT / "zinit_kernels" / "backends" / "triton"
+    found = [
+        f"{path.name}:{node.lineno} {function.name}"
+        for path in sorted(folder.glob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and any(ast.unparse(d) == "triton.jit" for d in function.decorator_list)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and node.value.value is None
+    ]
+    assert not found
 
 
 @NEEDS_TRITON
@@ -153,21 +169,38 @@ def test_importing_and_computing_on_cpu_imports_no_triton():
 @pytest.mark.parametrize(
     ("capability", "expected"), [((7, 5), "sm_75"), ((8, 0), "usable"), ((12, 0), "usable")]
 )
-def test_chips_by_capability(monkeypatch, capability, expected):
-    """Of a chip that is not here: the choice looks at device and capability alone."""
+def test_chips_by_capability(monkeypatch, tmp_path, capability, expected):
+    """Of a chip that is not here: the choice looks at device and capability, and counts on the trial."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from zinit_kernels.backends import triton
+    from zinit_kernels import proof
+    from zinit_kernels.backends import fused, triton
 
+    monkeypatch.setenv("ZINIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(proof, "_stores", {})
     monkeypatch.setattr(triton, "UNAVAILABLE", "")
+    monkeypatch.setattr(fused, "_chips", {})
     major, minor = capability
-    chip = SimpleNamespace(major=major, minor=minor, name="Tesla T4")
+    chip = SimpleNamespace(major=major, minor=minor, name="Tesla T4", multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: chip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key, value = (torch.empty(1, 2, 5, 16, device="cuda") for _ in range(3))
         explanation = explain(query, key, value, None, None, None)
     assert expected in explanation["triton"]
-    assert explanation.selected == "composed"  # by name only, until a GPU has run it
+    assert explanation.selected == ("triton" if expected == "usable" else "composed")
+
+
+def test_fake_tensors_of_a_device_that_is_not_there():
+    """FakeTensorMode makes them on machines without a GPU, to plan models for one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 5, 16, device="cuda")
+        assert zero_init_attention(query, query, query).device.type == "cuda"
+        assert "torch finds no NVIDIA GPU" in explain(query, query, query)["triton"]
 
 
 def test_auto_takes_no_interpreter():

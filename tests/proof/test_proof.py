@@ -122,12 +122,26 @@ def test_a_family_that_is_wrong_is_left_out_with_one_warning(gpu, error):
     assert len(said) == 2  # Triton's forward, and CUDA's prefill after it
     assert "triton.forward (float32, head_dim 16) failed their trial on Imagined H200" in said[0]
     assert "zinit check --gpu" in said[0]
+    # the line in which this package was called: here that of its own testing/cases.py's caller
+    assert all(w.filename == __file__ for w in caught)
     tried = len(gpu.triton.calls)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attend()
         attend()
     assert len(gpu.triton.calls) == tried, "asked again"
+
+
+def test_the_cause_of_a_compilers_error_is_said(gpu):
+    """Triton's own message is the whole source of the kernel."""
+    gpu.cuda.refused = "not here"
+    gpu.triton.error = RuntimeError("at 109:11: " + "line of source\n" * 100 + "^ cannot convert")
+    gpu.triton.error.__cause__ = TypeError("None is no tensor")
+    with pytest.warns(
+        RuntimeWarning, match=r"cannot convert \(because of TypeError\('None is no tensor'\)\)"
+    ) as caught:
+        attend()
+    assert len(str(caught[0].message)) < 1000
 
 
 def test_a_wrong_result_is_remembered_and_an_error_is_not(gpu):

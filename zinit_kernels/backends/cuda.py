@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -26,16 +24,21 @@ def why_not(call: AnyCall, return_lse: bool) -> str:
     )
 
 
-@functools.cache
+_built_for: dict[int, str] = {}  # device -> the reason why its chip does not take the library's machine code
+
+
 def _why_not_built_for(index: int | None) -> str:
     """The reason why a GPU, or its driver, does not take the machine code of the library."""
     if index is None:  # a CPU: its tests put an emulator here
         return ""
-    chip = torch.cuda.get_device_properties(index)
-    return extension.cuda_build().why_not_on(10 * chip.major + chip.minor, extension.driver_version())
+    if index not in _built_for:
+        chip = torch.cuda.get_device_properties(index)
+        build, number = extension.cuda_build(), 10 * chip.major + chip.minor
+        _built_for[index] = build.why_not_on(number, extension.driver_version())
+    return _built_for[index]
 
 
-# torch.compile takes the answer as a constant, as after torch.compiler.assume_constant_result, which imports dynamo
+# what torch.compiler.assume_constant_result does: dynamo cannot trace the questions; importing it takes seconds
 _why_not_built_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -46,13 +46,25 @@ def why_not_on_gpu(call: AnyCall) -> str:
     device = call.query.device
     if device.type != "cuda":
         return f"the tensors are on {device}"
+    return _why_not_chip(device.index)
+
+
+_chips: dict[int, str] = {}  # device -> the reason why its chip is none of ours
+
+
+def _why_not_chip(index: int) -> str:
+    if index in _chips:
+        return _chips[index]
     if torch.cuda.device_count() == 0:  # fake tensors may be on a device that is not there
-        return f"the tensors are on {device}, and torch finds no NVIDIA GPU"
-    # a constant to torch.compile, which get_device_capability is not
-    chip = torch.cuda.get_device_properties(device)
-    if (chip.major, chip.minor) < MIN_CAPABILITY:
-        return f"{chip.name} is sm_{chip.major}{chip.minor}; the kernels are written for sm_80 and newer"
-    return ""
+        return f"the tensors are on cuda:{index}, and torch finds no NVIDIA GPU"
+    chip = torch.cuda.get_device_properties(index)
+    is_old = (chip.major, chip.minor) < MIN_CAPABILITY
+    old = f"{chip.name} is sm_{chip.major}{chip.minor}; the kernels are written for sm_80 and newer"
+    return _chips.setdefault(index, old if is_old else "")
+
+
+# what torch.compiler.assume_constant_result does: dynamo cannot trace the questions; importing it takes seconds
+_why_not_chip._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 import threading
 import time
 import warnings
@@ -33,6 +34,7 @@ MODES = ("1", "0", "force")
 MODE = os.environ.get("ZINIT_PROOF") or "1"
 MOST_ATTEMPTS = 2  # trials that did not end, before a family counts as one that kills its process
 SECONDS_TO_RETRY = 30.0  # after a trial that proved nothing
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _REPORT = "Please report this with the output of `zinit check --gpu`"
 
 _lock = threading.RLock()
@@ -262,7 +264,7 @@ def _tried(subject: Subject, device: torch.device, kept: Store) -> Verdict | Non
     if isinstance(error, torch.OutOfMemoryError):
         kept.end(subject.key, None)
         return None
-    verdict = Verdict(False, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", _today())
+    verdict = Verdict(False, _told(error), _today())
     if isinstance(error, AssertionError):
         kept.end(subject.key, verdict)
         return verdict
@@ -290,6 +292,16 @@ def _run(subject: Subject, device: torch.device, raised: list[BaseException]) ->
         raised.append(error)
 
 
+def _told(error: BaseException) -> str:
+    """An exception in a few lines: a compiler quotes the source first, and says at the end what is wrong."""
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {words if len(words) <= 400 else f'{words[:150]} ... {words[-250:]}'}"
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return text if cause is error else f"{text} (because of {repr(cause)[-250:]})"
+
+
 def _today() -> str:
     return datetime.date.today().isoformat()
 
@@ -298,7 +310,10 @@ def _warn(text: str) -> None:
     """Once a process."""
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=6)  # of the caller of zero_init_attention
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(text, RuntimeWarning, stacklevel=level)  # of the line that calls this package
 
 
 def _after_fork() -> None:

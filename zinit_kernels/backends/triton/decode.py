@@ -19,7 +19,6 @@ from .primitives import (
     has_nan,
     key_limits,
     key_stretches,
-    load_sink,
     row_ptr,
     unravel,
 )
@@ -279,7 +278,9 @@ def zinit_decode_kernel(
             )
 
     # Where the keys are split, the combine kernel adds the sink, once.
-    sink = load_sink(sinks_ptr if partial_out_ptr is None else None, heads)
+    sink = None
+    if sinks_ptr is not None and partial_out_ptr is None:
+        sink = tl.load(sinks_ptr + heads)
     acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, False), sink)
     if partial_out_ptr is None:
         prompts = Prompts(
@@ -375,7 +376,9 @@ def zinit_combine_kernel(
             partial_out_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0
         )
         acc = acc * alpha[:, None] + p * partial_out
-    sink = load_sink(sinks_ptr, heads)
+    sink = None
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + heads)
     acc, lse = normalise(acc, m, l, 1.0, sink)
     rotary_positions = tl.maximum(tl.load(cache_seqlens_ptr + sequence), 0) + (
         tokens if ADVANCE else tokens * 0

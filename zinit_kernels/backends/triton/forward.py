@@ -14,7 +14,6 @@ from .primitives import (
     key_limits,
     key_stretches,
     load_key_tile,
-    load_sink,
     load_tile,
     locate_sequence,
     rows_from,
@@ -133,7 +132,9 @@ def zinit_forward_kernel(
                             acc, m, q, k, v, bias, one, limits, window, scale_log2, cap, HAS_BIAS
                         )
 
-    sink = load_sink(sinks_ptr, head)
+    sink = None  # not out of a function: Triton 3.6 cannot return None
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head)
     acc, lse = normalise(acc, m, l, exponent_scale(scale_log2, cap, HAS_BIAS), sink)
     acc = add_prompt_branch(
         acc, q, prompts, sequence, head, kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH

@@ -325,15 +325,6 @@ def load_gate(prompts, row, head, TANH: tl.constexpr):
 
 
 @triton.jit
-def load_sink(sinks_ptr, head):
-    """The attention sink of a head, or of a tensor of heads; None without sinks."""
-    if sinks_ptr is None:
-        return None
-    else:
-        return tl.load(sinks_ptr + head)
-
-
-@triton.jit
 def activate(gate, TANH: tl.constexpr):
     """tanh(gate), or the gate itself. Near 0, where gates start, Lambert's continued fraction keeps tanh's digits."""
     if TANH:

@@ -23,7 +23,6 @@ from .primitives import (
     dot,
     load_gate,
     load_prompts,
-    load_sink,
     load_tile,
     locate_sequence,
     prompt_row,
@@ -100,7 +99,9 @@ def zinit_partial_sums_kernel(
     sum_value = tl.zeros([BLOCK_P, CHUNK_D], tl.float32)
     sum_r = tl.zeros([BLOCK_M], tl.float32)
     sum_sink = tl.zeros([BLOCK_M], tl.float32)
-    sink = load_sink(sinks_ptr, head)
+    sink = None
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head)
     rows = tl.arange(0, BLOCK_M)
     column = chunk * CHUNK_D
     for start in range(part * BLOCK_M, num_q, num_parts * BLOCK_M):

@@ -144,7 +144,7 @@ def adapter_rows(options: Options, note: Note) -> Iterator[Row]:
     name, base = base_of(options)
     layers = min(4, base.config.num_layers)
     steps: dict[str, Callable[[], object]] = {}
-    for provider, count in ((ONE, 1), (MANY, NUM_LOADED)):
+    for provider, count in ((ONE, 1), (MANY, 20 if options.smoke else NUM_LOADED)):
         engine = Engine(
             base, cache_tokens=NUM_CLIENTS * 1024, max_running=NUM_CLIENTS, chunk=NUM_CLIENTS * PROMPT
         )

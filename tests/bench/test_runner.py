@@ -23,7 +23,7 @@ from bench.machine import ROOT
 from bench.problem import PREFILL, Provider, Shape, make_problem, prefill
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
-from bench.suites import attention, compare, generate, seven_billion, targets, train, vision
+from bench.suites import attention, compare, generate, serve, seven_billion, targets, train, vision
 
 CPU = torch.device("cpu")
 QUICK = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
@@ -314,13 +314,24 @@ def test_every_suite_runs(capsys):
     assert sorted(RESULTS.rglob("*")) == before
 
 
-def test_every_file_of_the_folder_is_a_suite_and_only_one_must_be_named():
+def test_every_file_of_the_folder_is_a_suite_and_two_must_be_named():
     files = {path.stem for path in (ROOT / "bench" / "suites").glob("*.py")}
     found = runner.suites()
     assert files <= {suite.jobs.__module__.rpartition(".")[2] for suite in found.values()}
-    assert [name for name, suite in found.items() if not suite.in_all] == ["seven_billion"]
+    assert [name for name, suite in found.items() if not suite.in_all] == ["serve", "seven_billion"]
     for suite in found.values():
         assert all(job.title.startswith(f"{suite.name}, ") for job in suite.jobs(replace(QUICK, smoke=True)))
+
+
+def test_serving_gives_ratios_latencies_and_the_share_of_equal_answers():
+    rows = [row for job in serve.jobs(replace(QUICK, smoke=True)) for row in job.run(print)]
+    assert [row.mode for row in rows] == [serve.ALONE] * 2 + [serve.BATCH] * 2 + [serve.STEP] * 2 + [
+        serve.CLIENTS
+    ]
+    assert all(row.ratios for row in rows[:-1])
+    figures = rows[-1].figures
+    assert figures["equal answers"] == 1 and figures["answers"] >= serve.NUM_CLIENTS
+    assert 0 < figures["first token p50 ms"] <= figures["first token p99 ms"]
 
 
 def test_seven_billion_gives_seconds_and_memory_of_each_phase_and_leaves_no_file(tmp_path):

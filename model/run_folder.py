@@ -62,10 +62,13 @@ def refuse_unwritable(directory: str | Path) -> None:
 
 
 @contextmanager
-def held(directory: str | Path, wait: bool = False) -> Iterator[None]:
+def held(directory: str | Path, wait: bool = False) -> Iterator[Callable[[], None]]:
     """Locks the directory for this process. If another process has locked it, waits, or raises UserError.
 
     The operating system unlocks it when this process ends, however it ends. No lock file is left.
+
+    Gives a function that raises UserError if another directory has this name by now. Whoever deletes the directory of
+    a run that still writes, and starts another run there, would get files of both.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -77,8 +80,17 @@ def held(directory: str | Path, wait: bool = False) -> Iterator[None]:
         ) from None
     except OSError:
         pass  # a file system, some of the networked, without locks on folders
+
+    def refuse_another() -> None:
+        path = Path(directory)
+        if path.exists() and not os.path.samestat(path.stat(), os.fstat(descriptor)):
+            raise UserError(
+                f"{directory} was moved away or deleted while this run wrote into it, and another folder has its name "
+                "now: this run leaves that one alone and ends."
+            )
+
     try:
-        yield
+        yield refuse_another
     finally:
         os.close(descriptor)
 

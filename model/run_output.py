@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class RunOutput:
         self.options, self.model, self.adapter, self.optimizer = options, model, adapter, optimizer
         self.run, self.metadata, self.writes = run, metadata, writes
         self.folder: Path = options.out
+        self.refuse_another: Callable[[], None] | None = None  # `held` gives it
         self.checkpoint_file = self.folder / "checkpoint.pt"
         is_lora = isinstance(adapter, Lora)
         self.adapter_file = self.folder / (LORA_FOLDER if is_lora else ADAPTER_FILES[options.format])
@@ -71,13 +72,19 @@ class RunOutput:
     def save_state(self, done: int) -> None:
         """The checkpoint after so many steps."""
         if self.writes:
+            self._check_folder()
             save_checkpoint(self.checkpoint_file, done, self.adapter, self.optimizer, self.run)
 
     def save_result(self) -> None:
         """The adapter as it is; one in another --format goes."""
         if self.writes:
+            self._check_folder()
             self._save_adapter(self.adapter_file, self.options.format)
             self._remove(_ADAPTERS - {self.adapter_file.name})
+
+    def _check_folder(self) -> None:
+        if self.refuse_another is not None:
+            self.refuse_another()
 
     def validated(self, done: int, epoch: float, loss: float) -> str:
         """Takes the loss of a validation, and keeps the adapter if it is the best one and wanted. What to say."""

@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     base = divide(base, world, device)
 
     # the folder belongs to this run from here on
-    with held(make_directory(options.out)) if world.is_first else nullcontext():
+    with held(make_directory(options.out)) if world.is_first else nullcontext() as refuse_another:
+        output.refuse_another = refuse_another
         if world.is_first:
             check_folder(options)  # again: while the base was loaded another run may have begun here
         done = 0  # optimizer steps

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import arguments, contents, losses_of, make_base, run, write_tokenizer
 
+from model import train as program
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
 from model.errors import UserError
@@ -288,3 +289,24 @@ def test_a_pipe_in_the_place_of_the_metrics_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match="is no metrics file, it is not a file at all"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_is_taken_away_while_the_run_writes(folder, tmp_path, capsys, monkeypatch, replaced):
+    """Another run may stand in its place by then, and gets no files of this one."""
+    output, real = tmp_path / "out", program.train
+
+    def train(*args, **kwargs):
+        for step, report in enumerate(real(*args, **kwargs)):
+            if step == 0:
+                output.rename(tmp_path / "moved")
+                if replaced:
+                    output.mkdir()
+            yield report
+
+    monkeypatch.setattr(program, "train", train)
+    assert run(*arguments(folder, output, "--epochs", "1")) == 2
+    said = "another folder has its name now" if replaced else "cannot write"
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not output.exists() or not list(output.iterdir())
+    assert (tmp_path / "moved" / "checkpoint.pt").exists()

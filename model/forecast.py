@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data import Batch, Sample, batches
 from .llama import Llama
 from .mixture import Mixture
+from .quantised import stored_bytes
 from .recipe import Recipe
 from .train_loop import batch_loss
 
@@ -66,7 +67,7 @@ def forecast(
     return Forecast(
         base_parameters=sum(parameter.numel() for parameter in frozen),
         trained_parameters=trained,
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in frozen),
+        weights=sum(map(stored_bytes, frozen)),
         training_state=4 * _STATE * trained,
         activations=activations,
         pass_tokens=largest.num_tokens,

@@ -27,6 +27,7 @@ from .parallel.divide import check_division, divide
 from .parallel.world import local_device, open_world
 from .program import interruptible, program
 from .progress import messages, progress
+from .quantised import quantise
 from .recipe import recipe_warnings
 from .resume import load_checkpoint, restore
 from .run_folder import held, make_directory
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:
         base.compile_layers()
     if options.dry_run:
-        say(str(forecast(base, adapter, training, mixture, recipe)))
+        say(str(forecast(quantise(base, options.quantise), adapter, training, mixture, recipe)))
         return
     previews = Previews.of(options, tokenizer, validation or training, base.config.max_seq_len)
     optimizer = make_optimizer(adapter.to(device), recipe)
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = run_identity(options, recipe, base, adapter, training, mixture, world, device)
     output = RunOutput(options, base.config, adapter, optimizer, run, adapter_metadata(base), world.is_first)
     summary = run_summary(recipe, base, adapter, mixture.size, len(validation))
-    base = divide(base, world, device)
+    base = divide(quantise(base, options.quantise), world, device)
 
     # the folder belongs to this run from here on
     with held(make_directory(options.out)) if world.is_first else nullcontext() as refuse_another:

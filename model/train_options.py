@@ -15,6 +15,7 @@ from .errors import UserError, program_name
 from .loading import DTYPES, default_device
 from .lora import LoraChoice
 from .mixture import read_share
+from .quantised import FORMATS
 from .recipe import Recipe
 from .resume import refuse_missing
 from .run_folder import refuse_occupied, refuse_unwritable
@@ -53,6 +54,8 @@ def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
         raise UserError(
             "--sample-every answers with a whole base: leave out --shard and --tensor-parallel, or it."
         )
+    if options.quantise and (options.shard or options.tensor_parallel > 1):
+        raise UserError("--quantise takes a whole base: leave out --shard and --tensor-parallel, or it.")
     if options.encoder is not None and (options.shard or options.tensor_parallel > 1):
         raise UserError("--encoder takes a whole base: leave out --shard and --tensor-parallel.")
     if options.compile and (options.shard or options.tensor_parallel > 1):
@@ -239,6 +242,8 @@ def training_parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
     machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
     machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
+    machine.add_argument("--quantise", choices=FORMATS, help="hold the frozen base's linear layers in fewer bits, by "
+                         "torchao (default: as they are)")
     machine.add_argument("--shard", action="store_true", help="under torchrun: divide the base's weights among the "
                          "processes (FSDP2), for a base that one device cannot hold")
     machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="under torchrun: N processes "

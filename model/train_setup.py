@@ -235,6 +235,7 @@ def run_identity(
         "dtype": str(base.dtype),
         "device": device.type,
         "backend": options.backend,
+        "quantise": options.quantise,
         "data": data_fingerprint(training, {} if source is None else source.digests),
         "mixture": None if mixture == Mixture.of(mixture.available) else list(mixture.counts),
         "adapter": asdict(adapter.config) | {"init": str(options.init)},

@@ -49,22 +49,37 @@ def why_not_on_gpu(call: AnyCall) -> str:
     return _why_not_chip(device.index)
 
 
-_chips: dict[int, str] = {}  # device -> the reason why its chip is none of ours
+_chips: dict[int, tuple[str, int]] = {}  # device -> its name, and 90 for sm_90
 
 
-def _why_not_chip(index: int) -> str:
-    if index in _chips:
-        return _chips[index]
-    if torch.cuda.device_count() == 0:  # fake tensors may be on a device that is not there
-        return f"the tensors are on cuda:{index}, and torch finds no NVIDIA GPU"
-    chip = torch.cuda.get_device_properties(index)
-    is_old = (chip.major, chip.minor) < MIN_CAPABILITY
-    old = f"{chip.name} is sm_{chip.major}{chip.minor}; the kernels are written for sm_80 and newer"
-    return _chips.setdefault(index, old if is_old else "")
+def _chip(index: int) -> tuple[str, int]:
+    """A GPU's name and number; ("", 0) where there is none."""
+    if index not in _chips:
+        if torch.cuda.device_count() == 0:
+            return "", 0
+        found = torch.cuda.get_device_properties(index)
+        _chips[index] = found.name, 10 * found.major + found.minor
+    return _chips[index]
 
 
 # what torch.compiler.assume_constant_result does: dynamo cannot trace the questions; importing it takes seconds
-_why_not_chip._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_chip._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def arch_of(device: torch.device) -> int:
+    """90 for sm_90, asked once per device: torch takes 4 us to answer. 0 on a CPU, on AMD chips, and without a GPU."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    return _chip(device.index)[1]
+
+
+def _why_not_chip(index: int) -> str:
+    name, arch = _chip(index)
+    if not arch:  # fake tensors may be on a device that is not there
+        return f"the tensors are on cuda:{index}, and torch finds no NVIDIA GPU"
+    if arch < 10 * MIN_CAPABILITY[0] + MIN_CAPABILITY[1]:
+        return f"{name} is sm_{arch}; the kernels are written for sm_80 and newer"
+    return ""
 
 
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -50,11 +50,10 @@ def _why_too_large(call: AnyCall) -> str:
     query = call.query
     if call.prompt_key is None or query.device.type != "cuda" or torch.version.hip:
         return ""
-    chip = torch.cuda.get_device_properties(query.device)
     cached = isinstance(call, CacheCall)
     prompt_length = call.prompt_key.shape[1 if cached else 2]
     backward = not cached and fused.requires_grad(call)
-    arch = 10 * chip.major + chip.minor
+    arch = fused.arch_of(query.device)
     return configs.why_too_large(query.shape[-1], prompt_length, query.element_size(), arch, cached, backward)
 
 

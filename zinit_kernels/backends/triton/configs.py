@@ -126,6 +126,7 @@ def candidates(stage: str, block_d: int, block_p: int, itemsize: int, arch: int)
     return (choice, *others)[:8]
 
 
+@lru_cache(maxsize=1024)  # it is asked at every call, and takes a fifth of the time before the launch
 def why_too_large(
     head_dim: int, prompt_length: int, itemsize: int, arch: int, cached: bool, backward: bool
 ) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...call import CacheCall, Call
+from .. import fused
 from .configs import block_of
 
 Operands: TypeAlias = dict[str, Any]  # what kernels take, by the names of their parameters
@@ -123,10 +124,7 @@ def addressable(tensor: Tensor) -> Tensor:
 
 def arch_of(tensor: Tensor) -> int:
     """10 * major + minor of the tensor's chip; 0 under the interpreter, and on AMD chips, which nobody has tried."""
-    if tensor.device.type != "cuda" or torch.version.hip:
-        return 0
-    chip = torch.cuda.get_device_properties(tensor.device)
-    return 10 * chip.major + chip.minor
+    return fused.arch_of(tensor.device)
 
 
 def num_processors(tensor: Tensor) -> int:

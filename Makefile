@@ -10,10 +10,12 @@ PUBLIC := zinit_kernels
 TRITONS ?= 3.6.0 3.9.0
 # beside the pinned one: the last of the 4 series
 TRANSFORMERS ?= 4.57.6
+# the oldest versions that pyproject.toml accepts. This torch is the one for CUDA, 1.3 GB; it serves CPUs too
+OLDEST ?= torch==2.11.0 transformers==4.57.0 peft==0.18.0 numpy<2.4
 DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkpoints/test_official_parity.py
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo demo-vision test test-triton test-transformers lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
+.PHONY: build demo demo-vision test test-triton test-transformers test-oldest lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -40,6 +42,9 @@ test-transformers: build $(TRANSFORMERS:%=$(VENV)/transformers-%/.ready)
 	  echo "transformers $$version"; \
 	  PYTHONPATH=$(abspath $(VENV))/transformers-$$version $(PYTHON) -m pytest $(DROPINS) || exit 1; \
 	done
+
+test-oldest: build $(VENV)/oldest/.ready
+	PYTHONPATH=$(abspath $(VENV))/oldest $(PYTHON) -m pytest tests/zinit_kernels tests/proof tests/backends $(DROPINS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -88,6 +93,10 @@ clean:
 # a folder that PYTHONPATH puts before the pinned one; the interpreter of 3.6 needs a numpy before 2.4
 $(VENV)/triton-%/.ready: $(VENV)/.ready
 	@$(PYTHON) -m pip install --quiet --upgrade --no-deps --target $(@D) triton==$* $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@touch $@
+
+$(VENV)/oldest/.ready: $(VENV)/.ready
+	@$(PYTHON) -m pip install --quiet --upgrade --target $(@D) $(foreach package,$(OLDEST),'$(package)')
 	@touch $@
 
 # with what it depends on: the 4 series and the 5 series want different tokenizers and hub clients, none wants torch

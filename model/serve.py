@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-running", type=int, default=64, help=f"answers that are computed at once {default}")
     engine.add_argument("--max-waiting", type=int, default=1024,
                         help=f"answers that may wait; beyond that, clients are told to come again {default}")
-    engine.add_argument("--chunk", type=int, default=128, help="tokens of prompts in one step: more answers long "
+    engine.add_argument("--chunk", type=int, default=256, help="tokens of prompts in one step: more answers long "
                         f"prompts sooner, fewer keep the others' tokens coming {default}")
     engine.add_argument("--cache-tokens", type=int, help="tokens of all prompts and answers that are kept at once "
                         "(default: what 2 GiB hold, at least one context)")

@@ -70,7 +70,7 @@ class Engine:
         *,
         cache_tokens: int | None = None,
         max_running: int = 64,
-        chunk: int = 128,
+        chunk: int = 256,
         max_waiting: int = 1024,
         eos_ids: Iterable[int] | None = None,
     ):

@@ -12,7 +12,10 @@ different samples. Every process knows the whole step, so nothing has to be agre
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +24,7 @@ from torch import Tensor, distributed
 
 from ..errors import UserError
 
+_JOIN = 180.0  # seconds until all processes have found each other
 _TIMEOUT = timedelta(minutes=10)  # a process that hangs; one that ends is noticed at once
 
 
@@ -129,10 +133,33 @@ def open_world(device: str, tensor_parallel: int = 1, shard: bool = False) -> Wo
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    world = World(rank, size, tensor_parallel, shard)
-    world.wait()
+    with _ends_after(_JOIN):
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        world = World(rank, size, tensor_parallel, shard)
+        world.wait()
     return world
+
+
+@contextmanager
+def _ends_after(seconds: float) -> Iterator[None]:
+    """Ends the process if the block takes longer, so that torchrun starts all of them again.
+
+    gloo may wait for ever for a process that was killed while the two connected, whatever its timeout: seen once in 20
+    kills on a loaded machine.
+    """
+
+    def end() -> None:
+        sys.stderr.write(f"error: the processes of this run did not find each other within {seconds:g} s.\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def local_device(name: str) -> str:

@@ -153,3 +153,15 @@ def test_the_first_process_speaks(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_finds_no_other_ends(tmp_path):
+    """In a process of its own: the second one never comes."""
+    code = "import model.parallel.world as world; world._JOIN = 0.5; world.open_world('cpu')"
+    place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = os.environ | place | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: the processes of this run did not find each other within 0.5 s.\n")

@@ -186,9 +186,9 @@ template <class Tile>
   Vec delta = load(s.delta + row + column);
   const Vec zero = broadcast(0.f), minus_rest = zero - rest;
   const Vec factor = broadcast(how.factor), nothing = broadcast(-kInfinity);
+  const Vec absent = broadcast(kNothing);
   if (how.cap > 0.f) {
     // An infinite key has finite scores under a cap. In a lane without a query, though, its score is 0 * inf.
-    const Vec absent = broadcast(kNothing);
     for (int64_t j = e.begin; j < e.end; ++j) {
       store(scores + j * kGroup, select_ge(rest, absent, nothing, load(scores + j * kGroup)));
       if (!wants_scores) continue;
@@ -207,6 +207,9 @@ template <class Tile>
     if (careful) {  // a key that the query does not see: its value may be NaN, and so may the query's lse
       p = select_ge(nothing, score, zero, p);
       ds = select_ge(nothing, score, zero, ds);
+      // a lane without a query, whose score of an infinite key is 0 * inf: in packed pairs it would reach the key
+      p = select_ge(rest, absent, zero, p);
+      ds = select_ge(rest, absent, zero, ds);
     }
     return {p, ds};
   };

@@ -52,3 +52,16 @@ def test_a_key_that_padding_hides_from_all_gets_no_gradient_from_a_nan():
     )
     grads = torch.autograd.grad(out, (key, value), given["grad"])
     assert all((grad[:, :, 5] == 0).all() and grad[:, 0, 6].isnan().any() for grad in grads)
+
+
+@pytest.mark.parametrize("tokens", [3, 17, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_key_without_weight_gets_no_gradient(dtype, tokens):
+    """Its score is -inf for every query, and 0 * inf in a lane that has none: an odd number of queries leaves one."""
+    given = special_numbers.tensors(dtype, tokens)
+    given["query"][..., 5] = -given["query"][..., 5].abs() - 0.1
+    given["key"][:, :, 2, 5] = INF
+    key, value = (given[name].requires_grad_() for name in ("key", "value"))
+    out = special_numbers.zero_init_attention(given["query"], key, value, backend="cpu")
+    grads = torch.autograd.grad(out, (key, value), given["grad"])
+    assert all(grad.isfinite().all() and (grad[:, :, 2] == 0).all() and grad[:, :, 1].any() for grad in grads)

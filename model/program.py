@@ -41,7 +41,7 @@ def program(advice: str, several: bool = False) -> Callable[[Callable[..., None]
         @functools.wraps(main)
         def run(arguments: list[str] | None = None) -> None:
             if not (several and _is_of_torchrun()):
-                refuse_several_processes()
+                refuse_several_processes(several)
             try:
                 _as_one_of_many(main, arguments)
             except (MemoryError, RuntimeError) as error:
@@ -62,7 +62,8 @@ def program(advice: str, several: bool = False) -> Callable[[Callable[..., None]
 
 
 def _is_of_torchrun() -> bool:
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return "MASTER_ADDR" in os.environ and all(map(str.isdecimal, numbers))
 
 
 def _as_one_of_many(main: Callable[..., None], arguments: list[str] | None) -> None:
@@ -95,8 +96,8 @@ def _size(amount: str) -> str:
     return f"{int(number) / (1 << 20):,.0f} MiB"
 
 
-def refuse_several_processes() -> None:
-    """Ends all processes of a launcher with status 2, the first one with a sentence.
+def refuse_several_processes(torchrun: bool = False) -> None:
+    """Ends all processes of a launcher with status 2, the first one with a sentence. torchrun: it could start them.
 
     Each would do the whole work, and write into the same folder. The others wait for the first one, because launchers
     kill all processes as soon as one has ended.
@@ -106,6 +107,11 @@ def refuse_several_processes() -> None:
         if not count.isdecimal() or int(count) < 2:
             continue
         if os.environ.get(rank, "0") == "0":
+            if torchrun:
+                raise UserError(
+                    f"this was started as {count} processes ({size}={count}) without what torchrun tells them: start "
+                    f"them by torchrun (docs/scaling.md), or unset {size} for one process, which uses all cores"
+                )
             raise UserError(
                 f"this was started as {count} processes ({size}={count}) and runs in one: start it without the "
                 f"launcher (torchrun, srun, ...), or unset {size}; one process uses all cores of the machine"

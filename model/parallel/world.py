@@ -118,7 +118,7 @@ def open_world(device: str, tensor_parallel: int = 1, shard: bool = False) -> Wo
 
     Raises UserError for options that such a world cannot have.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     if tensor_parallel < 1 or size % tensor_parallel:
         raise UserError(
             f"--tensor-parallel {tensor_parallel} does not divide the {size} process{'es' * (size > 1)}: start a "
@@ -132,7 +132,7 @@ def open_world(device: str, tensor_parallel: int = 1, shard: bool = False) -> Wo
         return World()
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
     with _ends_after(_JOIN):
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
         world = World(rank, size, tensor_parallel, shard)
@@ -164,5 +164,10 @@ def _ends_after(seconds: float) -> Iterator[None]:
 
 def local_device(name: str) -> str:
     """The device of this process: of several GPUs, the one that torchrun gives it."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if several and name == "cuda" else name
+    return f"cuda:{_number('LOCAL_RANK', 0)}" if _number("WORLD_SIZE", 1) > 1 and name == "cuda" else name
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of torchrun; the default where another program set it to something else."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default

@@ -70,7 +70,14 @@ def trained(folder, tmp_path_factory):
 
 
 def test_a_run_on_images_and_text(folder, trained):
-    assert set(contents(trained)) == {"adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "loss.png"}
+    assert set(contents(trained)) == {
+        "adapter.safetensors",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "loss.png",
+        "layers.png",
+        "config.yaml",
+    }
     # of 17 samples 3 are validated, and a half of the text counts in each of the 3 epochs
     assert 6 <= sum(entry[1] is not None for entry in losses_of(trained)) <= 12
     adapter = load_adapter(trained, load_base(folder / "base"))

@@ -29,7 +29,6 @@ def run(subject: Subject, device: torch.device) -> None:
     for seed in SEEDS:
         for number, call in enumerate(calls(subject.family, subject.dtype, subject.head_dim, seed)):
             where = f"call {number}, seed {seed}: "
-            _poison(call, device)
             if isinstance(call, CacheCall):
                 _try_cache(room, call, subject.dtype, device, where)
             elif isinstance(call, PromptCall):
@@ -76,6 +75,7 @@ def _try_attention(
         for name in wanted:
             getattr(one, name).requires_grad_()
     with torch.set_grad_enabled(backward):
+        _poison(actual_call, device)
         actual = room.attention(actual_call)
         eager = reference.attention(eager_call, compute_dtype=dtype)
         eager_lse = reference.attention(converted(call, None), compute_dtype=torch.float32)[1]
@@ -112,6 +112,7 @@ def _try_cache(room: Any, call: CacheCall, dtype: torch.dtype, device: torch.dev
     )  # fmt: skip
     single_call = converted(call, None)
     with torch.no_grad():
+        _poison(actual_call, device)
         out, lse = room.attention_with_cache(actual_call)
         eager_out, eager_lse = reference.attention_with_cache(eager_call, compute_dtype=dtype)
         if call.rotary_cos is None:  # else the rounding of the rotated keys in the cache is in lse too

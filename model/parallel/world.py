@@ -134,18 +134,33 @@ def open_world(device: str, tensor_parallel: int = 1, shard: bool = False) -> Wo
     if on_gpu:
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
     with _ends_after(_JOIN):
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        distributed.init_process_group(
+            backend, store=_store(rank, size), rank=rank, world_size=size, timeout=_TIMEOUT
+        )
         world = World(rank, size, tensor_parallel, shard)
         world.wait()
     return world
+
+
+def _store(rank: int, size: int) -> distributed.Store:
+    """Where the processes tell each other their addresses.
+
+    On one machine torchrun keeps it between restarts (torch 2.13, static rendezvous), with the addresses of processes
+    that are dead: each restart has keys of its own. Of several machines each counts its own restarts, and a c10d
+    rendezvous makes a new one for each.
+    """
+    store, _, _ = next(distributed.rendezvous("env://", rank, size, timeout=_TIMEOUT))
+    if _number("GROUP_WORLD_SIZE", 1) > 1:
+        return store
+    return distributed.PrefixStore(f"restart {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @contextmanager
 def _ends_after(seconds: float) -> Iterator[None]:
     """Ends the process if the block takes longer, so that torchrun starts all of them again.
 
-    gloo may wait for ever for a process that was killed while the two connected, whatever its timeout: seen once in 20
-    kills on a loaded machine.
+    gloo may wait for ever, whatever its timeout, where a process that it connects to goes meanwhile.
     """
 
     def end() -> None:

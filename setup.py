@@ -56,14 +56,17 @@ NVCC_FLAGS = [  # the time that each file takes is printed
 ]  # fmt: skip
 
 CPU_PART, CUDA_PART, HOST_PART = "zinit_kernels._C_cpu", "zinit_kernels._C_cuda", "zinit_kernels._C_host"
-CPU_BINDINGS = ["csrc/cpu/dispatch.cpp", "csrc/cpu/bindings_attention.cpp", "csrc/cpu/bindings_decode.cpp"]
+CPU_BINDINGS = [
+    "csrc/cpu/dispatch.cpp", "csrc/cpu/bindings_attention.cpp", "csrc/cpu/bindings_decode.cpp",
+    "csrc/cpu/bindings_linear.cpp", "csrc/cpu/bindings_layers.cpp",
+]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 CPU_ISAS = {  # one object file each; dispatch.cpp picks at run time among those that were compiled
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # every chip with the first has the second
 }
 
 CUDA_BINDINGS = ["csrc/cuda/bindings_attention.cpp", "csrc/cuda/bindings_decode.cpp", "csrc/cuda/build.cpp"]

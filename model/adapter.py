@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
 from .config import AdapterConfig, LlamaConfig
-from .llama import Attention, Prompt
+from .llama import Attention, Prompt, dtype_of
 
 
 class LlamaAdapter(nn.Module):
@@ -113,7 +113,7 @@ def projections_of(attention: Attention) -> tuple[nn.Module, nn.Module]:
 
 def project_prompts(prompts: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
     """The keys and values [..., Hkv, D] of prompts [..., C], by a layer's own projections."""
-    prompts = prompts.to(attention.k_proj.weight.dtype)
+    prompts = prompts.to(dtype_of(projections_of(attention)[0]))
     key, value = (
         project(prompts).unflatten(-1, (-1, attention.config.head_dim))
         for project in projections_of(attention)

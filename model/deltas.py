@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import UserError
 from .llama import Llama
 
 
@@ -53,7 +54,10 @@ def with_deltas(base: Llama, linears: Mapping[str, Delta], norms: Mapping[str, T
     adapted = copy.deepcopy(base, shared)
     for name, delta in linears.items():
         plain = adapted.get_submodule(name)
-        assert isinstance(plain, nn.Linear)
+        if not isinstance(plain, nn.Linear):
+            raise UserError(
+                "the adapter changes the layers of its base, which must not be quantised for it: leave out --quantise."
+            )
         adapted.set_submodule(name, AdaptedLinear(plain, delta))
     for name, weight in norms.items():
         norm = adapted.get_submodule(name)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from zinit_kernels.packed import Packed
 
 from .data import Sample
 from .llama import Llama
@@ -39,11 +42,24 @@ def base_fingerprint(base: Llama, dtype: torch.dtype | None = None) -> str:
     scaling = base.config.rope_scaling
     digest.update(f"rope_scaling {None if scaling is None else astuple(scaling)}\n".encode())
     weights = _weights(base)
+
+    def line_of(name: str) -> str:
+        # with a dtype, the numbers count and not how they are packed
+        weight = weights[name] if dtype is None else plain(base, name, weights[name])
+        return f"{name} {tuple(weight.shape)} {checksum(weight, dtype):08x}\n"
+
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
-        sums = pool.map(lambda weight: checksum(weight, dtype), weights.values())
-        for (name, weight), sum in zip(weights.items(), sums, strict=True):
-            digest.update(f"{name} {tuple(weight.shape)} {sum:08x}\n".encode())
+        for line in pool.map(line_of, weights):
+            digest.update(line.encode())
     return digest.hexdigest()[:16]
+
+
+def plain(base: Llama, name: str, weight: Tensor) -> Tensor:
+    """A weight of the model's state as numbers: a packed one unpacked, in float32, which holds them all exactly."""
+    if weight.dtype != torch.uint8:  # LoRA's layers have other names than the weights in them
+        return weight
+    module = base.get_submodule(name.rpartition(".")[0])
+    return module.packed.unpack(torch.float32) if isinstance(module, Packed) else weight
 
 
 def data_fingerprint(samples: Sequence[Sample], digests: Mapping[str, str] | None = None) -> str:
@@ -62,7 +78,8 @@ def first_fingerprint(base: Llama, dtype: torch.dtype = torch.float32) -> str:
     every weight."""
     facts = ", ".join(f"{name}={getattr(base.config, name)!r}" for name in _FIRST_FIELDS)
     digest = hashlib.sha256(f"LlamaConfig({facts})".encode())
-    for name, weight in _weights(base).items():
+    for name, kept in _weights(base).items():
+        weight = plain(base, name, kept)
         rows = torch.cat([weight[:2], weight[-2:]]).to(dtype).float().cpu()
         digest.update(name.encode() + rows.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -76,7 +93,13 @@ def _weights(base: Llama) -> dict[str, Tensor]:
 
 def adapter_metadata(base: Llama) -> dict[str, str]:
     """What an adapter file keeps of the base that it was trained on. Rounded to bfloat16, so that the base is known
-    again in another dtype; the first version's fingerprint too, for programs that read that one."""
+    again in another dtype; the first version's fingerprint too, for programs that read that one.
+
+    Of a model that was quantised when it was loaded, they are of the weights in its files: an adapter fits a base
+    whether it is quantised or not.
+    """
+    if base.fingerprints is not None:
+        return dict(base.fingerprints)
     return {
         "base": first_fingerprint(base, torch.bfloat16),
         "base_fingerprint": base_fingerprint(base, torch.bfloat16),
@@ -85,10 +108,18 @@ def adapter_metadata(base: Llama) -> dict[str, str]:
 
 def is_of_base(metadata: Mapping[str, str], base: Llama) -> bool:
     """Whether an adapter file with this metadata was trained on the base. True if it does not say."""
-    if "base_fingerprint" in metadata:
-        return metadata["base_fingerprint"] == base_fingerprint(base, torch.bfloat16)
-    if "base" in metadata:
-        return metadata["base"] == first_fingerprint(base, torch.bfloat16)
+    if base.fingerprints is not None:
+        known: dict[str, Callable[[], str]] = {
+            name: partial(base.fingerprints.__getitem__, name) for name in base.fingerprints
+        }
+    else:
+        known = {
+            "base_fingerprint": partial(base_fingerprint, base, torch.bfloat16),
+            "base": partial(first_fingerprint, base, torch.bfloat16),
+        }
+    for name in ("base_fingerprint", "base"):
+        if name in metadata:
+            return metadata[name] == known[name]()
     return True
 
 

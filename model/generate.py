@@ -25,6 +25,7 @@ from .chat_loop import run as run_conversation
 from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
+from .packed_base import QUANTISE
 from .program import program
 from .progress import messages, progress
 from .records import check_text, format_prompt, read_prompts
@@ -122,8 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stop", action="append", default=[], help="end an answer at this text; may be repeated"
     )
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="read up to N tokens at once that followed the last ones "
+        "before; the answer stays the same (one prompt at a time; default: off)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument("--quantise", choices=QUANTISE, help="pack the base's weights in 8 or 4 bits")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--backend", default="auto", help="of the attention kernels (default: auto)")
     return parser
@@ -152,7 +162,8 @@ def _asked(arguments: argparse.Namespace) -> tuple[list[str], list[tuple[str, ..
 
 
 def _load_base(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer]:
-    model = load_base(arguments.base, DTYPES.get(arguments.dtype), open_device(arguments.device)).freeze()
+    device = open_device(arguments.device)
+    model = load_base(arguments.base, DTYPES.get(arguments.dtype), device, arguments.quantise).freeze()
     model.set_backend(arguments.backend)
     return model, load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
 
@@ -260,16 +271,18 @@ def main(command_line: list[str] | None = None) -> None:
     watcher = Watcher(tokenizer, arguments.stop, stream=not many)
     start = time.perf_counter()
     with progress(messages(), len(prompts), transient=True) if many else nullcontext() as show:
-        for first in range(0, len(prompts), arguments.batch_size):
-            batch = prompts[first : first + arguments.batch_size]
+        batch_size = 1 if arguments.lookup else arguments.batch_size
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
             outputs = generate(
                 model,
                 batch,
-                about_images(adapter, images[first : first + arguments.batch_size]),
+                about_images(adapter, images[first : first + batch_size]),
                 **sampling,
                 seed=(arguments.seed + first) % NUM_SEEDS,
                 eos_ids=eos_ids,
                 watch=watcher,
+                lookup=arguments.lookup,
             )
             for text, output in zip(texts[first:], outputs, strict=False):
                 _show(watcher, text, tokenizer.decode(output), many)
@@ -283,6 +296,8 @@ def main(command_line: list[str] | None = None) -> None:
 def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if arguments.lookup < 0:
+        raise UserError(f"--lookup must not be negative, got {arguments.lookup}.")
     check_options(arguments)
     if arguments.image and arguments.encoder is None:
         raise UserError(
@@ -298,8 +313,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--stop must not be empty: every answer would end at once.")
     if len(arguments.adapter) > 1 and not arguments.chat:
         raise UserError("--adapter is given twice, and only one can count without --chat.")
-    if arguments.chat and (arguments.encoder is not None or arguments.input):
-        option = "--input" if arguments.input else "--encoder"
+    if arguments.chat and (arguments.encoder is not None or arguments.input or arguments.lookup):
+        option = "--lookup" if arguments.lookup else "--input" if arguments.input else "--encoder"
         raise UserError(f"{option} belongs to a single prompt: a conversation of --chat takes none.")
     if not arguments.adapter:
         for option, value in (

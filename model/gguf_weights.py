@@ -1,4 +1,4 @@
-"""Base models from GGUF files. Quantised weights become numbers again when they are loaded."""
+"""Base models from GGUF files. Quantised weights become numbers again when they are loaded, or stay as they are."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from zinit_kernels.console import shortened, shown
+from zinit_kernels.packed import PackedWeight
 
 from .config import LlamaConfig
 from .errors import UserError
 from .fields import number, refuse_unknown
+from .gguf_blocks import BLOCKS, packed_blocks
 from .gguf_file import GGUF, find_gguf, gguf_package, read_gguf
 from .layers import rotary_frequencies
 from .meta_weights import to_half_split
@@ -53,10 +55,19 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 
 
 def read(path: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig, dict[str, Tensor]]:
+    """`read_packed` with every weight as numbers."""
+    config, weights, _ = read_packed(path, dtype, keep=False)
+    return config, weights
+
+
+def read_packed(
+    path: Path, dtype: torch.dtype | None = None, keep: bool = True
+) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, PackedWeight]]:
     """The configuration and the weights of a GGUF file, or of the one in a folder, by our names.
 
-    F32, F16 and BF16 tensors stay mapped. Quantised ones become `dtype` one after the other (None: float32, which
-    holds every value of a quantised weight exactly).
+    F32, F16 and BF16 tensors stay mapped. keep: matrices of Q8_0, Q4_0 and Q4_1 blocks come apart from the others,
+    with the very codes and scales of the file. Other quantised ones become `dtype` one after the other (None: float32,
+    which holds every value of a quantised weight exactly).
 
     Raises UserError: damaged, another architecture than llama, or a tensor that a LLaMA does not have.
     """
@@ -66,18 +77,29 @@ def read(path: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig, dic
     gguf = read_gguf(file)
     names = _our_names(gguf)
     config = LlamaConfig(**read_gguf_config(gguf))
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    kept: dict[str, PackedWeight] = {}
     for name, ours in names.items():
-        weight = _tensor(gguf, name, dtype)
+        blocks = keep and gguf.tensors[name].type.name in BLOCKS and len(gguf.tensors[name].shape) == 2
+        weight = (
+            torch.empty(gguf.tensors[name].shape, device="meta") if blocks else _tensor(gguf, name, dtype)
+        )
         if ours.endswith(("q_proj.weight", "k_proj.weight")):
             if weight.dim() != 2 or weight.shape[0] % config.head_dim:
                 raise UserError(
                     f"{file}: {name} must have a multiple of head_dim {config.head_dim} rows, its shape is "
                     f"{tuple(weight.shape)}."
                 )
-            weight = to_half_split(weight, config.head_dim)
-        weights[ours] = weight
-    return config, weights
+            order = to_half_split(torch.arange(len(weight))[:, None], config.head_dim)[:, 0]
+            if blocks:
+                kept[ours] = packed_blocks(gguf, name, order)
+                continue
+            weight = weight[order]
+        if blocks:
+            kept[ours] = packed_blocks(gguf, name)
+        else:
+            weights[ours] = weight
+    return config, weights, kept
 
 
 def read_gguf_config(gguf: GGUF) -> dict[str, Any]:

@@ -21,9 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zinit_kernels import zero_init_attention, zero_init_attention_varlen, zero_init_attention_with_kvcache
+from zinit_kernels import (
+    packed,
+    zero_init_attention,
+    zero_init_attention_varlen,
+    zero_init_attention_with_kvcache,
+)
 
 from .config import LlamaConfig
+from .decoding import Decoder, decode
 from .layers import RMSNorm, Rotary, SwiGLU, prepend, rotary_table
 
 
@@ -63,6 +69,8 @@ class KVCache:
         # tokens each sequence has in the cache
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
+        # of the model that last decoded with this cache
+        self.decoder: tuple[nn.Module, Decoder] | None = None
 
     def select(self, sequences: list[int]) -> KVCache:
         """A cache of these sequences only."""
@@ -221,6 +229,11 @@ def select_sequences(adapter: Adapter | None, rows: list[int]) -> Adapter | None
     return adapter if select is None else select(rows)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype in which a linear layer or an embedding computes: its weight's, unless that is packed."""
+    return module.dtype if isinstance(module, packed.Packed) else module.weight.dtype
+
+
 class Llama(nn.Module):
     """Without an adapter the network is the base model. An adapter is an argument of each call."""
 
@@ -228,6 +241,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # layers keep their input alone, and run again in the backward pass
+        # Of the weights that a quantised model was made of: `fingerprint.adapter_metadata`
+        self.fingerprints: dict[str, str] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -237,12 +252,18 @@ class Llama(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[vocab_size, C]: what projects hidden states to logits."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[vocab_size, C]: what projects hidden states to logits. Of a packed weight, its numbers, made anew."""
+        head = self._head
+        return head.packed.unpack(head.dtype) if isinstance(head, packed.Packed) else head.weight
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        """Of the hidden states, and of all weights but the packed ones."""
+        return dtype_of(self.embed_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -270,6 +291,11 @@ class Llama(nn.Module):
         """
         layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed_tokens(tokens)
+        if isinstance(cache, KVCache) and cu_seqlens is None:
+            hidden = decode(self, x, adapter, cache)
+            if hidden is not None:
+                cache.lengths += tokens.shape[1]
+                return hidden
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, layout, adapter, use_reentrant=False, preserve_rng_state=False)
@@ -280,7 +306,13 @@ class Llama(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.output_weight)
+        """[..., vocab_size] of hidden states [..., C]."""
+        head = self._head
+        if isinstance(head, packed.Packed):
+            return head.packed.multiply(hidden)
+        # [B, C] is decoding. Whole sequences have the same bits with gradients and without.
+        multiply = packed.linear if hidden.dim() == 2 else nn.functional.linear
+        return multiply(hidden, head.weight)
 
     def freeze(self) -> Llama:
         """Turns off the gradients of all parameters."""

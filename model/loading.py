@@ -19,11 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from zinit_kernels.checkpoints import CheckpointError, write_atomically
 from zinit_kernels.checkpoints.adapter import some
+from zinit_kernels.packed import PackedWeight
 
 from . import gguf_weights, hf_weights, meta_weights
 from .config import LlamaConfig
 from .errors import UserError
 from .llama import Llama
+from .packed_base import is_quantised, put_packed, quantise_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Read = Callable[[Path, torch.dtype | None], tuple[LlamaConfig, dict[str, Tensor]]]
@@ -49,11 +51,18 @@ def open_device(name: str) -> torch.device:
 
 
 def load_base(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantise: str | None = None,
 ) -> Llama:
     """The model of a checkpoint folder, Hugging Face's or Meta's, or of a GGUF file or a folder with one.
 
     dtype None = the file's; float32 for the quantised weights of a GGUF file.
+
+    quantise: "int8" or "int4" packs the linear layers and the embedding (`packed_base.quantise_base`), one after the
+    other. Matrices that a GGUF file holds in blocks of Q8_0, Q4_0 or Q4_1 stay as they are, whichever is asked for, and
+    the rest of a GGUF model is then bfloat16 unless dtype says otherwise.
 
     On the CPU and in the file's dtype the weights stay memory-mapped: they are read as they are used, and the page
     cache may drop them again. Raises UserError; OSError if a file cannot be read.
@@ -64,28 +73,40 @@ def load_base(
             f"{directory} is not a directory: --base takes the folder of a checkpoint, or a GGUF file."
         )
     try:
-        return _load(directory, dtype, device)
+        return _load(directory, dtype, device, quantise)
     except CheckpointError as error:
         raise UserError(f"{error}.") from error
 
 
-def _load(directory: Path, dtype: torch.dtype | None, device: torch.device | str) -> Llama:
-    config, weights = _reader(directory)(directory, dtype)
-    present = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+def _load(
+    directory: Path, dtype: torch.dtype | None, device: torch.device | str, quantise: str | None
+) -> Llama:
+    read = _reader(directory)
+    packed: dict[str, PackedWeight] = {}
+    if quantise is not None and read is gguf_weights.read:
+        dtype = dtype or torch.bfloat16
+        config, weights, packed = gguf_weights.read_packed(directory)
+    else:
+        config, weights = read(directory, dtype)
+    present = {name.split(".")[1] for name in (*weights, *packed) if name.startswith("layers.")}
     if config.num_layers > len(present):  # before as many are built
         raise UserError(
             f"{directory} holds {len(present)} layers, the configuration says {config.num_layers}."
         )
     with torch.device("meta"), _NoInit():
         model = Llama(config)
-    _check_keys(model.state_dict(), weights, directory)
+    stand_ins = {name: torch.empty(w.rows, w.columns, device="meta") for name, w in packed.items()}
+    _check_keys(model.state_dict(), {**weights, **stand_ins}, directory)
     dtype = dtype or weights["embed_tokens.weight"].dtype
+    put_packed(model, packed, dtype)
     state = {}
     for name, weight in list(weights.items()):
         state[name] = weight.to(device=device, dtype=dtype)
         del weights[name]
+    for name, weight in packed.items():
+        state[name] = weight.data.to(device)
     model.load_state_dict(state, assign=True)
-    return model
+    return model if quantise is None else quantise_base(model, quantise)
 
 
 def _reader(path: Path) -> Read:
@@ -101,7 +122,10 @@ def _reader(path: Path) -> Read:
 
 
 def save_base(model: Llama, directory: str | Path) -> None:
-    """Writes config.json and model.safetensors, as `load_base` and transformers read them."""
+    """Writes config.json and model.safetensors, as `load_base` and transformers read them. Raises UserError for a
+    quantised model: no Hugging Face folder holds its weights."""
+    if is_quantised(model):
+        raise UserError(f"{directory}: a quantised base is not written; quantise it when it is loaded.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .llama import Adapter, KVCache, Llama, select_sequences
+from .lookup import Lookup
 
 NUM_SEEDS = 1 << 63  # a seed is below this
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
@@ -28,6 +29,7 @@ def generate(
     seed: int = 0,
     eos_ids: Sequence[int] | None = None,
     watch: Watch | None = None,
+    lookup: int = 0,
 ) -> list[list[int]]:
     """The new tokens of each prompt, end-of-sequence left out.
 
@@ -37,10 +39,17 @@ def generate(
     order. So a token may come out differently where two are nearly equal, and then all that follows it: of SmolLM2's
     answers of 12 tokens, alone and 15 at once, 3 of 30 in bfloat16 at temperature 0 and 5 at 1; none in float32.
 
+    lookup: up to so many tokens that followed the sequence's last ones before are read in one pass (`lookup.py`). The
+    tokens are those of lookup 0; it is for one prompt.
+
     eos_ids None = the model's. Raises UserError, before any work, for an empty prompt or one that with max_new_tokens
     does not fit the model's context.
     """
     check_request(model, prompts, max_new_tokens, temperature, top_p, seed)
+    if lookup < 0 or (lookup and len(prompts) > 1):
+        raise UserError(
+            f"lookup takes one prompt and must not be negative, got {lookup} with {len(prompts)} prompts."
+        )
     stops = set(model.config.eos_ids if eos_ids is None else eos_ids)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
@@ -51,6 +60,8 @@ def generate(
     cache = _allocate(model, len(prompts), capacity)
     hidden = _prefill(model, prompts, adapter, cache)
     running = set(rows)
+    if lookup:
+        draft = _Drafts(model, adapter, cache, prompts[0], min(lookup, MOST_DRAFT))
     for step in range(1, max_new_tokens + 1):
         tokens = choose(model.logits(hidden), temperature, top_p, [generators[i] for i in rows])
         for index, token in zip(rows, tokens.tolist(), strict=True):
@@ -69,8 +80,38 @@ def generate(
             kept = [row for row, index in enumerate(rows) if index in running]
             cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
             adapter = select_sequences(adapter, kept)
-        hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
+        if lookup:
+            hidden = draft.after(int(tokens), max_new_tokens - step)
+        else:
+            hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
     return outputs
+
+
+MOST_DRAFT = 31  # with the token before them, 32: what one call decodes
+
+
+class _Drafts:
+    """The hidden states of one sequence, token by token; some were computed together with the one before."""
+
+    def __init__(
+        self, model: Llama, adapter: Adapter | None, cache: KVCache, prompt: Sequence[int], length: int
+    ):
+        self.model, self.adapter, self.cache, self.lookup = model, adapter, cache, Lookup(prompt, length)
+        self.ahead: list[tuple[int, Tensor]] = []  # the draft's tokens, and the hidden state behind each
+
+    def after(self, token: int, most: int) -> Tensor:
+        """The hidden state [1, C] behind the next token. `most`: tokens that may be asked for, this one too."""
+        self.lookup.append(token)
+        if self.ahead and self.ahead[0][0] == token:
+            self.cache.lengths += 1
+            return self.ahead.pop(0)[1]
+        draft = self.lookup.draft()[: most - 1]
+        tokens = torch.tensor([[token, *draft]], device=self.model.device)
+        hidden = self.model.hidden_states(tokens, self.adapter, cache=self.cache)[0]
+        # what lies behind the cache's length is written again, unless the draft turns out right
+        self.cache.lengths -= len(draft)
+        self.ahead = list(zip(draft, hidden[1:, None], strict=True))
+        return hidden[:1]
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -10,12 +10,21 @@ One operator per stage and backend, `zinit::<stage>_<backend>`:
     decode(CacheCall) -> (out, lse)         out [B, T, Hq, D] contiguous; writes the caches
     prompt(PromptCall) -> ()                adds onto out
 
+and, on the CPU alone, what decoding does around attention:
+
+    linear -> out                           out [M, rows]: input [M, K] times a transposed weight, plain [rows, K] or
+                                            packed by a scheme (`packed.py`); of up to 32 rows in one pass over it
+    unpack -> out                           a packed weight's numbers, or those of some of its rows, in like's dtype
+    decode_layers -> out                    out [B, T, C]: the next T tokens of B cached sequences through all layers
+                                            of a LLaMA and its last norm (`model/decoding.py`); writes the caches
+
 They are defined here, in Python, so that they exist without any native file. The compiled libraries and the Triton room
 register their kernels for them; `backends/fused.py` puts autograd around them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,11 +46,21 @@ SCHEMAS = {
     "decode": f"({CACHE_CALL.parameters}) -> (Tensor out, Tensor lse)",
     "prompt": f"({PROMPT_CALL.parameters}) -> ()",
 }
+# What decoding does around attention, on the CPU alone. See `packed.py` and `model/decoding.py`.
+AROUND = {
+    "linear": "(Tensor input, Tensor weight, int rows, int scheme) -> Tensor",
+    "unpack": "(Tensor weight, int rows, int columns, int scheme, Tensor? indices, Tensor like) -> Tensor",
+    "decode_layers": "(Tensor input, Tensor[] weights, int[] schemes, Tensor final_norm, float eps, int num_heads_q, "
+    "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
+    "Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, Tensor? prompt_index, float scale, "
+    "int window_left, bool tanh_gate) -> Tensor",
+}
 NAMES = {
     "forward": CALL.names,
     "backward": (*SAVED.names, *CALL.names, "needs"),
     "decode": CACHE_CALL.names,
     "prompt": PROMPT_CALL.names,
+    **{stage: tuple(re.findall(r"(\w+)(?:, |\) ->)", schema)) for stage, schema in AROUND.items()},
 }
 
 
@@ -79,6 +98,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "backward": _backward_fake,
     "decode": _decode_fake,
     "prompt": lambda *arguments: None,
+    "linear": lambda input, weight, rows, scheme: input.new_empty((input.shape[0], rows)),
+    "unpack": lambda weight, rows, columns, scheme, indices, like: like.new_empty(
+        (rows if indices is None else indices.shape[0], columns)
+    ),
+    "decode_layers": lambda input, *others: input.new_empty(input.shape),
 }
 
 
@@ -116,7 +140,7 @@ def _define() -> tuple[torch.library.Library, set[str]]:
     implemented: set[str]
     if kept := vars(namespace).get(_KEPT):
         library, implemented, schemas = kept
-        if schemas != SCHEMAS:
+        if schemas != SCHEMAS | AROUND:
             raise ImportError(
                 "another version of zinit_kernels has defined its operators in this process: start a new one"
             )
@@ -127,7 +151,10 @@ def _define() -> tuple[torch.library.Library, set[str]]:
         for stage in stages:
             library.define(f"{stage}_{backend}{SCHEMAS[stage]}")
             torch.library.register_fake(f"{NAMESPACE}::{stage}_{backend}", _fake(stage), lib=library)
-    setattr(namespace, _KEPT, (library, implemented, SCHEMAS))
+    for stage, schema in AROUND.items():
+        library.define(f"{stage}_cpu{schema}")
+        torch.library.register_fake(f"{NAMESPACE}::{stage}_cpu", _fake(stage), lib=library)
+    setattr(namespace, _KEPT, (library, implemented, SCHEMAS | AROUND))
     return library, implemented
 
 

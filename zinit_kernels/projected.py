@@ -182,4 +182,4 @@ def _autocast(sources: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    return kind.__module__.startswith(("torch.nn.modules.", "transformers."))
+    return kind.__module__.startswith(("torch.nn.modules.", "transformers.", "zinit_kernels.packed"))

@@ -19,7 +19,8 @@ const KernelTable& choose() {
   const bool avx512 = avx2 && limit != "avx2" && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  const bool avx512_bf16 = avx512 && limit != "avx512" && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && limit != "avx512" && __builtin_cpu_supports("avx512bf16") &&
+                           __builtin_cpu_supports("avx512vnni");
 #if defined(ZINIT_HAVE_AVX512_BF16)
   if (avx512_bf16) return kAvx512Bf16Kernels;
 #endif

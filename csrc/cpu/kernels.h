@@ -5,6 +5,7 @@
 // linkage: no std:: templates, no torch, and everything in anonymous namespaces. The linker keeps one copy of
 // a weak symbol, and it could be the AVX-512 one.
 #pragma once
+#include "linear_work.h"
 #include "work.h"
 
 namespace zinit::cpu {
@@ -18,12 +19,21 @@ struct Stage {
   void (*run)(const Work&, int64_t begin, int64_t end, void* scratch);
 };
 
+// A stage whose threads first prepare their scratch, once for all items that they take.
+template <class Work>
+struct PreparedStage : Stage<Work> {
+  void (*prepare)(const Work&, void* scratch);
+};
+
 struct KernelTable {
   const char* name;  // "default", "avx2", "avx512" or "avx512_bf16"
   Stage<ForwardParams> forward;
   Stage<BackwardWork> backward;
   Stage<BackwardWork> backward_reduce;
   Stage<DecodeWork> decode_append, decode_attend, decode_combine;
+  PreparedStage<LinearWork> linear;
+  Stage<NormWork> norm;
+  Stage<UnpackWork> unpack;
 };
 
 extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "forward.h"
 #include "kernels.h"
+#include "linear.h"
 
 namespace zinit::cpu {
 
@@ -16,6 +17,9 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .decode_append = {append_items, append_scratch, append_run},
     .decode_attend = {attend_items, decode_scratch, attend_run},
     .decode_combine = {combine_items, decode_scratch, combine_run},
+    .linear = {{linear_items, linear_scratch, linear_run}, linear_prepare},
+    .norm = {norm_items, norm_scratch, norm_run},
+    .unpack = {unpack_items, unpack_scratch, unpack_run},
 };
 
 }  // namespace zinit::cpu

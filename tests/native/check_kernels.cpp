@@ -13,6 +13,7 @@
 #include "cases.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "linear_cases.h"
 
 namespace zinit::test {
 namespace {
@@ -33,7 +34,8 @@ std::vector<const KernelTable*> tables() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) usable.push_back(&cpu::kAvx512Kernels);
 #if defined(ZINIT_HAVE_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back(&cpu::kAvx512Bf16Kernels);
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    usable.push_back(&cpu::kAvx512Bf16Kernels);
 #endif
 #endif
 #endif
@@ -46,8 +48,8 @@ struct Result {
 };
 
 // Threads take items from a counter, each with a scratch of exactly the size asked for.
-template <class Params>
-void run(const cpu::Stage<Params>& stage, const Params& params, int num_threads) {
+template <class Stage, class Params>
+void run(const Stage& stage, const Params& params, int num_threads) {
   const int64_t items = stage.items(params);
   const size_t bytes = static_cast<size_t>(stage.scratch_bytes(params));
   std::atomic<int64_t> next{0};
@@ -55,6 +57,7 @@ void run(const cpu::Stage<Params>& stage, const Params& params, int num_threads)
     void* scratch = nullptr;
     if (posix_memalign(&scratch, 64, bytes) != 0) std::abort();
     std::memset(scratch, 0xff, bytes);
+    if constexpr (requires { stage.prepare; }) stage.prepare(params, scratch);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
       stage.run(params, item, item + 1, scratch);
     }
@@ -319,6 +322,16 @@ int main() {
     for (const Case& c : kDecodeCases) {
       check(std::string("decode, ") + c.name, dtype, c.special,
             [&](const KernelTable& table, int threads) { return decode(table, c, dtype, threads); });
+    }
+    for (const LinearCase& c : kLinearCases) {
+      check(std::string("linear, ") + c.name, dtype, false, [&](const KernelTable& table, int threads) {
+        std::vector<Result> results;
+        const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
+        for (auto& [name, values] : linear(table, c, dtype, threads, on_threads)) {
+          results.push_back({name, std::move(values)});
+        }
+        return results;
+      });
     }
   }
   std::string names;

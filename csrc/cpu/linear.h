@@ -1,0 +1,225 @@
+// Linear layers of a few rows, with the norm before them and what follows them in a decoding layer. Bound by
+// reading the weights once, so an item is a run of weight rows that meets all activations.
+//
+// Every thread prepares the activations of a step for itself: they are a few KiB, and another thread's would
+// have to be waited for.
+#pragma once
+#include "decode_append.h"
+#include "kernels.h"
+#include "linear_packed.h"
+#include "linear_plain.h"
+
+namespace zinit::cpu {
+namespace {
+
+constexpr int64_t kItemBytes =
+    48 << 10;  // of weights, about; an item of a plain weight stays in the level 2 cache
+
+inline int64_t row_bytes(const LinearWeight& weight) {
+  if (weight.scheme.packed()) return ceil_div(weight.scheme.panel_bytes(weight.columns), kPanelRows);
+  return weight.columns * size_of(weight.dtype);
+}
+
+// Weight rows of an item, a multiple of 16.
+inline int64_t item_rows(const LinearWork& w, const LinearWeight& weight) {
+  const int64_t bytes = row_bytes(weight) * (w.gated ? 2 : 1);
+  return max(kPanelRows, kItemBytes / max(bytes, 1) / kPanelRows * kPanelRows);
+}
+
+inline int64_t items_of(const LinearWork& w, int i) {
+  return ceil_div(w.weights[i].rows, item_rows(w, w.weights[i]));
+}
+
+int64_t linear_items(const LinearWork& w) {
+  if (w.num_rows == 0) return 0;
+  int64_t items = 0;
+  for (int i = 0; i < (w.gated ? 1 : w.num_weights); ++i) items += items_of(w, i);
+  return items;
+}
+
+// The activations in the forms that the weights of a step want.
+struct LinearScratch {
+  float* row;     // one row
+  char* normed;   // it, normed, in its dtype
+  float* floats;  // [M, padded]
+  BFloat16* halves;
+  IntOperand ints[3];  // by group: 32, 64, 128
+  float* sums;         // [M, rows of an item], two of them where gated
+  int64_t padded;
+  int64_t bytes;
+  bool wanted[3] = {}, wants_halves = false, wants_floats = false;
+
+  static int of_group(const Scheme& scheme) {
+    return scheme.group() == 32 ? 0 : scheme.group() == 64 ? 1 : 2;
+  }
+
+  LinearScratch(const LinearWork& w, void* memory) : floats(nullptr), halves(nullptr), ints{}, sums(nullptr) {
+    const int64_t K = w.weights[0].columns, M = w.num_rows;
+    padded = round_up(K, 128);
+    Arena arena{static_cast<char*>(memory)};
+    row = arena.take<float>(padded);
+    normed = arena.take<char>(padded * 4);
+    int64_t longest = 0;
+    for (int i = 0; i < w.num_weights; ++i) {
+      const LinearWeight& weight = w.weights[i];
+      longest = max(longest, item_rows(w, weight));
+      if (weight.scheme.packed()) {
+        IntOperand& x = ints[of_group(weight.scheme)];
+        if (wanted[of_group(weight.scheme)]) continue;
+        wanted[of_group(weight.scheme)] = true;
+        const int64_t groups = weight.scheme.groups(K);
+        x.numbers = arena.take<int16_t>(M * groups * weight.scheme.group());
+        x.steps = arena.take<float>(M * groups), x.sums = arena.take<float>(M * groups);
+        x.totals = arena.take<int32_t>(M * groups);
+      } else if (multiplies_bfloat16(weight.dtype)) {
+        if (!wants_halves) halves = arena.take<BFloat16>(M * padded);
+        wants_halves = true;
+      } else {
+        if (!wants_floats) floats = arena.take<float>(M * padded);
+        wants_floats = true;
+      }
+    }
+    sums = arena.take<float>((w.gated ? 2 : 1) * M * longest);
+    bytes = arena.used;
+  }
+};
+
+int64_t linear_scratch(const LinearWork& w) { return LinearScratch(w, nullptr).bytes; }
+
+// x / rms(x) * weight, rounded to T; padded with zeros to whole vectors.
+template <class T>
+inline void norm_row(const float* x, const T* weight, float eps, int64_t K, T* to) {
+  Vec squares[4] = {broadcast(0.f), broadcast(0.f), broadcast(0.f), broadcast(0.f)};
+  for (int64_t k = 0, i = 0; k < K; k += kLanes, i = (i + 1) & 3) {
+    const Vec v = load(x + k);
+    squares[i] = fma(v, v, squares[i]);
+  }
+  const float mean =
+      reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(K);
+  const Vec factor = broadcast(1.f / __builtin_sqrtf(mean + eps));
+  for (int64_t k = 0; k < K; k += kLanes) {
+    T normed[kLanes];
+    store(normed, load(x + k) * factor);
+    const Vec scaled = load(normed) * load_columns(weight, k, K);
+    if (k + kLanes <= K) {
+      store(to + k, scaled);
+    } else {
+      store_first(to + k, K - k, scaled);
+    }
+  }
+}
+
+// The activations of this step into a thread's scratch.
+void linear_prepare(const LinearWork& w, void* memory) {
+  const LinearScratch s(w, memory);
+  const int64_t K = w.weights[0].columns;
+  with_dtype(w.dtype, [&]<class T>() {
+    for (int64_t m = 0; m < w.num_rows; ++m) {
+      clear(s.row + K / kLanes * kLanes, s.padded - K / kLanes * kLanes);
+      load_row(static_cast<const T*>(w.input) + m * K, K, s.row);
+      if (w.norm_weight != nullptr) {
+        T* normed = reinterpret_cast<T*>(s.normed);
+        norm_row(s.row, static_cast<const T*>(w.norm_weight), w.eps, K, normed);
+        load_row(normed, K, s.row);
+      }
+      if (s.wants_floats) {
+        for (int64_t k = 0; k < s.padded; k += kLanes) store(s.floats + m * s.padded + k, load(s.row + k));
+      }
+      if (s.wants_halves) {
+        for (int64_t k = 0; k < s.padded; k += kLanes) store(s.halves + m * s.padded + k, load(s.row + k));
+      }
+      for (int i = 0; i < 3; ++i) {
+        if (!s.wanted[i]) continue;
+        const int64_t group = 32 << i, groups = ceil_div(K, group);
+        const IntOperand& x = s.ints[i];
+        quantise_row(s.row, K, group, x.numbers + m * groups * group, x.steps + m * groups,
+                     x.sums + m * groups, x.totals + m * groups);
+      }
+    }
+  });
+}
+
+// sums[m * stride + n] for `count` rows of a weight.
+inline void multiply(const LinearWork& w, const LinearScratch& s, const LinearWeight& weight, int64_t first,
+                     int64_t count, float* sums, int64_t stride) {
+  if (weight.scheme.packed()) {
+    multiply_packed(weight, first, count, s.ints[LinearScratch::of_group(weight.scheme)], w.num_rows, sums,
+                    stride);
+  } else if (multiplies_bfloat16(weight.dtype)) {
+    multiply_plain(weight, first, count, s.halves, s.padded, w.num_rows, sums, stride);
+  } else {
+    multiply_plain(weight, first, count, s.floats, s.padded, w.num_rows, sums, stride);
+  }
+}
+
+inline Vec silu(Vec x) {
+  return x / (broadcast(1.f) + exp2_clamped(min(x * broadcast(-kLog2E), broadcast(126.f))));
+}
+
+// In place: gate = silu(gate) * up, with all three rounded to T as tensors would be.
+template <class T>
+inline void gate_sums(float* gate, const float* up, int64_t count) {
+  T rounded[kLanes];
+  const auto to_tensor = [&](Vec x) {
+    store(rounded, x);
+    return load(rounded);
+  };
+  for (int64_t n = 0; n < count; n += kLanes) {
+    store(gate + n, to_tensor(silu(to_tensor(load(gate + n)))) * to_tensor(load(up + n)));
+  }
+}
+
+void linear_run(const LinearWork& w, int64_t begin, int64_t end, void* memory) {
+  const LinearScratch s(w, memory);
+  for (int64_t item = begin; item < end; ++item) {
+    int i = 0;
+    int64_t block = item;
+    if (!w.gated) {
+      for (int64_t items; block >= (items = items_of(w, i)); ++i) block -= items;
+    }
+    const LinearWeight& weight = w.weights[i];
+    const int64_t rows = item_rows(w, weight), first = block * rows, count = min(rows, weight.rows - first);
+    const int64_t stride = rows;
+    multiply(w, s, weight, first, count, s.sums, stride);
+    float* up = s.sums + w.num_rows * stride;
+    if (w.gated) multiply(w, s, w.weights[1], first, count, up, stride);
+    with_dtype(w.dtype, [&]<class T>() {
+      for (int64_t m = 0; m < w.num_rows; ++m) {
+        float* sums = s.sums + m * stride;
+        if (w.gated) gate_sums<T>(sums, up + m * stride, count);
+        T* out = static_cast<T*>(w.out[i]) + m * weight.rows + first;
+        if (w.residual != nullptr && i == 0) {
+          const T* residual = static_cast<const T*>(w.residual) + m * weight.rows + first;
+          for (int64_t n = 0; n < count; n += kLanes) {
+            const Vec sum = load(sums + n) + load_columns(residual, n, count);
+            if (n + kLanes <= count) {
+              store(out + n, sum);
+            } else {
+              store_first(out + n, count - n, sum);
+            }
+          }
+        } else {
+          store_columns(sums, broadcast(1.f), count, out);
+        }
+      }
+    });
+  }
+}
+
+int64_t norm_items(const NormWork& w) { return w.num_rows; }
+
+int64_t norm_scratch(const NormWork& w) { return round_up(w.columns, 16) * 4; }
+
+void norm_run(const NormWork& w, int64_t begin, int64_t end, void* memory) {
+  float* row = static_cast<float*>(memory);
+  with_dtype(w.dtype, [&]<class T>() {
+    for (int64_t m = begin; m < end; ++m) {
+      load_row(static_cast<const T*>(w.input) + m * w.columns, w.columns, row);
+      norm_row(row, static_cast<const T*>(w.norm_weight), w.eps, w.columns,
+               static_cast<T*>(w.out) + m * w.columns);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace zinit::cpu

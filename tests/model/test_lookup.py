@@ -1,0 +1,71 @@
+"""Prompt-lookup decoding: fewer passes, the same tokens."""
+
+import pytest
+import torch
+from tiny_models import hf_directory, prompts
+
+from model.adapter import LlamaAdapter
+from model.config import AdapterConfig
+from model.errors import UserError
+from model.llama import Llama
+from model.loading import load_base
+from model.lookup import Lookup
+from model.sampling import generate
+
+
+def test_a_draft_is_what_followed_the_longest_run_last():
+    lookup = Lookup([1, 2, 3, 9, 2, 3, 7, 8, 5, 2, 3], 3)
+    assert lookup.draft() == [7, 8, 5]  # the last "2, 3"; "5, 2, 3" is new
+    lookup.append(9)
+    assert lookup.draft() == [2, 3, 7]  # "2, 3, 9" was before
+    lookup.append(4)
+    assert lookup.draft() == []
+    assert Lookup([6, 6, 6], 5).draft() == [6]
+    assert Lookup([], 5).draft() == Lookup([1], 5).draft() == []
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantise", [None, "int4"])
+def test_the_tokens_are_those_without(tmp_path, monkeypatch, dtype, quantise):
+    hf_directory(tmp_path)
+    model = load_base(tmp_path, dtype, quantise=quantise).freeze()
+    torch.manual_seed(0)
+    adapter = LlamaAdapter(model.config, AdapterConfig(gate_init="random"))
+    prompt = prompts((6,))[0].tolist() * 3
+    passes, forward = [], Llama.hidden_states
+
+    def counted(self, tokens, *arguments, **options):
+        passes.append(tokens.shape[-1])
+        return forward(self, tokens, *arguments, **options)
+
+    monkeypatch.setattr(Llama, "hidden_states", counted)
+    for temperature in (0, 0.8):
+        asked = {"max_new_tokens": 60, "temperature": temperature, "seed": 3, "eos_ids": []}
+        plain = generate(model, [prompt], adapter, **asked)
+        without = len(passes)
+        for length in (1, 4, 100):
+            passes.clear()
+            assert generate(model, [prompt], adapter, lookup=length, **asked) == plain
+            assert max(passes[1:], default=0) <= min(length, 31) + 1
+            assert len(passes) <= without
+        if temperature == 0:  # a tiny model soon repeats itself
+            assert len(passes) < without
+        passes.clear()
+
+
+def test_the_drafts_end_with_the_room(tmp_path):
+    hf_directory(tmp_path)
+    model = load_base(tmp_path).freeze()
+    context = model.config.max_seq_len
+    prompt = [5, 6] * ((context - 5) // 2)
+    asked = {"max_new_tokens": context - len(prompt), "temperature": 0, "eos_ids": []}
+    assert generate(model, [prompt], lookup=16, **asked) == generate(model, [prompt], **asked)
+
+
+def test_one_prompt_at_a_time(tmp_path):
+    hf_directory(tmp_path)
+    model = load_base(tmp_path)
+    for lookup, asked in ((-1, [[5]]), (4, [[5], [6]])):
+        with pytest.raises(UserError, match="lookup takes one prompt"):
+            generate(model, asked, max_new_tokens=2, lookup=lookup)

@@ -66,7 +66,7 @@ CPU_ISAS = {  # one object file each; dispatch.cpp picks at run time among those
     "generic": [],
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],  # every chip with the first has the second
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],  # every chip with the second has the first
 }
 
 CUDA_BINDINGS = ["csrc/cuda/bindings_attention.cpp", "csrc/cuda/bindings_decode.cpp", "csrc/cuda/build.cpp"]

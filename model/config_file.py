@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,15 @@ def with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[s
     What the command line gives is not taken from the file, nor is what excludes it. Raises UserError for a file that
     cannot be read and for a field that is no option.
     """
-    path = _named_file(words)
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    path = _named_file(words, actions)
     if path is None:
         return list(words)
-    actions = {option: action for action in parser._actions for option in action.option_strings}
     given: set[str] = set()
     for word in words:
         if word.startswith("--"):
-            name = word.partition("=")[0]
-            meant = [name] if name in actions else [option for option in actions if option.startswith(name)]
-            given |= {actions[option].dest for option in meant}
+            options = _meant(word.partition("=")[0], actions)
+            given |= {actions[option].dest for option in options if option in actions}
     for group in parser._mutually_exclusive_groups:
         members = {action.dest for action in group._group_actions}
         given |= members if members & given else set()
@@ -65,13 +64,21 @@ def write_config(path: str | Path, options: argparse.Namespace) -> None:
     write_file(path, "".join(lines).encode())
 
 
-def _named_file(words: Sequence[str]) -> Path | None:
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    pre.add_argument(_OPTION, type=Path)
-    try:
-        return pre.parse_known_args(list(words))[0].config
-    except argparse.ArgumentError:  # the program's own parser says it
-        return None
+def _named_file(words: Sequence[str], actions: Collection[str]) -> Path | None:
+    """What --config names, whole or shortened as the parser allows it; None where the parser has to complain."""
+    for place, word in enumerate(words):
+        name, is_joined, value = word.partition("=")
+        if _meant(name, actions) == [_OPTION]:
+            following = words[place + 1 : place + 2]
+            return Path(value) if is_joined else Path(following[0]) if following else None
+    return None
+
+
+def _meant(name: str, actions: Collection[str]) -> list[str]:
+    """The options that a word of the command line may mean."""
+    if name in actions or not name.startswith("--"):
+        return [name]
+    return [option for option in actions if option.startswith(name)]
 
 
 def _fields(path: Path) -> Mapping[Any, Any]:

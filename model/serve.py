@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from zinit_kernels.console import Parser
 
@@ -18,10 +20,8 @@ from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .program import program
-from .serving.app import check_name, create_app
 from .serving.engine import Engine
 from .serving.request import Sampling
-from .serving.server import serve
 from .serving.service import Service
 from .tokenizer import load_tokenizer
 from .vision.adapter import VisualAdapter
@@ -78,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(command_line: list[str] | None = None) -> None:
     """The program. Everything is read and checked before it listens."""
     arguments = _parser().parse_args(command_line)
-    _check(arguments)
-    files = [_named(text) for text in arguments.adapter]
+    app, server = _web()
+    _check(arguments, app.check_name)
+    files = [_named(text, app.check_name) for text in arguments.adapter]
     device = open_device(arguments.device)
     model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
     model.set_backend(arguments.backend)
@@ -102,13 +103,13 @@ def main(command_line: list[str] | None = None) -> None:
     for name, path in files:
         service.add_adapter(name, load(path))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = create_app(
+    application = app.create_app(
         service,
         api_keys=arguments.api_key or list(filter(None, [os.environ.get("ZINIT_API_KEY")])),
         admin_token=arguments.admin_token or os.environ.get("ZINIT_ADMIN_TOKEN") or None,
         load=load,
     )
-    serve(app, service, arguments.host, arguments.port, arguments.drain_seconds)
+    server.serve(application, service, arguments.host, arguments.port, arguments.drain_seconds)
 
 
 def base_name(path: Path) -> str:
@@ -118,7 +119,20 @@ def base_name(path: Path) -> str:
     return kept[:128] or "base"
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _web() -> tuple[ModuleType, ModuleType]:
+    """FastAPI's and uvicorn's side, which come with an extra. Raises UserError without them."""
+    try:
+        from .serving import app, server
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise UserError(
+            f"serving needs {error.name}, which is not installed: pip install 'zinit-kernels[serve]'."
+        ) from None
+    return app, server
+
+
+def _check(arguments: argparse.Namespace, check_name: Callable[[str], None]) -> None:
     check_options(arguments)
     if not 0 <= arguments.port < 1 << 16:
         raise UserError(f"--port must lie in 0 .. 65535, got {arguments.port}.")
@@ -137,7 +151,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_name(arguments.name)
 
 
-def _named(text: str) -> tuple[str, str]:
+def _named(text: str, check_name: Callable[[str], None]) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or not path:
         raise UserError(f"--adapter must be NAME=FILE, got {text!r}.")

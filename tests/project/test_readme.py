@@ -79,7 +79,10 @@ def test_the_readmes_programs_run_one_after_the_other(tmp_path, monkeypatch):
     commands = [
         shlex.split(line, comments=True) for line in re.findall(r"^    (zinit .*)", text, re.MULTILINE)
     ]
-    assert [command[1] for command in commands] == ["train", "generate", "evaluate", "convert"]
+    assert [command[1] for command in commands] == ["train", "generate", "serve", "evaluate", "convert"]
+    pytest.importorskip("fastapi")
+    served = []
+    monkeypatch.setattr("model.serving.server.serve", lambda _, service, *__: served.append(service.models))
     folder = make_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     scienceqa(tmp_path / "ScienceQA", images=False)
@@ -88,6 +91,7 @@ def test_the_readmes_programs_run_one_after_the_other(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as exit:
             cli.main([there.get(word, word) for word in arguments])
         assert exit.value.code == 0, arguments
+    assert len(served) == 1 and "colours" in served[0]
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)

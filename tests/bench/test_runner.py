@@ -354,7 +354,7 @@ def test_seven_billion_asks_for_space_before_it_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_cpu")]
+    "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_layers_cpu")]
 )
 def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
     assert main(["profile", what, "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
@@ -453,6 +453,14 @@ def test_every_target_of_a_cpu_has_its_rows():
             figures={vision.PEAK_MB: 1.0, vision.PROMPTS_MB: 1.0})
         for ours in (vision.TEXT, vision.SEEING, vision.EACH)
         for mode in (vision.STEP, vision.PREFILL, vision.DECODE)
+    ]  # fmt: skip
+    rows += [
+        row(ours, suite="serve", mode=mode, shape="SmolLM2-135M", dtype="float32", ratios={theirs: 1.0},
+            figures={"equal answers": 1.0})
+        for ours, mode, theirs in (
+            (serve.ENGINE, serve.BATCH, serve.LOOP), (serve.ENGINE, serve.ALONE, serve.LOOP),
+            (serve.MANY, serve.STEP, serve.ONE), (serve.ENGINE, serve.CLIENTS, serve.LOOP),
+        )
     ]  # fmt: skip
     found = [len(judged(target, rows).figures) for target in targets.TARGETS]
     assert found == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [3, 3, 6, 6, 4, 4]

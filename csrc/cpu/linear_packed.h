@@ -7,6 +7,7 @@
 //
 // A group with max |x| < 1e-30 counts as 0, and one with NaN or infinity makes the result NaN.
 #pragma once
+#include "linear_plain.h"
 #include "linear_work.h"
 #include "simd_int.h"
 

@@ -57,7 +57,7 @@ def test_gpu_check_stops_tests_so_that_they_say_what_failed(tmp_path):
         "no:cacheprovider",
         str(tmp_path / "test_it.py"),
     ]
-    assert gpu_check.check(tmp_path, [gpu_check.Step("test", 8, command)], Console(quiet=True)) == 1
+    assert gpu_check.check(tmp_path, [gpu_check.Step("test", 20, command)], Console(quiet=True)) == 1
     (log,) = tmp_path.glob("*/gpu-check.log")
     assert "AssertionError: the reason" in log.read_text() and "test: stopped after its" in log.read_text()
 

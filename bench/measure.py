@@ -8,8 +8,9 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def measure(
         for name in order:
             found[name].append(clock(functions[name]))
     return Times(found)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, whose CPU time does not depend on what else the machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:

@@ -40,7 +40,7 @@ from model.serving.worker import EngineThread
 from model.tokenizer import Tokenizer
 
 from ..ledger import BenchError, Row
-from ..measure import measure
+from ..measure import measure, one_thread
 from ..methods import TINY, random_base
 from ..runner import Job, Note, Options, Suite, Target, rows_of, speed_over
 
@@ -92,17 +92,6 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, whose CPU time does not depend on what else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def throughput_rows(options: Options, note: Note) -> Iterator[Row]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from model.vision.config import VisualConfig
 
 from ..ledger import Row
 from ..machine import why_failed
-from ..measure import in_fresh_process, in_use, measure, peak_of
+from ..measure import in_fresh_process, in_use, measure, one_thread, peak_of
 from ..methods import EIGHTH, TINY, random_base
 from ..runner import Job, Note, Options, Suite, Target, rows_of, speed_over
 
@@ -208,17 +207,6 @@ def decode(base: Llama, chosen: Sequence[int]) -> Callable[[], object]:
             base.hidden_states(tokens, seen, cache=cache)
 
     return run
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, for the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def peak_beyond(row: Row, rows: Sequence[Row]) -> float | None:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from ..errors import note, warn
 from ..run_folder import held, make_directory, write_file, writing
 from .encoding import Encoder
 from .samples import EncodingReport, Sample
-from .views import sample_digest
+from .views import SampleSequence, sample_digest
 
 _VERSION = 1  # of the files and of how records become samples: another one makes the cache again
 _FILES = {"tokens": "<i4", "offsets": "<i8", "answers": "<i4", "answer_offsets": "<i8", "digests": "<u8"}
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 _GGUF_HEAD = 64 << 20  # bytes: a GGUF file has its tokenizer at the beginning
 
 
-class CachedSamples(Sequence[Sample]):
+class CachedSamples(SampleSequence):
     """The samples of one file, on disk. Slices are lists."""
 
     def __init__(self, directory: Path):
@@ -65,14 +65,7 @@ class CachedSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._arrays["offsets"]) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def _at(self, place: int) -> Sample:
         parts = self._arrays
         first, last = parts["offsets"][place : place + 2]
         tokens = parts["tokens"][first:last].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,7 +14,22 @@ import numpy as np
 from .samples import Sample
 
 
-class Joined(Sequence[Sample]):
+class SampleSequence(Sequence[Sample]):
+    """Samples that are made when they are asked for: `_at` makes the one at a place from 0 on."""
+
+    @abstractmethod
+    def _at(self, place: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
+
+
+class Joined(SampleSequence):
     """The samples of all parts, one part after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Sample]]):
@@ -27,16 +43,9 @@ class Joined(Sequence[Sample]):
         """Which part a sample is of."""
         return bisect_right(self.ends, index)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        part = self.part_of(index)
-        return self.parts[part][index - self.ends[part] + len(self.parts[part])]
+    def _at(self, place: int) -> Sample:
+        part = self.part_of(place)
+        return self.parts[part][place - self.ends[part] + len(self.parts[part])]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -49,7 +58,7 @@ class Joined(Sequence[Sample]):
         return np.concatenate([np.zeros(0, np.uint64), *map(sample_digests, self.parts)])
 
 
-class Subset(Sequence[Sample]):
+class Subset(SampleSequence):
     """Some samples of a sequence, by their places in it."""
 
     def __init__(self, samples: Sequence[Sample], places: Sequence[int]):
@@ -58,14 +67,8 @@ class Subset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self.samples[int(place)] for place in self.places[index]]
-        return self.samples[int(self.places[index])]
+    def _at(self, place: int) -> Sample:
+        return self.samples[int(self.places[place])]
 
     @property
     def lengths(self) -> np.ndarray:

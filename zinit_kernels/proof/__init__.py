@@ -145,7 +145,7 @@ def forget_all() -> int:
 
 
 def store_of(device: torch.device) -> Store:
-    """The verdicts and times of a device's chip."""
+    """The verdicts of a device's chip."""
     with _lock:
         return _store_of(device)
 

@@ -63,7 +63,7 @@ def remove_all() -> int:
 
 
 class Store:
-    """The verdicts and times of one chip and installation. Safe among processes; among threads the caller's lock is."""
+    """The verdicts of one chip and installation. Safe among processes; among threads the caller's lock is."""
 
     def __init__(self, facts: Mapping[str, str]) -> None:
         self.facts = dict(facts)
@@ -73,7 +73,6 @@ class Store:
         self.path = None if base is None else base / _FORM / f"{name}.json"
         self._attempts: dict[str, int] = {}
         self.verdicts: dict[str, Verdict] = {}
-        self.times: dict[str, dict[str, float]] = {}  # shape class -> backend -> milliseconds
         self.read()
 
     def read(self) -> None:
@@ -81,7 +80,6 @@ class Store:
         content = self._content()
         for key, value in content.get("verdicts", {}).items():
             self.verdicts[key] = Verdict(**value)
-        self.times.update(content.get("times", {}))
         self._attempts = content.get("attempts", {})
 
     def begin(self, key: str) -> int:
@@ -96,10 +94,6 @@ class Store:
         self._attempts.pop(key, None)
         if verdict is not None:
             self.verdicts[key] = verdict
-        self._write()
-
-    def keep_times(self, times: Mapping[str, dict[str, float]]) -> None:
-        self.times.update(times)
         self._write()
 
     @contextlib.contextmanager
@@ -141,7 +135,6 @@ class Store:
         content = {
             "facts": self.facts,
             "verdicts": {key: verdict._asdict() for key, verdict in sorted(self.verdicts.items())},
-            "times": self.times,
             "attempts": self._attempts,
         }
         with contextlib.suppress(OSError):
@@ -177,16 +170,11 @@ def _is_ours(content: Any, facts: Mapping[str, str]) -> bool:
     """Whether a file's content has the form that `Store` writes, for these facts."""
     if not isinstance(content, dict) or content.get("facts") != facts:
         return False
-    verdicts, times, attempts = (content.get(name) for name in ("verdicts", "times", "attempts"))
-    if not (isinstance(verdicts, dict) and isinstance(times, dict) and isinstance(attempts, dict)):
+    verdicts, attempts = content.get("verdicts"), content.get("attempts")
+    if not (isinstance(verdicts, dict) and isinstance(attempts, dict)):
         return False
-    return (
-        all(_is_verdict(value) for value in verdicts.values())
-        and all(type(count) is int for count in attempts.values())
-        and all(
-            isinstance(row, dict) and row and all(type(ms) is float and ms > 0 for ms in row.values())
-            for row in times.values()
-        )
+    return all(_is_verdict(value) for value in verdicts.values()) and all(
+        type(count) is int for count in attempts.values()
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data import Batch, Sample, batches
 from .llama import Llama
 from .mixture import Mixture
+from .packed_base import num_weights, stored_weights
 from .quantised import stored_bytes
 from .recipe import Recipe
 from .train_loop import batch_loss
@@ -62,12 +63,11 @@ def forecast(
     _, seconds = _measure(base, adapter, largest, recipe)
     rate = largest.num_tokens / seconds
     mean = sum(batch.num_tokens for batch in first) / min(len(order), recipe.batch_size)
-    frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
     trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
     return Forecast(
-        base_parameters=sum(parameter.numel() for parameter in frozen),
+        base_parameters=num_weights(base),
         trained_parameters=trained,
-        weights=sum(map(stored_bytes, frozen)),
+        weights=sum(map(stored_bytes, stored_weights(base))),
         training_state=4 * _STATE * trained,
         activations=activations,
         pass_tokens=largest.num_tokens,

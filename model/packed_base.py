@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zinit_kernels.packed import Packed, PackedEmbedding, PackedLinear, PackedWeight, quantise
 
@@ -57,3 +57,9 @@ def num_weights(model: Llama) -> int:
     """The numbers that the model's frozen weights stand for."""
     packed = sum(module.rows * module.columns for module in model.modules() if isinstance(module, Packed))
     return packed + sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def stored_weights(model: Llama) -> list[Tensor]:
+    """The tensors in which the model's frozen weights are kept, those of packed layers as they are packed."""
+    packed = [module.weight for module in model.modules() if isinstance(module, Packed)]
+    return packed + [parameter for parameter in model.parameters() if not parameter.requires_grad]

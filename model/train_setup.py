@@ -27,6 +27,7 @@ from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
 from .llama import Llama
 from .lora import Lora
 from .mixture import Mixture
+from .packed_base import num_weights
 from .parallel.world import World
 from .progress import progress
 from .recipe import Recipe
@@ -248,8 +249,7 @@ def run_summary(
 ) -> str:
     """What is about to be trained. num_training: samples an epoch."""
     trainable = adapter.num_parameters
-    frozen = sum(parameter.numel() for parameter in base.parameters() if not parameter.requires_grad)
-    share = trainable / (trainable + frozen)
+    share = trainable / (trainable + num_weights(base))
     return (
         f"{trainable:,} trainable parameters ({share:.3%}) in layers {adapter.layers[0]} to {adapter.layers[-1]}; "
         f"{num_training} samples to train on, {num_validation} to validate; {recipe.num_steps(num_training)} steps in "

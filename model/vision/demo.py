@@ -30,6 +30,7 @@ from ..errors import UserError, run_program
 from ..fingerprint import adapter_metadata
 from ..llama import Llama, about_images
 from ..loading import load_base
+from ..packed_base import num_weights
 from ..pictures import save_picture
 from ..program import program
 from ..progress import stage
@@ -187,7 +188,7 @@ def run(output: Path, sources: Sources, size: Size, console: Console) -> Result:
     trainable = adapter.num_parameters
     return Result(
         trainable=trainable,
-        share=trainable / sum(parameter.numel() for parameter in base.parameters()),
+        share=trainable / num_weights(base),
         images=len(set(images)),
         bitwise_at_start=bitwise,
         accuracies=accuracies,

@@ -10,13 +10,18 @@ from tiny_runs import arguments, make_folder, run
 from model import generate as generate_program
 from model.adapter import LlamaAdapter
 from model.config import AdapterConfig
+from model.data import Sample
 from model.deltas import Delta, with_deltas
 from model.errors import UserError
 from model.fingerprint import adapter_metadata, base_fingerprint, is_of_base
+from model.forecast import forecast
 from model.llama import Llama
 from model.loading import load_base, save_base
 from model.loss import answer_loss
+from model.mixture import Mixture
 from model.packed_base import num_weights, quantise_base
+from model.recipe import Recipe
+from model.train_setup import run_summary
 from zinit_kernels.packed import Packed
 
 TOKENS = torch.arange(3, 43)[None]
@@ -92,6 +97,17 @@ def test_gradients_are_those_of_the_numbers(folder, how):
         torch.testing.assert_close(packed, plain, rtol=1e-3, atol=1e-5)
     assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
     assert num_weights(base) == num_weights(numbers(base))
+
+
+def test_what_is_said_of_a_run_counts_packed_weights(folder):
+    """The share that is trained is that of the plain base, and the memory foreseen is that of the packed tensors."""
+    base = load_base(folder, quantise="int8").freeze()
+    plain, adapter = numbers(base), LlamaAdapter(base.config)
+    assert run_summary(Recipe(), base, adapter, 3, 1) == run_summary(Recipe(), plain, adapter, 3, 1)
+    samples = [Sample(list(range(3, 20)), 8)] * 3
+    packed, whole = (forecast(model, adapter, samples, Mixture.of([3]), Recipe()) for model in (base, plain))
+    assert packed.base_parameters == whole.base_parameters
+    assert whole.weights / 4 < packed.weights < whole.weights / 2
 
 
 def test_an_adapter_fits_the_base_quantised_or_not(folder):

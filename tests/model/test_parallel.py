@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from model.adapter_files import load_adapter
 from model.errors import UserError, warn
 from model.parallel.divide import check_division
 from model.parallel.world import World, open_world
-from model.run_folder import read_metrics
 
 
 def torchrun(number, *words, **options):
@@ -66,13 +64,9 @@ def test_a_killed_process_ends_the_others_and_torchrun_resumes(folder, whole_run
     whole, output = tmp_path / "whole", tmp_path / "out"
     more = ["--save-every", "1", "--auto-resume"]
     finished(torchrun(2, "-m", "model.train", *arguments(folder, whole), *more))
-    process = torchrun(2, "--max-restarts", "1", "-m", "model.train", *arguments(folder, output), *more)
-    deadline = time.monotonic() + 300
-    while not (output / "checkpoint.pt").exists() or len(read_metrics(output / "metrics.jsonl")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
-    finished(process)
+    killed = ROOT / "tests/support/killed_training.py"
+    said = finished(torchrun(2, "--max-restarts", "1", killed, *arguments(folder, output), *more))
+    assert re.search(r"; from step [1-5]\n", said), said  # the second start
     assert losses_of(output) == losses_of(whole)
     ours, theirs = (load_adapter(path / "adapter.safetensors", CONFIG) for path in (output, whole))
     assert torch.equal(ours.prompts, theirs.prompts) and torch.equal(ours.gates, theirs.gates)
@@ -83,22 +77,6 @@ def test_a_killed_process_ends_the_others_and_torchrun_resumes(folder, whole_run
     capsys.readouterr()
     assert run(*arguments(folder, output, "--resume")) == 0
     assert re.search(r"was written with .*processes 2.*, this run has .*processes 1", capsys.readouterr().err)
-
-
-def worker_of(launcher, rank):
-    """The process of a rank, among the launcher's children."""
-    while True:
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True
-        )
-        for child in map(int, children.stdout.split()):
-            try:
-                with open(f"/proc/{child}/environ", "rb") as file:
-                    if f"RANK={rank}".encode() in file.read().split(b"\0"):
-                        return child
-            except OSError:
-                continue
-        time.sleep(0.01)
 
 
 def test_shares_are_balanced_by_tokens():

@@ -6,7 +6,6 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from zinit_kernels.integrations.transformers import (
@@ -100,6 +99,8 @@ def adapt(
             prompts = add_one_softmax_prompts(model, size.prompt_length, size.num_layers)
             groups = [{"params": prompts, "lr": learning_rate, "weight_decay": 0.02}]
         elif kind == "lora":
+            from peft import LoraConfig, inject_adapter_in_model  # seconds, which --help need not wait for
+
             config = LoraConfig(
                 r=rank, lora_alpha=2 * rank, target_modules=_lora_targets(model), lora_dropout=0.0
             )

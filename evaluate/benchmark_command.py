@@ -68,6 +68,16 @@ def _parser(benchmark: Benchmark) -> Parser:
         default=benchmark.max_new_tokens,
         help="of an answer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--template",
+        help=f"the prompt that the adapter was trained with, such as 'Question: {models.QUESTION} Answer:' "
+        "(default: Alpaca's)",
+    )
+    parser.add_argument(
+        "--answer-after",
+        metavar="TEXT",
+        help="the answer is what stands behind the last TEXT, for a model that says something else first",
+    )
     add_model_options(parser)
     return parser
 
@@ -101,12 +111,22 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
         needs = "adapter" if name == "encoder" else "encoder"
         if getattr(options, name) is not None and getattr(options, needs) is None:
             raise UserError(f"--{name.replace('_', '-')} belongs to --{needs}, which was not given.")
+    if options.template is not None and models.QUESTION not in options.template:
+        raise UserError(
+            f"--template needs {models.QUESTION} where the question stands, got {shown(options.template)}."
+        )
+    if options.answer_after == "":
+        raise UserError(
+            "--answer-after is empty: name the text that stands before the answer, or leave it out."
+        )
+    wording = models.Wording(benchmark.brief, options.template, options.answer_after)
     items = _questions(benchmark, options.data)
     asked = {
         "benchmark": benchmark.name,
         "model": models.identity(options.base, options.adapter, options.encoder),
         "max_new_tokens": options.max_new_tokens,
         "dtype": options.dtype or "the base's",
+        **wording.asked(),
     }
 
     def load() -> Any:
@@ -115,7 +135,7 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
             options.base,
             options.adapter,
             options.max_new_tokens,
-            benchmark.brief,
+            wording,
             options.dtype,
             options.device,
             options.encoder,

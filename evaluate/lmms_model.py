@@ -50,10 +50,10 @@ class ZeroInit(lmms):
             raise ValueError(
                 f"the model zinit has no option {min(options)}; it has base, adapter, encoder, dtype and brief"
             )
-        is_brief = str(brief).lower() == "true"
+        wording = models.Wording(brief=str(brief).lower() == "true")
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
         self.answerer = models.load(
-            Path(base), None if adapter is None else Path(adapter), self.max_new_tokens, is_brief, dtype,
+            Path(base), None if adapter is None else Path(adapter), self.max_new_tokens, wording, dtype,
             device or default_device(), None if encoder is None else Path(encoder),
         )  # fmt: skip
 

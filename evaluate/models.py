@@ -8,7 +8,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .question import Item, Picture
 from .shared import (
@@ -28,6 +28,7 @@ from .shared import (
     open_source,
 )
 
+QUESTION = "{question}"
 BRIEF = "using a single word or phrase"  # what the authors' MME template adds
 _WHOLE, _PARTS, _PART = 1 << 23, 64, 1 << 16  # bytes of a file that is read whole, and parts of a larger one
 
@@ -65,10 +66,34 @@ def _digest(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def prompt_of(question: str, brief: bool) -> str:
-    """The Alpaca template, which asks for a single word or phrase where `brief`."""
-    prompt = format_prompt(question)
-    return prompt.replace("completes the request.", f"completes the request {BRIEF}.", 1) if brief else prompt
+class Wording(NamedTuple):
+    """How a question is put to the model, and which part of what it says is the answer.
+
+    Args:
+        brief: the Alpaca template asks for a single word or phrase.
+        template: instead of the Alpaca template, this text; the question stands where it has {question}.
+        answer_after: the answer is what stands behind the last of these, for a model that says something else first.
+    """
+
+    brief: bool = False
+    template: str | None = None
+    answer_after: str | None = None
+
+    def prompt(self, question: str) -> str:
+        if self.template is not None:
+            return self.template.replace(QUESTION, question)
+        prompt = format_prompt(question)
+        if self.brief:
+            return prompt.replace("completes the request.", f"completes the request {BRIEF}.", 1)
+        return prompt
+
+    def answer(self, said: str) -> str:
+        return (said.rpartition(self.answer_after)[2] if self.answer_after else said).strip()
+
+    def asked(self) -> dict[str, str]:
+        """What tells these answers from others: only what was chosen, so that earlier runs go on."""
+        found = {"template": self.template, "answer_after": self.answer_after}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class LlamaAnswerer:
@@ -77,7 +102,7 @@ class LlamaAnswerer:
     An image is encoded once in a run, and projected once for all questions of a batch that are about it.
 
     Args:
-        max_new_tokens: of an answer. brief: ask for a single word or phrase.
+        max_new_tokens: of an answer.
     """
 
     def __init__(
@@ -87,10 +112,10 @@ class LlamaAnswerer:
         adapter: LlamaAdapter | None,
         identity: Mapping[str, Any],
         max_new_tokens: int,
-        brief: bool,
+        wording: Wording,
     ):
         self.model, self.tokenizer, self.adapter, self.identity = model, tokenizer, adapter, identity
-        self.max_new_tokens, self.brief = max_new_tokens, brief
+        self.max_new_tokens, self.wording = max_new_tokens, wording
         self.eos_ids = [*model.config.eos_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
         self._files: dict[str, str] = {}  # of pictures that a table holds
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -109,8 +134,7 @@ class LlamaAnswerer:
         context = self.model.config.max_seq_len - self.max_new_tokens
         most = self.model.config.max_seq_len + 1  # enough to see that it is too long
         prompts = [
-            self.tokenizer.encode(prompt_of(item.question, self.brief), eos=False, limit=most)
-            for item in items
+            self.tokenizer.encode(self.wording.prompt(item.question), eos=False, limit=most) for item in items
         ]
         long = [item.id for item, prompt in zip(items, prompts, strict=True) if len(prompt) > context]
         if long:
@@ -133,7 +157,7 @@ class LlamaAnswerer:
             temperature=0,
             eos_ids=self.eos_ids,
         )
-        return [self.tokenizer.decode(tokens).strip() for tokens in found]
+        return [self.wording.answer(self.tokenizer.decode(tokens)) for tokens in found]
 
     def _file(self, picture: Picture) -> str:
         """The picture's file; one that a table holds is written into a temporary folder."""
@@ -151,7 +175,7 @@ def load(
     base: Path,
     adapter: Path | None,
     max_new_tokens: int,
-    brief: bool,
+    wording: Wording,
     dtype: str | None,
     device: str,
     encoder: Path | None = None,
@@ -170,4 +194,4 @@ def load(
         options = Namespace(encoder=encoder, feature_cache=feature_cache, convert_images=True)
         found.source = open_source(options, found, place)
     found = None if found is None else found.to(place)
-    return LlamaAnswerer(model, tokenizer, found, identity(base, adapter, encoder), max_new_tokens, brief)
+    return LlamaAnswerer(model, tokenizer, found, identity(base, adapter, encoder), max_new_tokens, wording)

@@ -80,6 +80,32 @@ def test_a_model_answers_and_its_row_stands_beside_the_quoted_ones(whole, place,
     assert "LLaMA-Adapter (quoted)" in shown and "85.19" in shown and "not measured here" in shown
 
 
+def test_the_wording_of_question_and_answer(place, whole, tmp_path, monkeypatch, capsys):
+    """A model that was trained with another prompt, and says something before its answer."""
+    prompts = []
+    monkeypatch.setattr(
+        models,
+        "generate",
+        lambda model, asked, *_, **__: prompts.extend(asked) or [said] * len(asked),
+    )
+    tokenizer = models.load_tokenizer(place / "base")
+    said = tokenizer.encode("a b, not c, b", bos=False, eos=False)
+    expected = tokenizer.decode(said).rpartition(",")[2].strip()
+    assert expected and "," in tokenizer.decode(said)
+    out = tmp_path / "out"
+    wording = ("--template", "Question: {question} {x} Answer:", "--answer-after", ",")
+    assert run(*command(place, out, *wording)) == 0
+    header, *answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {entry["answer"] for entry in answers} == {expected}
+    assert header["run"]["template"] == wording[1] and header["run"]["answer_after"] == ","
+    question = all_benchmarks()["scienceqa"].read(place / "scienceqa")[0].question
+    assert tokenizer.encode(f"Question: {question} {{x}} Answer:", eos=False) in prompts
+    assert run(*command(place, whole, *wording)) == 2, "the answers of another prompt"
+    assert run(*command(place, out, "--template", "no place")) == 2
+    assert "--template needs {question} where the question stands, got 'no place'" in capsys.readouterr().err
+    assert run(*command(place, out, "--answer-after", "")) == 2
+
+
 def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()

@@ -94,7 +94,7 @@ def test_a_tiny_base_answers(lmms_eval, tmp_path):
     model = importlib.import_module("evaluate.lmms_model").ZeroInit(
         str(base), device="cpu", max_new_tokens=3, brief="True"
     )
-    assert model.answerer.brief
+    assert model.answerer.wording.brief
     (answer,) = model.generate_until([request("Is it?")])
     (same,) = model.answerer.answer([SimpleNamespace(id="0", question="Is it?", pictures=())])
     assert answer == same

@@ -286,7 +286,7 @@ def test_evaluate_takes_it(meta, tmp_path, monkeypatch):
     word_tokenizer(meta.path)
     path = write(tmp_path / "v2.pth", official(meta, "LORA-BIAS"), "LORA-BIAS")
     monkeypatch.setattr(models, "open_adapter", partial(open_adapter, prompt_length=QUERIES))
-    answerer = models.load(meta.path, path, max_new_tokens=4, brief=False, dtype=None, device="cpu")
+    answerer = models.load(meta.path, path, 4, models.Wording(), dtype=None, device="cpu")
     expected, _ = open_adapter(path, load_base(meta.path).freeze(), QUERIES)
     tokens = torch.tensor([[1, 2, 3]])
     assert isinstance(answerer.adapter, VisualAdapter)

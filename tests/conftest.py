@@ -4,10 +4,13 @@ import os
 
 os.environ["ZINIT_POISON_OUTPUTS"] = "1"  # read once by the kernels' library: its allocations start as NaN
 
+import limits  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from zinit_kernels.backends import extension  # noqa: E402
+
+limits.install()
 
 
 @pytest.fixture(autouse=True)

@@ -167,7 +167,7 @@ for stage, name, at in CALLS:
             flat[at] = right
             changes += 1
 
-    other = threading.Thread(target=change)
+    other = threading.Thread(target=change, daemon=True)  # an assertion that fails ends the program
     other.start()
     outcomes = {"ran": 0, "refused": 0}
     end = time.monotonic() + 0.3

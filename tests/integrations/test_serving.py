@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import threading
 import time
 import types
@@ -10,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from forked import in_a_child
 
 transformers = pytest.importorskip("transformers")
 from tiny_transformers import CONTINUOUS, FIVE, adapted, base_model, inputs_of, outputs  # noqa: E402
@@ -213,13 +213,10 @@ def test_a_fork_while_another_thread_enters():
     thread = threading.Thread(target=serve)
     thread.start()
     assert forking.wait(60)
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(20)  # ends a child that waits for ever
-            with zinit.continuous_batching(other):
-                os._exit(0 if other.config._attn_implementation == "sdpa" else 1)
-        finally:
-            os._exit(2)
+
+    def served_here():
+        with zinit.continuous_batching(other):
+            return other.config._attn_implementation
+
+    assert in_a_child(served_here) == "sdpa"
     thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

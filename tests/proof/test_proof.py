@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from forked import in_a_child
 
 from zinit_kernels import (
     explain,
@@ -267,20 +268,12 @@ def test_no_trial_while_torch_compile_traces(gpu):
 
 def told_by_a_child(gpu, call):
     """The answer of a forked process, which does nothing else: computing after a fork is not safe."""
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            said = pipe.read()
-        assert os.waitpid(child, 0)[1] == 0
-        return said
-    status = 1
-    try:
+
+    def ask():
         gpu.triton.calls.clear()
-        os.write(writing, f"{proof.why_not('triton', call)}, {len(gpu.triton.calls)} calls".encode())
-        status = 0
-    finally:
-        os._exit(status)
+        return f"{proof.why_not('triton', call)}, {len(gpu.triton.calls)} calls"
+
+    return in_a_child(ask)
 
 
 def test_no_trial_in_a_forked_child(gpu):

@@ -99,11 +99,20 @@ def adapter_metadata(base: Llama) -> dict[str, str]:
     whether it is quantised or not.
     """
     if base.fingerprints is not None:
-        return dict(base.fingerprints)
+        return {name: base.fingerprints[name] for name in ("base", "base_fingerprint")}
     return {
         "base": first_fingerprint(base, torch.bfloat16),
         "base_fingerprint": base_fingerprint(base, torch.bfloat16),
     }
+
+
+def run_fingerprints(base: Llama) -> dict[str, str]:
+    """What a checkpoint keeps of the base: a run goes on only with the very same weights. Of a base that torchao
+    quantised, they are of the weights before."""
+    if base.fingerprints is not None and "base weights" in base.fingerprints:
+        return {name: base.fingerprints[name] for name in ("base model", "base weights")}
+    # checkpoints of the first version have "base model" alone
+    return {"base model": first_fingerprint(base), "base weights": base_fingerprint(base)}
 
 
 def is_of_base(metadata: Mapping[str, str], base: Llama) -> bool:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from .data import Batch, Sample, batches
 from .llama import Llama
 from .mixture import Mixture
-from .packed_base import num_weights, stored_weights
-from .quantised import stored_bytes
+from .quantised import num_weights, stored_bytes, stored_weights
 from .recipe import Recipe
 from .train_loop import batch_loss
 

@@ -25,9 +25,9 @@ from .chat_loop import run as run_conversation
 from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
-from .packed_base import QUANTISE
 from .program import program
 from .progress import messages, progress
+from .quantised import add_option as add_quantise_option
 from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
 from .serving.request import Sampling
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded at once (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    parser.add_argument("--quantise", choices=QUANTISE, help="pack the base's weights in 8 or 4 bits")
+    add_quantise_option(parser)
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--backend", default="auto", help="of the attention kernels (default: auto)")
     return parser

@@ -25,7 +25,8 @@ from . import gguf_weights, hf_weights, meta_weights
 from .config import LlamaConfig
 from .errors import UserError
 from .llama import Llama
-from .packed_base import is_quantised, put_packed, quantise_base
+from .quantised import PACKED, is_quantised, put_packed
+from .quantised import quantise as quantise_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Read = Callable[[Path, torch.dtype | None], tuple[LlamaConfig, dict[str, Tensor]]]
@@ -60,9 +61,9 @@ def load_base(
 
     dtype None = the file's; float32 for the quantised weights of a GGUF file.
 
-    quantise: "int8" or "int4" packs the linear layers and the embedding (`packed_base.quantise_base`), one after the
-    other. Matrices that a GGUF file holds in blocks of Q8_0, Q4_0 or Q4_1 stay as they are, whichever is asked for, and
-    the rest of a GGUF model is then bfloat16 unless dtype says otherwise.
+    quantise: one of `quantised.FORMATS`. The layers are quantised one after the other. With int8 and int4, matrices
+    that a GGUF file holds in blocks of Q8_0, Q4_0 or Q4_1 stay as they are, whichever of the two is asked for, and the
+    rest of a GGUF model is then bfloat16 unless dtype says otherwise.
 
     On the CPU and in the file's dtype the weights stay memory-mapped: they are read as they are used, and the page
     cache may drop them again. Raises UserError; OSError if a file cannot be read.
@@ -83,7 +84,7 @@ def _load(
 ) -> Llama:
     read = _reader(directory)
     packed: dict[str, PackedWeight] = {}
-    if quantise is not None and read is gguf_weights.read:
+    if quantise in PACKED and read is gguf_weights.read:
         dtype = dtype or torch.bfloat16
         config, weights, packed = gguf_weights.read_packed(directory)
     else:
@@ -106,7 +107,7 @@ def _load(
     for name, weight in packed.items():
         state[name] = weight.data.to(device)
     model.load_state_dict(state, assign=True)
-    return model if quantise is None else quantise_base(model, quantise)
+    return quantise_base(model, quantise)
 
 
 def _reader(path: Path) -> Read:

@@ -10,6 +10,7 @@ as 0, so the model begins as the base. A and B are float32 whatever the base's d
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from zinit_kernels.packed import PackedLinear
+
 from .errors import UserError
 from .llama import Attention, Llama
+from .quantised import QuantisedLinear
 from .run_folder import make_directory, write_file
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,8 +66,12 @@ class Lora(nn.Module):
         theirs = peft.LoraConfig(
             r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), task_type="CAUSAL_LM"
         )
-        with torch.random.fork_rng(devices=[]):
+        # PEFT knows the layers of its own list alone, though its layer for linear ones calls any that it is given
+        of_linear = peft.tuners.lora.Linear
+        theirs._register_custom_module({PackedLinear: of_linear, QuantisedLinear: of_linear})
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             peft.inject_adapter_in_model(theirs, base, _NAME)
         self.peft_config = theirs
         self._names: dict[str, str] = {}  # ours -> the one in the base

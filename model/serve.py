@@ -20,6 +20,7 @@ from .errors import UserError, program_name, run_program
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .program import program
+from .quantised import add_option as add_quantise_option
 from .serving.engine import Engine
 from .serving.request import Sampling
 from .serving.service import Service
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--gate-activation", choices=("tanh", "identity"),
                         help="of the adapters' gates (default: as their files say)")
     models.add_argument("--dtype", choices=DTYPES, help="of the base's weights (default: the files')")
+    add_quantise_option(models)
     models.add_argument("--device", default=default_device(), help=default)
     models.add_argument("--backend", default="auto", help=f"of the attention kernels {default}")
     add_encoder_options(parser.add_argument_group("images"))
@@ -82,7 +84,7 @@ def main(command_line: list[str] | None = None) -> None:
     _check(arguments, app.check_name)
     files = [_named(text, app.check_name) for text in arguments.adapter]
     device = open_device(arguments.device)
-    model = load_base(arguments.base, DTYPES.get(arguments.dtype), device).freeze()
+    model = load_base(arguments.base, DTYPES.get(arguments.dtype), device, arguments.quantise).freeze()
     model.set_backend(arguments.backend)
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     engine = Engine(

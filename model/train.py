@@ -27,7 +27,6 @@ from .parallel.divide import check_division, divide
 from .parallel.world import local_device, open_world
 from .program import interruptible, program
 from .progress import messages, progress
-from .quantised import quantise
 from .recipe import recipe_warnings
 from .resume import load_checkpoint, restore
 from .run_folder import held, make_directory
@@ -56,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = [read_file(options, path) for path in options.paths]
     device = open_device(local_device(options.device))
     # a base that is divided is read from the CPU's memory map, of which each process takes its part
-    base = load_base(options.base, DTYPES.get(options.dtype), "cpu" if world.divides else device).freeze()
+    base = load_base(
+        options.base, DTYPES.get(options.dtype), "cpu" if world.divides else device, options.quantise
+    ).freeze()
     base.set_backend(options.backend)
     adapter = make_adapter(options, base)
     training, validation, mixture, outcome, tokenizer = make_samples(
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:
         base.compile_layers()
     if options.dry_run:
-        say(str(forecast(quantise(base, options.quantise), adapter, training, mixture, recipe)))
+        say(str(forecast(base, adapter, training, mixture, recipe)))
         return
     previews = Previews.of(options, tokenizer, validation or training, base.config.max_seq_len)
     optimizer = make_optimizer(adapter.to(device), recipe)
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = run_identity(options, recipe, base, adapter, training, mixture, world, device)
     output = RunOutput(options, base.config, adapter, optimizer, run, adapter_metadata(base), world.is_first)
     summary = run_summary(recipe, base, adapter, mixture.size, len(validation))
-    base = divide(quantise(base, options.quantise), world, device)
+    base = divide(base, world, device)
 
     # the folder belongs to this run from here on
     with held(make_directory(options.out)) if world.is_first else nullcontext() as refuse_another:

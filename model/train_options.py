@@ -15,7 +15,7 @@ from .errors import UserError, program_name
 from .loading import DTYPES, default_device
 from .lora import LoraChoice
 from .mixture import read_share
-from .quantised import FORMATS
+from .quantised import add_option as add_quantise_option
 from .recipe import Recipe
 from .resume import refuse_missing
 from .run_folder import refuse_occupied, refuse_unwritable
@@ -242,8 +242,7 @@ def training_parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-seq-len", type=int, help="cut samples here (default: 512 or the model's context)")
     machine.add_argument("--max-tokens", type=int, default=recipe.max_tokens, help=f"in one forward pass {default}")
     machine.add_argument("--padded", action="store_true", help="pad samples to rows instead of packing them")
-    machine.add_argument("--quantise", choices=FORMATS, help="hold the frozen base's linear layers in fewer bits, by "
-                         "torchao (default: as they are)")
+    add_quantise_option(machine)
     machine.add_argument("--shard", action="store_true", help="under torchrun: divide the base's weights among the "
                          "processes (FSDP2), for a base that one device cannot hold")
     machine.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="under torchrun: N processes "

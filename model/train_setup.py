@@ -23,13 +23,13 @@ from .data.samples import split_indices
 from .data.sources import check_source, read_source
 from .data.views import Joined, Subset
 from .errors import UserError, warn
-from .fingerprint import base_fingerprint, data_fingerprint, first_fingerprint
+from .fingerprint import data_fingerprint, run_fingerprints
 from .llama import Llama
 from .lora import Lora
 from .mixture import Mixture
-from .packed_base import num_weights
 from .parallel.world import World
 from .progress import progress
+from .quantised import kept_as, num_weights
 from .recipe import Recipe
 from .records import Record, read_text
 from .resume import machine
@@ -231,12 +231,11 @@ def run_identity(
         choices["visual"] = asdict(adapter.visual_config) | asdict(adapter.feature_config)
         choices["visual"] |= {"encoder": adapter.encoder_fingerprint, "source": source and source.fingerprint}
     return {
-        "base model": first_fingerprint(base),  # all that checkpoints of the first version have
-        "base weights": base_fingerprint(base),
+        "quantise": kept_as(base, options.quantise),  # first: packed weights have other fingerprints, too
+        **run_fingerprints(base),
         "dtype": str(base.dtype),
         "device": device.type,
         "backend": options.backend,
-        "quantise": options.quantise,
         "data": data_fingerprint(training, {} if source is None else source.digests),
         "mixture": None if mixture == Mixture.of(mixture.available) else list(mixture.counts),
         "adapter": asdict(adapter.config) | {"init": str(options.init)},

@@ -273,6 +273,7 @@ class Packed(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.data)
         self.rows, self.columns, self.scheme, self.dtype = weight.rows, weight.columns, weight.scheme, dtype
+        self.out_features, self.in_features = weight.rows, weight.columns  # a linear layer's names
 
     @property
     def packed(self) -> PackedWeight:

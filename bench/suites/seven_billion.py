@@ -47,8 +47,14 @@ class Base(NamedTuple):
     tokens: int = 256  # of the training step
 
 
-BASES = (Base("LLaMA-7B, memory-mapped", SEVEN_BILLION),)
-SMOKE = (Base("tiny LLaMA, memory-mapped", replace(TINY, num_layers=5)),)
+BASES = (
+    Base("LLaMA-7B, memory-mapped", SEVEN_BILLION),
+    *(Base(f"LLaMA-7B, {how}", SEVEN_BILLION, partial(load_base, quantise=how)) for how in ("int8", "int4")),
+)
+SMOKE = (
+    Base("tiny LLaMA, memory-mapped", replace(TINY, num_layers=5)),
+    Base("tiny LLaMA, int4", replace(TINY, num_layers=5), partial(load_base, quantise="int4")),
+)
 
 
 def jobs(options: Options) -> list[Job]:

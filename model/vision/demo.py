@@ -30,10 +30,10 @@ from ..errors import UserError, run_program
 from ..fingerprint import adapter_metadata
 from ..llama import Llama, about_images
 from ..loading import load_base
-from ..packed_base import num_weights
 from ..pictures import save_picture
 from ..program import program
 from ..progress import stage
+from ..quantised import num_weights
 from ..recipe import Recipe
 from ..run_folder import make_directory, writing
 from ..sampling import generate

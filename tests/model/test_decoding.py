@@ -13,7 +13,7 @@ from model.config import AdapterConfig
 from model.decoding import Decoder
 from model.llama import KVCache, Prompt
 from model.loading import load_base
-from model.packed_base import quantise_base
+from model.quantised import quantise as quantise_base
 from model.sampling import _prefill, generate
 
 pytestmark = pytest.mark.native

@@ -48,6 +48,7 @@ def test_each_answer_is_what_the_model_is_asked_for(tmp_path, template):
     assert tokenizer.decode(ids) == re.sub("<s>|</s>|<.im_start.>|<.im_end.>", "", text)
 
 
+BIG = "{% set big = 'a' * 9999999 %}"
 BAD = {
     "other roles": (OTHER_ROLES,
                     "leaves out or changes the message of the role 'system' (it names the roles bot, human)"),
@@ -69,6 +70,44 @@ BAD = {
                 "text or list of more than 16,777,216"),
     "filter": ("{{ 'a' | center(10 ** 10) }}", "gives a function a number above 16,777,216"),
     "method": ("{{ 'a'.ljust(10 ** 10) }}", "gives a function a number above 16,777,216"),
+    "wide %": ("{{ '%999999999d' % 1 }}", "text or list of more than 16,777,216"),
+    "wide %.": ("{{ '%.999999999f' % 1 }}", "text or list of more than 16,777,216"),
+    "wide %*": ("{{ '%*d' % (999999999, 1) }}", "text or list of more than 16,777,216"),
+    "many %": ("{{ ('%9999999d' * 999) % ((1,) * 999) }}", "text or list of more than 16,777,216"),
+    "one % often": (BIG + "{{ ('%(a)s' * 999) % {'a': big} }}", "text or list of more than 16,777,216"),
+    "bytes %": ("{{ '%999999999d'.encode() % 1 }}", "text or list of more than 16,777,216"),
+    "format filter": ("{{ '%999999999d' | format(1) }}", "text or list of more than 16,777,216"),
+    "format": ("{{ '{:999999999}'.format(1) }}", "text or list of more than 16,777,216"),
+    "format_map": ("{{ '{a:999999999}'.format_map({'a': 1}) }}", "text or list of more than 16,777,216"),
+    "format in format": ("{{ '{:{}}'.format(1, '999999999') }}", "text or list of more than 16,777,216"),
+    "one field often": (BIG + "{{ ('{0}' * 999).format(big) }}", "text or list of more than 16,777,216"),
+    "replace": (BIG + "{{ big.replace('a', big) }}", "text or list of more than 16,777,216"),
+    "replace filter": (BIG + "{{ big | replace('a', big) }}", "text or list of more than 16,777,216"),
+    "replace nothing": (BIG + "{{ big.replace('', big) }}", "text or list of more than 16,777,216"),
+    "join": (BIG + "{{ big.join(big) }}", "text or list of more than 16,777,216"),
+    "join filter": (BIG + "{{ big[:99999] | list | join(big) }}", "text or list of more than 16,777,216"),
+    "join map": (BIG + "{{ range(999) | map('string') | join(big) }}", "text or list of more than 16,777,216"),
+    "map replace": (BIG + "{{ [big] | map('replace', 'a', big) | list }}", "text or list of more than 16,777,216"),
+    "translate": (BIG + "{{ big.translate({97: big}) }}", "text or list of more than 16,777,216"),
+    "expandtabs": ("{{ ('\t' * 9999999).expandtabs(9999999) }}", "text or list of more than 16,777,216"),
+    "indent": ("{{ ('\n' * 999999) | indent(9999999) }}", "text or list of more than 16,777,216"),
+    "wordwrap": (BIG + "{{ big | wordwrap(1, wrapstring=big) }}", "text or list of more than 16,777,216"),
+    "urlize": (BIG + "{{ ('a.com ' * 99999) | urlize(target=big) }}", "text or list of more than 16,777,216"),
+    "tojson": ("{{ (['a'] * 99999) | tojson(indent=9999999) }}", "text or list of more than 16,777,216"),
+    "sum": ("{{ ([[1] * 99999] * 99999) | sum(start=[]) }}", "text or list of more than 16,777,216"),
+    "printed": (BIG + "{{ [big] * 999999 }}", "text or list of more than 16,777,216"),
+    "string filter": (BIG + "{{ ([big] * 999999) | string }}", "text or list of more than 16,777,216"),
+    "~": (BIG + "{% set x = ([big] * 999999) ~ 'a' %}", "text or list of more than 16,777,216"),
+    "nested": ("{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+               "text or list of more than 16,777,216"),
+    "set": (BIG + "{% set x %}{% for i in range(99999) %}{{ big }}{% endfor %}{% endset %}",
+            "text or list of more than 16,777,216"),
+    "macro": (BIG + "{% macro m() %}{% for i in range(99999) %}{{ big }}{% endfor %}{% endmacro %}{{ m() }}",
+              "text or list of more than 16,777,216"),
+    "many texts": ("{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set n.x = n.x + ['a' * 9999999] %}"
+                   "{% endfor %}", "take more than 536,870,912 bytes"),
+    "many slices": (BIG + "{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set n.x = n.x + [big[i:]] %}"
+                    "{% endfor %}", "take more than 536,870,912 bytes"),
     "escapes": ("{{ messages.__class__.__mro__ }}", "cannot be rendered"),
 }  # fmt: skip
 
@@ -109,3 +148,26 @@ def test_a_template_file_with_a_byte_order_mark(tmp_path):
 def test_a_long_conversation_is_within_the_bounds(tmp_path):
     text = render(tokenizer_with(tmp_path, MARKED), TALK[1:3] * 2000)
     assert text.count("Hello.") == 2000
+
+
+ORDINARY = """{%- set n = namespace(text='', tools=[]) -%}
+{%- for m in messages -%}
+{%- set n.text = n.text ~ '%-9s|%s|%.1f|' % (m.role, m['content'], loop.index) -%}
+{%- set n.tools = n.tools + [{'name': m.role, 'of': [loop.index]}] -%}
+{%- endfor -%}
+{{ n.text[:40] }}{{ n.tools }}{{ n.tools | tojson(indent=2) }}{{ '{:>6}{}'.format(1, 'a') }}
+{{ 'a b' | replace(' ', '--') }}
+{{- messages | map(attribute='role') | join(', ') }}{{ 'x\ny' | indent(2) }}{{ ', '.join(['a', 'b']) }}
+{{ [1, 2] | sum }}{{ '%s' | format('b') }}{{ 'a\tb'.expandtabs(4) }}{{ messages[1:][0].content[::-1] }}
+{{ {'a': none} }}{{ n.missing }}"""
+
+
+def test_what_templates_do_is_as_in_jinja(tmp_path):
+    import json
+
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    plain.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    expected = plain.from_string(ORDINARY).render(messages=TALK)
+    assert render(tokenizer_with(tmp_path, ORDINARY), TALK) == expected

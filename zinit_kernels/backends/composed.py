@@ -1,8 +1,8 @@
 """Zero-initialised attention out of two `scaled_dot_product_attention` calls and an add.
 
 The path for what no fused backend takes: dense masks, other devices (Apple, XPU). With a soft cap, which SDPA does
-not have, both attentions are written out. Sequences of a packed batch or a cache are attended one after the other,
-which reads their lengths on the host.
+not have, both attentions are written out. The sequences of a packed batch are attended one after the other, which reads
+their lengths on the host. So are those of a cache on a CPU; on a device they are one masked attention (`whole_cache`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..call import CALL, AnyCall, CacheCall, Call, PromptCall
 from ..values import has_values, why_transformed
-from . import formula
+from . import formula, whole_cache
 
 CHECKS_VALUES = False
+_MOST_GROUPED = 16  # tokens; each group repeats the mask
 
 
 def why_not(call: AnyCall, return_lse: bool) -> str:
@@ -26,7 +27,7 @@ def why_not(call: AnyCall, return_lse: bool) -> str:
     if reason := why_transformed():
         return reason
     if isinstance(call, CacheCall):
-        has_lengths = True
+        has_lengths = _reads_lengths(call)
     else:
         has_lengths = (call.cu_seqlens if isinstance(call, PromptCall) else call.cu_seqlens_q) is not None
     if has_lengths and not has_values(call.query):
@@ -45,8 +46,13 @@ def attention(call: Call) -> tuple[Tensor, None]:
 
 @torch.no_grad()
 def attention_with_cache(call: CacheCall) -> tuple[Tensor, None]:
-    query, pieces = formula.append(call)
-    out = torch.cat([_token_branch(piece) for piece in pieces]) if pieces else torch.zeros_like(query)
+    if _reads_lengths(call):
+        query, pieces = formula.append(call)
+        out = torch.cat([_token_branch(piece) for piece in pieces]) if pieces else torch.zeros_like(query)
+    else:
+        piece, may_be_empty = whole_cache.append(call)
+        query, out = piece.query, _token_branch(_grouped(piece), may_be_empty)
+        out = out.unflatten(2, (-1, query.shape[2])).flatten(1, 2) if out.shape != query.shape else out
     turned = call.head_major()
     whole = Call(
         query=query,
@@ -61,6 +67,11 @@ def attention_with_cache(call: CacheCall) -> tuple[Tensor, None]:
         tanh_gate=call.tanh_gate,
     )
     return _add_prompt_branch(whole, out).transpose(1, 2), None
+
+
+def _reads_lengths(call: CacheCall) -> bool:
+    """Whether the sequences of a cache are sliced to their lengths; on a device the host would wait for them."""
+    return call.query.device.type == "cpu"
 
 
 def add_prompt_branch(call: PromptCall) -> None:
@@ -97,6 +108,26 @@ class _TwiceDifferentiable(torch.autograd.Function):
         return None, *grads, *(None for _ in needed[len(wanted) :])
 
 
+def _grouped(call: Call) -> Call:
+    """A masked call of few queries with the queries of a group of heads as those of one head, [B, Hkv, G * T, D].
+
+    Of SDPA's kernels only cuDNN's takes both a mask and grouped heads; else it writes the scores out in float32.
+    """
+    mask, group, tokens = call.dense_mask, call.query.shape[1] // call.key.shape[1], call.query.shape[2]
+    if (
+        mask is None
+        or group == 1
+        or not 0 < tokens <= _MOST_GROUPED
+        or call.softcap
+        or call.sinks is not None
+    ):
+        return call
+    if tokens > 1:
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    query = call.query.unflatten(1, (-1, group)).flatten(2, 3)
+    return call._replace(query=query, dense_mask=mask, max_seqlen_q=query.shape[2])
+
+
 def _nothing(call: Call) -> Tensor:
     """The token branch where no query sees a key: zeros, which depend on their inputs as every output does."""
     inputs = call.query, call.key, call.value, call.sinks, call.dense_mask
@@ -113,8 +144,11 @@ def _depending(out: Tensor, *inputs: Tensor | None) -> Tensor:
     return out
 
 
-def _token_branch(call: Call) -> Tensor:
-    """The first softmax of a call without cu_seqlens."""
+def _token_branch(call: Call, may_be_empty: bool = True) -> Tensor:
+    """The first softmax of a call without cu_seqlens.
+
+    may_be_empty: whether a dense mask may leave a query without keys; finding those takes ten launches.
+    """
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     if seqlen_k == 0 or call.query.numel() == 0:
         return _nothing(call)
@@ -125,6 +159,8 @@ def _token_branch(call: Call) -> Tensor:
     if plain_causal and call.key_bias is None and call.dense_mask is None and call.scale > 0:
         out = _sdpa(call.query, call.key, call.value, is_causal=True, scale=call.scale)
         return _without_unseen_nan(call, out)
+    if not may_be_empty and call.dense_mask is not None:
+        return _sdpa(call.query, call.key, call.value, attn_mask=call.dense_mask, scale=call.scale)
     bias, hidden = formula.masks(call)
     if bias is None and hidden is None:
         return _sdpa(call.query, call.key, call.value, scale=call.scale)

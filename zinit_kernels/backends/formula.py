@@ -192,18 +192,8 @@ def _one_sequence(call: Call | CacheCall, query: Tensor, key: Tensor, value: Ten
 def append(call: CacheCall) -> tuple[Tensor, list[Call]]:
     """Rotates, writes the new keys and values behind those of each sequence, in place. Returns the rotated queries
     [B, Hq, T, D], and the attention of each sequence that is left to do, its prompts left out."""
-    query, new_key = call.query, call.new_key
+    query, new_key = rotated(call)
     lengths = call.cache_seqlens.tolist()
-    if call.rotary_cos is not None and call.rotary_sin is not None:
-        start = call.cache_seqlens.long()[:, None]
-        # flash-attn's rule: without a causal mask or a window all queries are at the first new position
-        step = 0 if call.window_left == call.window_right == -1 else 1
-        tables = call.rotary_cos, call.rotary_sin
-        positions = start + step * torch.arange(query.shape[1], device=query.device)
-        query = _rotate(query, positions, *tables, call.rotary_interleaved)
-        if new_key is not None:
-            positions = start + torch.arange(new_key.shape[1], device=query.device)
-            new_key = _rotate(new_key, positions, *tables, call.rotary_interleaved)
     query = query.transpose(1, 2)
     pieces = []
     for b, length in enumerate(lengths):
@@ -215,6 +205,23 @@ def append(call: CacheCall) -> tuple[Tensor, list[Call]]:
         key, value = (t[:, :, first:] for t in _read(call, b, length))
         pieces.append(_one_sequence(call, query[b : b + 1], key, value))
     return query, pieces
+
+
+def rotated(call: CacheCall) -> tuple[Tensor, Tensor | None]:
+    """(query, new_key) with the rotary embedding of their positions, as they are where the call has no tables."""
+    query, new_key = call.query, call.new_key
+    if call.rotary_cos is None or call.rotary_sin is None:
+        return query, new_key
+    start = call.cache_seqlens.long()[:, None]
+    # flash-attn's rule: without a causal mask or a window all queries are at the first new position
+    step = 0 if call.window_left == call.window_right == -1 else 1
+    tables = call.rotary_cos, call.rotary_sin
+    positions = start + step * torch.arange(query.shape[1], device=query.device)
+    query = _rotate(query, positions, *tables, call.rotary_interleaved)
+    if new_key is not None:
+        positions = start + torch.arange(new_key.shape[1], device=query.device)
+        new_key = _rotate(new_key, positions, *tables, call.rotary_interleaved)
+    return query, new_key
 
 
 def _write(call: CacheCall, b: int, start: int, key: Tensor, value: Tensor) -> None:

@@ -1,5 +1,6 @@
 """README.md and docs/: their Python examples run, their links, files, commands and make targets are there."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -82,7 +83,8 @@ def test_the_readmes_programs_run_one_after_the_other(tmp_path, monkeypatch):
     assert [command[1] for command in commands] == ["train", "generate", "serve", "evaluate", "convert"]
     pytest.importorskip("fastapi")
     served = []
-    monkeypatch.setattr("model.serving.server.serve", lambda _, service, *__: served.append(service.models))
+    server = importlib.import_module(f"{cli._package('model')}.serving.server")  # installed or not
+    monkeypatch.setattr(server, "serve", lambda _, service, *__: served.append(service.models))
     folder = make_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     scienceqa(tmp_path / "ScienceQA", images=False)

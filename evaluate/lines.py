@@ -17,7 +17,7 @@ from typing import Any
 
 from zinit_kernels.console import shown
 
-from .shared import UserError, writing
+from .shared import UserError, append, writing
 
 RESULT = "result.json"  # the figures of a run, beside its lines
 
@@ -44,7 +44,7 @@ class LineFile:
         if lines:
             self.entries = _read(path, lines, dict(run))
         with writing(path):
-            self._file = open(path, "ab")  # noqa: SIM115 closed by close()
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 closed by close()
             self._file.truncate(whole)
         self._header = [] if lines else [{"run": dict(run)}]  # written with the first entries
 
@@ -54,8 +54,7 @@ class LineFile:
             return
         text = "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in [*self._header, *entries])
         with writing(self.path):
-            self._file.write(text.encode("utf-8", "backslashreplace"))
-            self._file.flush()
+            append(self._file, text.encode("utf-8", "backslashreplace"))
             os.fsync(self._file.fileno())
         self._header = []
         self.entries += [(len(self.entries) + number, entry) for number, entry in enumerate(entries, 2)]
@@ -73,7 +72,7 @@ def _whole_lines(path: Path) -> tuple[str, int]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from error
     whole = content.rfind(b"\n") + 1
-    if content and not whole and not content.startswith(b'{"run"'):
+    if content and not whole and content[:6] != b'{"run"'[: len(content)]:
         raise UserError(f"{path} is not a file of this program: move it away, or name another folder.")
     try:
         return content[:whole].decode().removesuffix("\n"), whole

@@ -26,6 +26,7 @@ from .shared import (
     open_adapter,
     open_device,
     open_source,
+    writing,
 )
 
 QUESTION = "{question}"
@@ -166,7 +167,8 @@ class LlamaAnswerer:
         if picture.key not in self._files:
             self._folder = self._folder or tempfile.TemporaryDirectory(prefix="zinit-pictures-")
             path = Path(self._folder.name) / str(len(self._files))
-            path.write_bytes(picture.read())
+            with writing(path):
+                path.write_bytes(picture.read())
             self._files[picture.key] = str(path)
         return self._files[picture.key]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.program import interruptible, program
     from model.progress import Show, messages, progress
     from model.records import format_prompt, json_values, read_records, read_text
-    from model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
+    from model.run_folder import append, held, make_directory, refuse_unwritable, write_file, writing
     from model.sampling import generate
     from model.tokenizer import Tokenizer, load_tokenizer
     from model.vision.adapter import VisualAdapter
@@ -30,7 +30,7 @@ else:
     from ..model.program import interruptible, program
     from ..model.progress import Show, messages, progress
     from ..model.records import format_prompt, json_values, read_records, read_text
-    from ..model.run_folder import held, make_directory, refuse_unwritable, write_file, writing
+    from ..model.run_folder import append, held, make_directory, refuse_unwritable, write_file, writing
     from ..model.sampling import generate
     from ..model.tokenizer import Tokenizer, load_tokenizer
     from ..model.vision.adapter import VisualAdapter
@@ -38,7 +38,7 @@ else:
     from ..model.vision.options import open_source
 
 __all__ = [
-    "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images",
+    "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images", "append",
     "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
     "json_values", "load_base", "load_tokenizer", "make_directory", "messages", "note",
     "open_adapter", "open_device", "open_source", "program", "progress", "read_records", "read_text",

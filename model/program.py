@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
+from threading import Event, current_thread, main_thread
 from types import FrameType
 
 from zinit_kernels.console import is_out_of_memory, silence
 
 from .errors import UserError
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # How launchers tell a process how many there are, and which one it is
 _LAUNCHERS = {
     "WORLD_SIZE": "RANK",  # torchrun, accelerate, deepspeed
@@ -123,9 +124,18 @@ def refuse_several_processes(torchrun: bool = False) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets. A second one ends the program as usual."""
+    """An event that the first Ctrl-C sets, or SIGTERM, or SIGHUP when the terminal goes. A second one ends the program
+    as usual. What is ignored stays so: SIGHUP under nohup, Ctrl-C in the background of a shell script.
+
+    Only the main thread can take signals; in another one the event is never set.
+    """
     event = Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in _ENDINGS}
+    if current_thread() is not main_thread():
+        previous = {}
+    previous = {
+        number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)
+    }
 
     def ask(number: int, frame: FrameType | None) -> None:
         event.set()

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ def write_file(path: str | Path, content: bytes) -> None:
     """Replaces the file in one step. Raises UserError if it cannot be written; the old file is then unchanged."""
     with writing(path):
         write_atomically(path, content)
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Appends to a file that was opened without a buffer. An OSError leaves what was there, and no half of `content`.
+
+    A buffer would keep what a full disk refused, and fail again when the file is closed.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 @contextmanager
@@ -104,7 +119,7 @@ def make_directory(directory: str | Path) -> Path:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per line, each with its "step". Every line is flushed when it is written.
+    """metrics.jsonl: one object per line, each with its "step". A line is in the file as soon as it is written.
 
     Training lines have the step, from 0; validation lines have the number of steps done. A run that resumes after
     `steps_done` steps drops the lines of later steps and writes them again. A new run, with 0, starts an empty file.
@@ -124,7 +139,7 @@ class MetricsLog:
         self._file = None
         if writes:
             write_file(self.path, "".join(map(_line, self.entries)).encode())
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 closed by close()
 
     def write(self, **entry: Any) -> None:
         """Appends one line, and tells it to whoever else wants it."""
@@ -133,8 +148,7 @@ class MetricsLog:
             tell(entry)
         if self._file is not None:
             with writing(self.path):
-                self._file.write(_line(entry))
-                self._file.flush()
+                append(self._file, _line(entry).encode())
 
     def close(self) -> None:
         """Closes the file; `entries` stays."""

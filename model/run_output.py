@@ -56,9 +56,9 @@ class RunOutput:
         self.trackers = []
         if self.writes:
             if not self.options.resume:
-                self.save_state(
-                    done
-                )  # first: whatever ends the run from here on, --resume goes on with this one
+                # first: whatever ends the run from here on, --resume goes on with this one
+                self.save_state(done)
+            if done == 0:  # also where that one was killed before it had removed what an older run left
                 self._remove(set(FILES) - {"checkpoint.pt", "metrics.jsonl"})
             remove_leftovers(self.folder, FILES)
             config = config_of(self.options)

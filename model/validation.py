@@ -16,6 +16,7 @@ from .data import Sample
 from .errors import UserError
 from .llama import Llama, about_images
 from .records import read_prompts
+from .run_folder import append, write_file, writing
 from .sampling import generate
 from .tokenizer import Tokenizer
 
@@ -97,8 +98,9 @@ class Previews:
                     "answer": self.tokenizer.decode(answer),
                 }
             )
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with writing(self.path), open(self.path, "ab", buffering=0) as file:
+            append(file, text.encode())
         return f"step {step}: {lines[0]['answer']!r}"
 
 
@@ -107,10 +109,10 @@ def drop_later(path: Path, steps_done: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= steps_done:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut short by a crash
-    path.write_text("".join(kept) if steps_done else "", encoding="utf-8")
+    write_file(path, b"".join(kept) if steps_done else b"")

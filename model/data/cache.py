@@ -146,6 +146,9 @@ def _write(directory: Path, samples: Iterable[Sample | None], encoder: Encoder) 
             add("offsets", [sizes["tokens"]])
             add("answer_offsets", [sizes["answers"]])
             add("digests", [sample_digest(sample)])
+        for file in files.values():  # before the file that says that they are whole
+            file.flush()
+            os.fsync(file.fileno())
     facts = {
         "sizes": sizes,
         "num_records": num_records,

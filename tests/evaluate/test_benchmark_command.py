@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from benchmark_folders import FOLDERS, PIXEL, right_answer, scienceqa, vicuna
 from evaluate_program import run
+from full_disk import files_of_at_most
 from tiny_runs import make_base, make_folder
 
 from evaluate import benchmark_command, models
@@ -413,3 +414,28 @@ def test_no_escape_sequence_of_a_file_reaches_the_terminal(tmp_path, monkeypatch
     assert run("vicuna", "--base", "b", "--data", tmp_path / "data", "--out", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\u202e" not in out and "\\x1b[31mmath\\u202e" in out
+
+
+def test_a_full_disk_costs_the_answers_of_a_batch(tmp_path):
+    """No half of a line stays, and closing the file has nothing left to say."""
+    path, run = tmp_path / "answers.jsonl", {"benchmark": "mme"}
+    file = LineFile(path, run)
+    file.add([{"id": "0", "answer": "a"}])
+    before = path.read_bytes()
+    with files_of_at_most(len(before) + 10):
+        with pytest.raises(UserError, match="cannot write .*answers.jsonl: File too large"):
+            file.add([{"id": "1", "answer": "b"}])
+        file.close()
+    assert path.read_bytes() == before
+    assert [entry["id"] for _, entry in LineFile(path, run).entries] == ["0"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 20])
+def test_a_header_that_was_cut_short_is_written_again(tmp_path, length):
+    path, run = tmp_path / "answers.jsonl", {"benchmark": "mme"}
+    path.write_text(json.dumps({"run": run})[:length])
+    LineFile(path, run).add([{"id": "0", "answer": "a"}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"run": run},
+        {"id": "0", "answer": "a"},
+    ]

@@ -7,9 +7,11 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,6 +74,31 @@ def test_the_other_processes_wait_and_end_with_the_same_status():
         assert other.poll() is None
         other.terminate()
         assert (other.wait(), other.stderr.read()) == (2, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_asks_and_what_is_ignored_stays_so(number):
+    """SIGHUP comes when the terminal is closed. nohup ignores it, and shell scripts ignore Ctrl-C for `command &`."""
+    before = signal.signal(number, lambda *_: None)
+    try:
+        with shared.interruptible() as event:
+            os.kill(os.getpid(), number)
+            assert event.wait(10)
+        signal.signal(number, signal.SIG_IGN)
+        with shared.interruptible() as event:
+            os.kill(os.getpid(), number)
+            assert not event.wait(0.05) and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_thread_that_takes_no_signals_is_not_refused():
+    def work():
+        with shared.interruptible() as event:
+            return event.is_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result(60) is False
 
 
 def no_memory_of_torch() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_runs import arguments, contents, losses_of, make_base, run, write_tokenizer
 
+from model import run_output
 from model import train as program
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
@@ -310,3 +311,25 @@ def test_a_folder_that_is_taken_away_while_the_run_writes(folder, tmp_path, caps
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not output.exists() or not list(output.iterdir())
     assert (tmp_path / "moved" / "checkpoint.pt").exists()
+
+
+def test_a_new_run_that_is_killed_at_once_leaves_nothing_of_the_old_one(folder, tmp_path, monkeypatch):
+    """--overwrite, then kill -9 right behind the first checkpoint: --resume removes what the new run would have."""
+    output = tmp_path / "out"
+    assert run(*arguments(folder, output), "--keep-best") == 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        save_checkpoint(*args)
+        raise Killed
+
+    words = arguments(folder, output, "--base-lr", "0.25")
+    with monkeypatch.context() as patched:
+        patched.setattr(run_output, "save_checkpoint", killed)
+        with pytest.raises(Killed):
+            run(*words, "--overwrite")
+    assert (output / "best.safetensors").exists()
+    assert run(*words, "--resume") == 0
+    assert not (output / "best.safetensors").exists()

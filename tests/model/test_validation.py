@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 from tiny_runs import CONFIG, arguments, losses_of, make_base, run
 from torch import nn
 
@@ -20,8 +21,8 @@ from model.data import Sample
 from model.errors import UserError
 from model.mixture import Mixture
 from model.recipe import Recipe
-from model.run_folder import read_metrics
-from model.validation import Best
+from model.run_folder import append, read_metrics
+from model.validation import Best, drop_later
 
 
 def test_best_counts_validations_without_progress():
@@ -75,6 +76,30 @@ def test_previews_are_written_and_change_nothing(folder, whole_run, tmp_path):
     assert run(*words) == 0
     (line,) = (output / "previews.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"].endswith("Say it.")
+
+
+LINES = b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 2, "answer": "\xc3', b'{"step"', b"\xff\n"])
+def test_previews_that_a_crash_cut_short_are_dropped(tmp_path, tail):
+    """Also where it cut a character."""
+    path = tmp_path / "previews.jsonl"
+    path.write_bytes(LINES + tail)
+    drop_later(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_previews_survive_a_full_disk(tmp_path):
+    path = tmp_path / "previews.jsonl"
+    path.write_bytes(LINES)
+    with files_of_at_most(5), pytest.raises(UserError, match="previews.jsonl: File too large; .*unchanged"):
+        drop_later(path, 2)
+    assert path.read_bytes() == LINES and list(tmp_path.iterdir()) == [path]
+    too_large = pytest.raises(OSError, match="File too large")
+    with files_of_at_most(len(LINES) + 5), open(path, "ab", buffering=0) as file, too_large:
+        append(file, LINES)
+    assert path.read_bytes() == LINES
 
 
 def test_metrics_have_each_layers_gradient_and_gate(whole_run):

@@ -145,6 +145,10 @@ def measure_command(command: list[str], console: Console) -> int:
     if arguments.base:
         if arguments.smoke:
             raise BenchError("--base compares figures, and --smoke keeps none: leave one of them out.")
+        if arguments.results != RESULTS or arguments.resume:
+            raise BenchError(
+                "--base keeps no ledger, so it has no use for --results or --resume: leave them out."
+            )
         return compare_command(arguments, command, console)
     if arguments.scratch and not arguments.scratch.is_dir():
         raise BenchError(f"--scratch {arguments.scratch} is not a folder.")

@@ -390,6 +390,8 @@ def test_the_profiling_page_names_what_the_code_names():
         (["agree", "no_such_suite"], "there is no suite no_such_suite: use attention, "),
         (["attention", "--smoke", "--shape", "no such model"], "nothing was measured"),
         (["attention", "--smoke", "--base", "HEAD"], "--smoke keeps none"),
+        (["attention", "--base", "HEAD", "--results", "out"], "no use for --results or --resume"),
+        (["attention", "--base", "HEAD", "--resume"], "no use for --results or --resume"),
         (["seven_billion", "--scratch", "no/such/folder"], "no/such/folder is not a folder"),
         (["report", "--results", "no/such/folder"], "no/such/folder holds no ledger"),
         (["verdicts", "--results", "no/such/folder"], "no/such/folder holds no ledger"),

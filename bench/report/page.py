@@ -92,13 +92,16 @@ def speed_table(rows: Sequence[Measured], title: str, in_readme: bool) -> list[s
 def target_section(rows: Sequence[Measured]) -> list[str]:
     plain, targets = [m.row for m in rows], targets_of(device_of(rows))
     verdicts = [judged(target, plain) for target in targets]
-    lines = [target_cells(target, verdict) for target, verdict in zip(targets, verdicts, strict=True)]
+    measured = [pair for pair in zip(targets, verdicts, strict=True) if pair[1].figures]
+    lines = [target_cells(target, verdict) for target, verdict in measured]
     for line in lines:
         line[-1] = f"**{line[-1]}**" if line[-1].startswith("missed") else line[-1]
+    left_out = len(targets) - len(measured)
+    others = f" The other {left_out} targets were not measured on this chip." if left_out else ""
     return [
         "### Targets",
         "",
-        f"{targets_met(verdicts)}. What was measured is the range over all shapes of a target.",
+        f"{targets_met(verdicts)}. What was measured is the range over all shapes of a target.{others}",
         "",
         *markdown(TARGET_HEADER, lines),
     ]
@@ -166,7 +169,7 @@ def readme_block(chips: Mapping[str, Sequence[Measured]], pictures: Mapping[str,
         lines += speed_table(rows, chip_of(rows), in_readme=True)
         lines += [
             f"Measured {days_of(rows)}; {target_verdicts(rows)}.",
-            *map(other_chip, map(chips.get, others)),
+            *filter(None, (other_chip(chips[folder]) for folder in others)),
             "",
         ]
     lines.append(
@@ -176,17 +179,19 @@ def readme_block(chips: Mapping[str, Sequence[Measured]], pictures: Mapping[str,
 
 
 def other_chip(rows: Sequence[Measured]) -> str:
-    """A chip without a table in the README: its targets, and its lowest speed-up of the table's rows."""
+    """A chip without a table in the README: its targets, and its lowest speed-up of the table's rows. Nothing of a chip
+    on which none of these rows was measured: the page has it.
+    """
     speeds = [
         (speed, comparison)
         for comparison in comparisons_of(device_of(rows), in_readme=True)
         for _, speed in comparison.speeds(rows)
     ]
-    lowest = ""
-    if speeds:
-        speed, comparison = min(speeds, key=lambda pair: pair[0])
-        lowest = f"; at the lowest {speed:.2f}x ({comparison.what}, compared with {comparison.other})"
-    return f"On {chip_of(rows)}, {days_of(rows)}: {target_verdicts(rows)}{lowest}."
+    if not speeds:
+        return ""
+    speed, comparison = min(speeds, key=lambda pair: pair[0])
+    lowest = f"at the lowest {speed:.2f}x ({comparison.what}, compared with {comparison.other})"
+    return f"On {chip_of(rows)}, {days_of(rows)}: {target_verdicts(rows)}; {lowest}."
 
 
 def with_block(readme: str, block: str) -> str:

@@ -141,6 +141,7 @@ def test_the_readme_shows_the_newest_complete_chip_and_the_losses_of_the_others(
     measured("Zen 4", 1, "attention", "targets", ratio=1.25)
     measured("Zen 5", 2, "attention", "targets", ratio=0.5)
     measured("Zen 6", 3, "targets", ratio=0.25)
+    measured("Zen 7", 4, "serve", ratio=0.125)  # none of the README's rows
     page, readme = written(results, tmp_path)
     assert "| Zen 5 | compared with | float32 |" in readme
     assert "| forward | plain SDPA (no prompts) | 2.00x |" in readme
@@ -149,7 +150,9 @@ def test_the_readme_shows_the_newest_complete_chip_and_the_losses_of_the_others(
         "plain SDPA (no prompts))." in readme
     )
     assert "On Zen 6, 2026-01-03: 1 of 1 targets met" in readme
-    assert all(f"## {chip}\n" in page for chip in ("Zen 4", "Zen 5", "Zen 6"))
+    assert "Zen 7" not in readme
+    assert all(f"## {chip}\n" in page for chip in ("Zen 4", "Zen 5", "Zen 6", "Zen 7"))
+    assert "not measured on this chip" in page and "| not measured |" not in page
     assert main(["agree", "--results", str(results)]) == 2
     measured("Zen 4", 4, "targets", ratio=1.25)
     assert main(["agree", "--results", str(results)]) == 0

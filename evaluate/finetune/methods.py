@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from zinit_kernels.integrations.transformers import (
-    ARCHITECTURES,
-    add_zero_init_attention,
-    parameter_groups,
-)
+from zinit_kernels.integrations.layers import attention_layers
+from zinit_kernels.integrations.transformers import add_zero_init_attention, parameter_groups
 
 from ..shared import UserError
 from .one_softmax import add_one_softmax_prompts
@@ -133,12 +130,9 @@ def adapt(
 def _lora_targets(model: nn.Module) -> list[str]:
     """The names of the query and value projections of every attention layer."""
     found = []
-    for name, module in model.named_modules():
-        if type(module).__name__ in ARCHITECTURES:
-            for names in (_QUERY, _VALUE):
-                found += [f"{name}.{part}" for part in names if part in module._modules][:1]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no attention of a known architecture")
+    for layer in attention_layers(model):
+        for names in (_QUERY, _VALUE):
+            found += [f"{layer.name}.{part}" for part in names if part in layer.attention._modules][:1]
     return found
 
 

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from zinit_kernels.integrations.transformers import ARCHITECTURES, Projection
+from zinit_kernels.integrations.architectures import Projection, architecture_of
+from zinit_kernels.integrations.layers import Layer, attention_layers
 
 from ..shared import UserError
 
@@ -38,22 +39,16 @@ def add_one_softmax_prompts(model: Any, prompt_length: int, num_layers: int) -> 
     Raises:
         ValueError: no layer of a known architecture.
     """
-    stacks: dict[str, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if type(module).__name__ in ARCHITECTURES and not getattr(module, "is_cross_attention", False):
-            parts = name.split(".")
-            place = max((i for i, part in enumerate(parts) if part.isdigit()), default=len(parts))
-            stacks.setdefault(".".join(parts[:place]), []).append(module)
-    if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} has no attention of a known architecture ({', '.join(ARCHITECTURES)})"
-        )
+    stacks: dict[str, list[Layer]] = {}
+    for layer in attention_layers(model):
+        stacks.setdefault(layer.stack, []).append(layer)
     found = []
     for layers in stacks.values():
-        for layer in cast(list[Any], layers[-num_layers:]):
-            prompt = torch.randn(prompt_length, layer.config.hidden_size)
-            layer.shared_prompts = SharedPrompts(prompt, ARCHITECTURES[type(layer).__name__])
-            found.append(layer.shared_prompts.prompt)
+        for layer in layers[-num_layers:]:
+            prompt = torch.randn(prompt_length, layer.attention.config.hidden_size)
+            shared = SharedPrompts(prompt, architecture_of(layer.attention)[1])
+            layer.attention.shared_prompts = shared
+            found.append(shared.prompt)
     model.set_attn_implementation(NAME)
     return found
 

@@ -1,5 +1,7 @@
 """Tiny encoders with random weights, written as transformers writes folders, and small pictures."""
 
+import importlib
+
 import numpy as np
 import torch
 import transformers
@@ -34,16 +36,16 @@ def encoder_model(kind, seed=0, **changes):
 
 
 def processor(kind, size=28):
-    from transformers.models.clip import image_processing_pil_clip
-    from transformers.models.siglip import image_processing_pil_siglip
-    from transformers.models.vit import image_processing_pil_vit
-
+    """Of transformers 5 the variant that needs no torchvision; of transformers 4 it is the plain one."""
+    name = {"siglip": "Siglip", "vit": "ViT"}.get(kind, "CLIP")
+    folder = f"transformers.models.{name.lower()}.image_processing"
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        module, name = f"{folder}_pil_{name.lower()}", f"{name}ImageProcessorPil"
+    else:
+        module, name = f"{folder}_{name.lower()}", f"{name}ImageProcessor"
     square = {"height": size, "width": size}
-    if kind in ("clip", "dinov2"):
-        return image_processing_pil_clip.CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square)
-    if kind == "siglip":
-        return image_processing_pil_siglip.SiglipImageProcessorPil(size=square)
-    return image_processing_pil_vit.ViTImageProcessorPil(size=square)
+    options = {"size": {"shortest_edge": size}, "crop_size": square} if "CLIP" in name else {"size": square}
+    return getattr(importlib.import_module(module), name)(**options)
 
 
 def encoder_folder(path, kind="clip", seed=0, **changes):

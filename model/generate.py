@@ -23,6 +23,7 @@ from .chat import encode_chat
 from .chat_loop import Conversation
 from .chat_loop import run as run_conversation
 from .errors import UserError, program_name, run_program
+from .huge_pages import use_huge_pages
 from .llama import Adapter, Llama, about_images
 from .loading import DTYPES, default_device, load_base, open_device
 from .program import program
@@ -165,6 +166,7 @@ def _load_base(arguments: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     device = open_device(arguments.device)
     model = load_base(arguments.base, DTYPES.get(arguments.dtype), device, arguments.quantise).freeze()
     model.set_backend(arguments.backend)
+    use_huge_pages(model)
     return model, load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
 
 

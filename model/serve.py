@@ -17,6 +17,7 @@ from types import ModuleType
 from zinit_kernels.console import Parser
 
 from .errors import UserError, program_name, run_program
+from .huge_pages import use_huge_pages
 from .llama import Adapter, Llama
 from .loading import DTYPES, default_device, load_base, open_device
 from .program import program
@@ -86,6 +87,7 @@ def main(command_line: list[str] | None = None) -> None:
     device = open_device(arguments.device)
     model = load_base(arguments.base, DTYPES.get(arguments.dtype), device, arguments.quantise).freeze()
     model.set_backend(arguments.backend)
+    use_huge_pages(model)
     tokenizer = load_tokenizer(arguments.base).check_vocabulary(model.config.vocab_size)
     engine = Engine(
         model,

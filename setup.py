@@ -58,7 +58,7 @@ NVCC_FLAGS = [  # the time that each file takes is printed
 CPU_PART, CUDA_PART, HOST_PART = "zinit_kernels._C_cpu", "zinit_kernels._C_cuda", "zinit_kernels._C_host"
 CPU_BINDINGS = [
     "csrc/cpu/dispatch.cpp", "csrc/cpu/bindings_attention.cpp", "csrc/cpu/bindings_decode.cpp",
-    "csrc/cpu/bindings_linear.cpp", "csrc/cpu/bindings_layers.cpp",
+    "csrc/cpu/bindings_linear.cpp", "csrc/cpu/bindings_layers.cpp", "csrc/cpu/bindings_rows.cpp",
 ]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]

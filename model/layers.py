@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from zinit_kernels import rows
 
 from .config import LlamaConfig
 from .rope_scaling import RopeScaling
@@ -33,25 +34,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        rstd = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        out, rstd = rows.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).to(x.dtype).mul_(weight.to(x.dtype))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd
-        grad_weight = None
+        grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_x = None
+            grad_weight = (grad * (x * rstd)).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad_normed = grad * weight.to(normed.dtype)
-            along = (grad_normed * normed).mean(-1, keepdim=True)
-            grad_x = grad_normed.sub_(normed.mul_(along)).mul_(rstd).to(x.dtype)
+            grad_x = rows.rms_norm_backward(grad, x, weight, rstd)
         return grad_x, grad_weight, None
 
 
@@ -61,13 +56,12 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return rows.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return rows.swiglu_backward(grad, *ctx.saved_tensors)
 
 
 class Rotary(torch.autograd.Function):
@@ -78,18 +72,12 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return rows.rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+        return rows.rotate(grad, *ctx.saved_tensors, backwards=True), None, None
 
 
 def rotary_frequencies(

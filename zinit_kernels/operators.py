@@ -18,6 +18,9 @@ and, on the CPU alone, what decoding does around attention:
     decode_layers -> out                    out [B, T, C]: the next T tokens of B cached sequences through all layers
                                             of a LLaMA and its last norm (`model/decoding.py`); writes the caches
 
+and what a training step does between its matrix products (`rows.py`): rms_norm, swiglu, rotate, cross_entropy, and the
+gradients of the first two.
+
 They are defined here, in Python, so that they exist without any native file. The compiled libraries and the Triton room
 register their kernels for them; `backends/fused.py` puts autograd around them.
 """
@@ -46,7 +49,7 @@ SCHEMAS = {
     "decode": f"({CACHE_CALL.parameters}) -> (Tensor out, Tensor lse)",
     "prompt": f"({PROMPT_CALL.parameters}) -> ()",
 }
-# What decoding does around attention, on the CPU alone. See `packed.py` and `model/decoding.py`.
+# What a model does around attention, on the CPU alone. See `packed.py`, `rows.py` and `model/decoding.py`.
 AROUND = {
     "linear": "(Tensor input, Tensor weight, int rows, int scheme) -> Tensor",
     "unpack": "(Tensor weight, int rows, int columns, int scheme, Tensor? indices, Tensor like) -> Tensor",
@@ -54,13 +57,19 @@ AROUND = {
     "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
     "Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, Tensor? prompt_index, float scale, "
     "int window_left, bool tanh_gate) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
+    "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+    "swiglu_backward": "(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
+    "rotate": "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor",
+    "cross_entropy": "(Tensor(a!) logits, Tensor targets, bool wants_gradient) -> Tensor",
 }
 NAMES = {
     "forward": CALL.names,
     "backward": (*SAVED.names, *CALL.names, "needs"),
     "decode": CACHE_CALL.names,
     "prompt": PROMPT_CALL.names,
-    **{stage: tuple(re.findall(r"(\w+)(?:, |\) ->)", schema)) for stage, schema in AROUND.items()},
+    **{stage: tuple(re.findall(r"(\w+)[,)]", schema.partition("->")[0])) for stage, schema in AROUND.items()},
 }
 
 
@@ -103,6 +112,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (rows if indices is None else indices.shape[0], columns)
     ),
     "decode_layers": lambda input, *others: input.new_empty(input.shape),
+    "rms_norm": lambda x, weight, eps: (
+        x.new_empty(x.shape),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    ),
+    "rms_norm_backward": lambda grad, x, weight, rstd: x.new_empty(x.shape),
+    "swiglu": lambda gate, up: gate.new_empty(gate.shape),
+    "swiglu_backward": lambda grad, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+    "rotate": lambda x, cos, sin, backwards: x.new_empty(x.shape),
+    "cross_entropy": lambda logits, targets, wants_gradient: logits.new_empty(
+        targets.shape, dtype=torch.float32
+    ),
 }
 
 

@@ -252,7 +252,8 @@ Tensor decode_layers(const Tensor& input, std::vector<Tensor> weights, std::vect
     for (DecodeWork& tokens : layer.attention) tokens.partials = partials.get();
   }
 
-  NormWork norm{M, C, stream, norm_of(final_norm, "final_norm"), static_cast<float>(eps), type, nullptr};
+  NormWork norm{M,    C,       stream, norm_of(final_norm, "final_norm"), static_cast<float>(eps),
+                type, nullptr, nullptr};
   Tensor out = device.empty_contiguous({B, T, C}, dtype);
   norm.out = out.data_ptr();
   steps.push_back(step_of(kernels().norm, norm));

@@ -6,6 +6,7 @@
 // a weak symbol, and it could be the AVX-512 one.
 #pragma once
 #include "linear_work.h"
+#include "row_work.h"
 #include "work.h"
 
 namespace zinit::cpu {
@@ -34,6 +35,10 @@ struct KernelTable {
   PreparedStage<LinearWork> linear;
   Stage<NormWork> norm;
   Stage<UnpackWork> unpack;
+  Stage<NormBackwardWork> norm_backward;
+  Stage<SwigluWork> swiglu;
+  Stage<RotateWork> rotate;
+  Stage<CrossEntropyWork> cross_entropy;
 };
 
 extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

@@ -86,9 +86,9 @@ struct LinearScratch {
 
 int64_t linear_scratch(const LinearWork& w) { return LinearScratch(w, nullptr).bytes; }
 
-// x / rms(x) * weight, rounded to T; padded with zeros to whole vectors.
+// x / rms(x) * weight, rounded to T; padded with zeros to whole vectors. Returns 1 / rms(x).
 template <class T>
-inline void norm_row(const float* x, const T* weight, float eps, int64_t K, T* to) {
+inline float norm_row(const float* x, const T* weight, float eps, int64_t K, T* to) {
   Vec squares[4] = {broadcast(0.f), broadcast(0.f), broadcast(0.f), broadcast(0.f)};
   for (int64_t k = 0, i = 0; k < K; k += kLanes, i = (i + 1) & 3) {
     const Vec v = load(x + k);
@@ -96,7 +96,8 @@ inline void norm_row(const float* x, const T* weight, float eps, int64_t K, T* t
   }
   const float mean =
       reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3])) / static_cast<float>(K);
-  const Vec factor = broadcast(1.f / __builtin_sqrtf(mean + eps));
+  const float rstd = 1.f / __builtin_sqrtf(mean + eps);
+  const Vec factor = broadcast(rstd);
   for (int64_t k = 0; k < K; k += kLanes) {
     T normed[kLanes];
     store(normed, load(x + k) * factor);
@@ -107,6 +108,7 @@ inline void norm_row(const float* x, const T* weight, float eps, int64_t K, T* t
       store_first(to + k, K - k, scaled);
     }
   }
+  return rstd;
 }
 
 // The activations of this step into a thread's scratch.
@@ -215,8 +217,9 @@ void norm_run(const NormWork& w, int64_t begin, int64_t end, void* memory) {
   with_dtype(w.dtype, [&]<class T>() {
     for (int64_t m = begin; m < end; ++m) {
       load_row(static_cast<const T*>(w.input) + m * w.columns, w.columns, row);
-      norm_row(row, static_cast<const T*>(w.norm_weight), w.eps, w.columns,
-               static_cast<T*>(w.out) + m * w.columns);
+      const float rstd = norm_row(row, static_cast<const T*>(w.norm_weight), w.eps, w.columns,
+                                  static_cast<T*>(w.out) + m * w.columns);
+      if (w.rstd != nullptr) w.rstd[m] = rstd;
     }
   });
 }

@@ -83,6 +83,7 @@ struct NormWork {
   float eps;
   DType dtype;
   void* out;
+  float* rstd;  // [M], 1 / rms(input); or null
 };
 
 // Rows of a packed weight as numbers: out[i] = weight[indices[i]], or weight[first + i] without indices.

@@ -5,6 +5,7 @@
 #include "forward.h"
 #include "kernels.h"
 #include "linear.h"
+#include "rows.h"
 
 namespace zinit::cpu {
 
@@ -20,6 +21,10 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .linear = {{linear_items, linear_scratch, linear_run}, linear_prepare},
     .norm = {norm_items, norm_scratch, norm_run},
     .unpack = {unpack_items, unpack_scratch, unpack_run},
+    .norm_backward = {norm_backward_items, no_scratch, norm_backward_run},
+    .swiglu = {swiglu_items, no_scratch, swiglu_run},
+    .rotate = {rotate_items, no_scratch, rotate_run},
+    .cross_entropy = {cross_entropy_items, cross_entropy_scratch, cross_entropy_run},
 };
 
 }  // namespace zinit::cpu

@@ -14,6 +14,7 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "linear_cases.h"
+#include "row_cases.h"
 
 namespace zinit::test {
 namespace {
@@ -328,6 +329,16 @@ int main() {
         std::vector<Result> results;
         const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
         for (auto& [name, values] : linear(table, c, dtype, threads, on_threads)) {
+          results.push_back({name, std::move(values)});
+        }
+        return results;
+      });
+    }
+    for (const RowCase& c : kRowCases) {
+      check(std::string("rows, ") + c.name, dtype, false, [&](const KernelTable& table, int threads) {
+        std::vector<Result> results;
+        const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
+        for (auto& [name, values] : rows(table, c, dtype, threads, on_threads)) {
           results.push_back({name, std::move(values)});
         }
         return results;

@@ -121,9 +121,18 @@ std::vector<std::pair<std::string, std::vector<float>>> linear(const cpu::Kernel
   for (size_t i = 0; i < outs.size(); ++i) results.emplace_back("out " + std::to_string(i), outs[i].values());
 
   const SomeMatrix normed(c.M * c.K, dtype, nullptr);
-  cpu::NormWork n{c.M, c.K, w.input, norm.bytes.get(), 1e-5f, dtype, normed.bytes.get()};
+  const SomeMatrix rstd(c.M, DType::kFloat32, nullptr);
+  cpu::NormWork n{c.M,
+                  c.K,
+                  w.input,
+                  norm.bytes.get(),
+                  1e-5f,
+                  dtype,
+                  normed.bytes.get(),
+                  reinterpret_cast<float*>(rstd.bytes.get())};
   run(table.norm, n, threads);
   results.emplace_back("normed", normed.values());
+  results.emplace_back("1 / rms", rstd.values());
   if (c.schemes[0] != 0) {
     const SomeMatrix numbers(c.N * c.K, dtype, nullptr), chosen(2 * c.K, dtype, nullptr);
     cpu::UnpackWork u{w.weights[0], nullptr, c.N, numbers.bytes.get(), dtype};

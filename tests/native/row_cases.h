@@ -1,0 +1,75 @@
+// What a training step does between its matrix products: the gradient of a norm, SwiGLU, rotary embedding and
+// the cross-entropy. Every operand lies in a heap block of exactly its size.
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "linear_cases.h"
+
+namespace zinit::test {
+
+struct RowCase {
+  const char* name;
+  int64_t rows = 6, columns = 40;
+  int64_t heads = 3, head_dim = 10;
+};
+
+inline const RowCase kRowCases[] = {
+    {.name = "one of everything", .rows = 1, .columns = 1, .heads = 1, .head_dim = 2},
+    {.name = "no rows", .rows = 0},
+    {.name = "short rows"},
+    {.name = "whole vectors", .rows = 5, .columns = 64, .heads = 2, .head_dim = 32},
+    {.name = "several items", .rows = 50, .columns = 1001, .heads = 9, .head_dim = 66},
+};
+
+// run(stage, work, threads) is check_kernels.cpp's.
+template <class Run>
+std::vector<std::pair<std::string, std::vector<float>>> rows(const cpu::KernelTable& table, const RowCase& c,
+                                                             DType dtype, int threads, Run run) {
+  std::mt19937 random(11);
+  const int64_t count = c.rows * c.columns, turned = c.rows * c.heads * c.head_dim, half = c.head_dim / 2;
+  const SomeMatrix x(count, dtype, &random), y(count, dtype, &random), grad(count, dtype, &random);
+  const SomeMatrix weight(c.columns, DType::kFloat32, &random), rstd(c.rows, DType::kFloat32, &random);
+  const auto floats = [](const SomeMatrix& matrix) { return reinterpret_cast<float*>(matrix.bytes.get()); };
+  std::vector<std::pair<std::string, std::vector<float>>> results;
+
+  const SomeMatrix grad_x(count, dtype, nullptr);
+  cpu::NormBackwardWork norm{c.rows,       c.columns, grad.bytes.get(),  x.bytes.get(), floats(weight),
+                             floats(rstd), dtype,     grad_x.bytes.get()};
+  run(table.norm_backward, norm, threads);
+  results.emplace_back("gradient of the norm", grad_x.values());
+
+  const SomeMatrix out(count, dtype, nullptr), grad_gate(count, dtype, nullptr),
+      grad_up(count, dtype, nullptr);
+  cpu::SwigluWork swiglu{};
+  swiglu.count = count, swiglu.gate = x.bytes.get(), swiglu.up = y.bytes.get(), swiglu.dtype = dtype;
+  swiglu.out = out.bytes.get();
+  run(table.swiglu, swiglu, threads);
+  results.emplace_back("SwiGLU", out.values());
+  swiglu.grad = grad.bytes.get();
+  swiglu.grad_gate = grad_gate.bytes.get(), swiglu.grad_up = grad_up.bytes.get();
+  run(table.swiglu, swiglu, threads);
+  results.emplace_back("gradient of the gate", grad_gate.values());
+  results.emplace_back("gradient of up", grad_up.values());
+
+  const SomeMatrix heads(turned, dtype, &random), rotated(turned, dtype, nullptr);
+  const SomeMatrix cos(c.rows * half, DType::kFloat32, &random), sin(c.rows * half, DType::kFloat32, &random);
+  cpu::RotateWork rotate{c.rows, c.heads, c.head_dim, heads.bytes.get(),  floats(cos), floats(sin),
+                         c.rows, false,   dtype,      rotated.bytes.get()};
+  run(table.rotate, rotate, threads);
+  results.emplace_back("rotated", rotated.values());
+
+  std::vector<int64_t> targets;
+  for (int64_t i = 0; i < c.rows; ++i) targets.push_back(i == 0 ? c.columns - 1 : i * 7 % c.columns);
+  const SomeMatrix loss(c.rows, DType::kFloat32, nullptr);
+  cpu::CrossEntropyWork entropy{c.rows, c.columns, x.bytes.get(), targets.data(), floats(loss), dtype, false};
+  run(table.cross_entropy, entropy, threads);
+  results.emplace_back("loss", loss.values());
+  entropy.wants_gradient = true;
+  run(table.cross_entropy, entropy, threads);
+  results.emplace_back("gradient of the loss", x.values());
+  return results;
+}
+
+}  // namespace zinit::test

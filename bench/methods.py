@@ -25,7 +25,6 @@ from .machine import why_failed, why_missing
 from .problem import PROMPTS
 
 LORA_RANKS = (2, 4, 8, 16, 32)
-UNADAPTED_LAYERS = 2  # the paper adapts all but the lowest two layers
 GATE_VALUE = 0.1
 
 # LLaMA-7B at an eighth of its width, with all of its 32 layers, 30 of them adapted: 105 million parameters
@@ -36,12 +35,22 @@ THREE_BILLION = LlamaConfig(
 )
 TINY = LlamaConfig(256, 64, 172, num_layers=4, num_heads_q=2, num_heads_kv=2, head_dim=32)
 
+# a few layers of Llama-3.2-1B, all of them adapted, and the vocabulary of LLaMA
+ONE_BILLION_SLICE = LlamaConfig(
+    32000, 2048, 8192, num_layers=3, num_heads_q=32, num_heads_kv=8, head_dim=64, rope_theta=500000.0
+)
+
 # by how much of its value a loss may differ from the one in float64
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 ADAPTER, PEFT, LITGPT = "zinit adapter", "PEFT adaption prompt", "litgpt adapter"
 ACCELERATED = f"{PEFT}, accelerated"
 NEEDS_HF, NEEDS_PEFT = ("transformers",), ("transformers", "peft")
+
+
+def unadapted_layers(config: LlamaConfig) -> int:
+    """The paper adapts all but the lowest two layers. Of a slice of a model, which stands for its middle, all."""
+    return 2 if config.num_layers > 3 else 0
 
 
 def random_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Llama:
@@ -105,7 +114,7 @@ def in_peft(base: Llama) -> Any:
     """PEFT's adaption prompts on transformers' model."""
     from peft import AdaptionPromptConfig, get_peft_model
 
-    layers = base.config.num_layers - UNADAPTED_LAYERS
+    layers = base.config.num_layers - unadapted_layers(base.config)
     config = AdaptionPromptConfig(adapter_len=PROMPTS, adapter_layers=layers, task_type="CAUSAL_LM")
     return gates_set(get_peft_model(in_transformers(base), config), "adaption_gate")
 
@@ -140,13 +149,13 @@ def in_litgpt(base: Llama) -> Any:
                 head_size=config.head_dim, intermediate_size=config.intermediate_size, norm_eps=config.norm_eps,
                 rope_base=int(config.rope_theta), rotary_percentage=1.0, bias=False, norm_class_name="RMSNorm",
                 mlp_class_name="LLaMAMLP", parallel_residual=False, adapter_prompt_length=PROMPTS,
-                adapter_start_layer=UNADAPTED_LAYERS,
+                adapter_start_layer=unadapted_layers(config),
             )
         )  # fmt: skip
     model.load_state_dict(litgpt_weights(base), assign=True, strict=False)
     with torch.device(base.device):
         model.cos, model.sin = model.rope_cache(device=base.device)
-        for layer in model.transformer.h[UNADAPTED_LAYERS:]:
+        for layer in model.transformer.h[unadapted_layers(config) :]:
             layer.attn.adapter_wte = nn.Embedding(PROMPTS, config.hidden_size, dtype=base.dtype)
             layer.attn.gating_factor = nn.Parameter(
                 torch.zeros(1, 1, config.num_heads_q, 1, dtype=base.dtype)
@@ -185,7 +194,7 @@ def gates_set(model: Any, name: str) -> Any:
 
 def forget_projected_prompts(model: Any) -> None:
     """litgpt keeps the prompts of its first pass with their graph; without this a second training step raises."""
-    for layer in model.transformer.h[UNADAPTED_LAYERS:]:
+    for layer in model.transformer.h:
         layer.attn.adapter_kv_cache = None
 
 
@@ -210,7 +219,7 @@ class Method:
 
 def our_adapter(base: Llama) -> LlamaAdapter:
     """The paper's adapter, with gates away from zero."""
-    layers = base.config.num_layers - UNADAPTED_LAYERS
+    layers = base.config.num_layers - unadapted_layers(base.config)
     adapter = LlamaAdapter(base.config, AdapterConfig(prompt_length=PROMPTS, num_layers=layers)).to(
         base.device
     )

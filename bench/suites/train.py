@@ -27,6 +27,7 @@ from ..methods import (
     EIGHTH,
     LITGPT,
     METHODS,
+    ONE_BILLION_SLICE,
     PEFT,
     SEVEN_BILLION,
     THREE_BILLION,
@@ -36,6 +37,7 @@ from ..methods import (
     why_wrong,
 )
 from ..problem import PROMPTS, name_of
+from ..products import products_of
 from ..runner import (
     Chart,
     Comparison,
@@ -56,7 +58,8 @@ from ..runner import (
 SAMPLES, EPOCHS, PADDED, MEAN_LENGTH = 52002, 5, 512, 130
 STEP = "training step"
 SPEED, PEAK_GB = "tokens/s", "peak GB"
-LORA = "LoRA r = 32"
+LORA, LORA_8 = "LoRA r = 32", "LoRA r = 8"
+PRODUCTS = "its matrix products alone"  # of a step of this project's adapter
 
 
 class Base(NamedTuple):
@@ -65,11 +68,22 @@ class Base(NamedTuple):
     batch: int
     seqlen: int
     methods: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # on a CPU
 
 
 TABLE_11 = tuple(method.name for method in METHODS if method.name != LORA)
 BASES = {
-    "cpu": [Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 1, 256, TABLE_11)],
+    "cpu": [
+        Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 1, 256, TABLE_11),
+        Base(
+            "3 layers of Llama-3.2-1B",
+            ONE_BILLION_SLICE,
+            8,
+            256,
+            (ADAPTER, PEFT, LITGPT, LORA_8),
+            (torch.float32, torch.bfloat16),
+        ),
+    ],
     "cuda": [
         # the targets' base comes first: gpu-check may stop the ones after it
         Base("Llama-3.2-3B", THREE_BILLION, 4, 512, (ADAPTER, ACCELERATED, PEFT, LORA)),
@@ -80,14 +94,14 @@ SMOKE = Base("tiny LLaMA", TINY, 2, 32, TABLE_11)
 
 
 def train_jobs(options: Options) -> list[Job]:
-    """One per base and dtype, with all methods in turns; on a CPU only float32, since nobody trains in half there."""
+    """One per base and dtype, with all methods in turns; on a CPU in the base's own dtypes."""
     bases = [SMOKE] if options.smoke else BASES[options.device.type]
-    dtypes = options.dtypes if options.device.type == "cuda" else (torch.float32,)
+    on_gpu = options.device.type == "cuda"
     return [
         Job(f"train, {base.name}, {name_of(dtype)}", partial(train_rows, options, base, dtype))
         for base in bases
         if options.wants_shape(base.name)
-        for dtype in dtypes
+        for dtype in (options.dtypes if on_gpu else base.dtypes)
     ]
 
 
@@ -158,8 +172,17 @@ def train_rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> 
         counts[method.name], steps[method.name] = count, step
     if not steps:
         return
+    calls = dict(steps)
+    if ADAPTER in steps:
+        calls[PRODUCTS] = products_of(steps[ADAPTER], model)
     seconds = options.seconds if options.smoke else 4 * options.seconds
-    times = measure(steps, seconds, Clock(options.device))
+    times = measure(calls, seconds, Clock(options.device))
+    compared = (ADAPTER, PEFT, *((PRODUCTS,) if PRODUCTS in calls else ()))
+    if PRODUCTS in calls:
+        yield Row(
+            "train", base.name, {"batch": base.batch, "seqlen": base.seqlen}, STEP, name_of(dtype), PRODUCTS,
+            ratios={ADAPTER: times.ratio(PRODUCTS, ADAPTER)}, **times.in_ms(PRODUCTS),
+        )  # fmt: skip
     for name in steps:
         rate = base.batch * base.seqlen / times.median(name)
         figures = {"trainable parameters": counts[name], SPEED: rate}
@@ -169,7 +192,7 @@ def train_rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> 
         figures["Alpaca x 5 packed, h"] = SAMPLES * EPOCHS * MEAN_LENGTH / rate / 3600
         yield Row(
             "train", base.name, {"batch": base.batch, "seqlen": base.seqlen}, STEP, name_of(dtype), name,
-            ratios={o: times.ratio(name, o) for o in (ADAPTER, PEFT) if o != name and o in steps},
+            ratios={o: times.ratio(name, o) for o in compared if o != name and o in calls},
             figures=figures, **times.in_ms(name),
         )  # fmt: skip
 
@@ -339,6 +362,38 @@ def dropin_target(what: str, mode: str, other: str, ratio: float) -> Target:
     return Target(name, select, speed_over(other), 1 / ratio)
 
 
+def time_over(other: str) -> Figure:
+    """The time of a step over another's, in the same rounds."""
+    return lambda row, rows: row.ratios.get(other)
+
+
+def share_of_products(dtype: str, most: float) -> Target:
+    select = rows_of(ADAPTER, "train", STEP, "3 layers of Llama-3.2-1B", dtype=dtype)
+    return Target(f"{ADAPTER}, {dtype}: step / {PRODUCTS}", select, time_over(PRODUCTS), most, at_most=True)
+
+
+def step_over(other: str, most: float) -> Target:
+    def figure(row: Row, rows: Sequence[Row]) -> float | None:
+        speed = rate_over(other)(row, rows)
+        return 1 / speed if speed else None
+
+    return Target(f"{ADAPTER}, bfloat16: step / that of {other}", ON_1B, figure, most, at_most=True)
+
+
+ON_1B = rows_of(ADAPTER, "train", STEP, "3 layers of Llama-3.2-1B")
+CPU_TARGETS = (
+    share_of_products("bfloat16", 1.08),
+    share_of_products("float32", 1.05),
+    step_over(LITGPT, 0.86),
+    step_over(PEFT, 0.75),
+    step_over(LORA_8, 0.84),
+    *(
+        Target(
+            f"{ADAPTER}, bfloat16: peak memory / that of {other}", ON_1B, peak_over(other), 1.0, at_most=True
+        )
+        for other in (LITGPT, PEFT, LORA_8)
+    ),
+)
 ON_3B = rows_of(ACCELERATED, "train", STEP, "Llama-3.2-3B")
 TRAIN_TARGETS = (
     Target("PEFT accelerated, Llama-3.2-3B: times as fast as PEFT", ON_3B, speed_over(PEFT), 1.35),
@@ -357,7 +412,7 @@ COMPARISONS = (
     Comparison(STEP, "PEFT's adaption prompt", rows_by(ADAPTER), speed_over(PEFT), 4),
     *(
         Comparison(STEP, name, rows_by(other), speed_of(ADAPTER))
-        for name, other in (("litgpt's adapter", LITGPT), ("LoRA r = 8", "LoRA r = 8"), (FULL, FULL))
+        for name, other in (("litgpt's adapter", LITGPT), (LORA_8, LORA_8), (FULL, FULL))
     ),
     Comparison(f"PEFT accelerated, {STEP}", "PEFT", rows_by(ACCELERATED), speed_over(PEFT)),
 )
@@ -374,7 +429,7 @@ SUITES = (
         "hours are for 52,002 Alpaca samples and 5 epochs at the measured rate: every sample padded to 512 tokens, as "
         "the official script does, and packed (130 tokens on average).",
         train_jobs,
-        targets={"cuda": TRAIN_TARGETS},
+        targets={"cpu": CPU_TARGETS, "cuda": TRAIN_TARGETS},
         comparisons={"cpu": COMPARISONS, "cuda": COMPARISONS},
         charts=(
             Chart(SPEED, "A training step is {} times as fast as PEFT's", ADAPTER, PEFT),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from bench_rows import FACTS, row
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ledger, machine, methods, runner
 from bench.__main__ import RESULTS, main
@@ -21,6 +22,7 @@ from bench.correctness import why_wrong
 from bench.ledger import read
 from bench.machine import ROOT
 from bench.problem import PREFILL, Provider, Shape, make_problem, prefill
+from bench.products import products_of
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
 from bench.suites import attention, compare, generate, serve, seven_billion, targets, train, vision
@@ -312,6 +314,31 @@ def test_every_suite_runs(capsys):
     for name, suite in runner.suites().items():
         assert (f": {name}, " in out) == suite.in_all, name
     assert sorted(RESULTS.rglob("*")) == before
+
+
+def test_the_products_of_a_training_step_are_those_it_cannot_do_without():
+    """Every weight once forward; backward those above the lowest adapted layer's attention; the loss twice."""
+    config, tokens = methods.TINY, 2 * 32
+    base = methods.random_base(config, torch.float32, CPU)
+    _, step = train.training_step(methods.METHODS[0], base, train.SMOKE)
+    run = products_of(step, base)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    heads = config.num_heads_q * config.head_dim
+    attention = config.hidden_size * (heads + 2 * config.num_heads_kv * config.head_dim)
+    others = config.hidden_size * (heads + 3 * config.intermediate_size)
+    adapted = config.num_layers - methods.unadapted_layers(config)
+    weights = config.num_layers * (attention + others) + (adapted - 1) * (attention + others) + others
+    loss = 2 * (tokens - 2) * config.vocab_size * config.hidden_size
+    assert counter.get_total_flops() == 2 * (tokens * weights + loss)
+
+
+def test_a_training_step_stands_beside_its_products_alone():
+    (job,) = train.train_jobs(replace(QUICK, smoke=True, only_providers=(methods.ADAPTER,)))
+    products, ours = job.run(print)
+    assert (products.provider, ours.provider) == (train.PRODUCTS, methods.ADAPTER)
+    assert ours.ratios[train.PRODUCTS] > 1 > products.ratios[methods.ADAPTER]
+    assert {target.bound for target in train.CPU_TARGETS if "products" in target.what} == {1.05, 1.08}
 
 
 def test_every_file_of_the_folder_is_a_suite_and_two_must_be_named():

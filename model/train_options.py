@@ -75,8 +75,10 @@ def _check_method(options: argparse.Namespace) -> None:
     else:
         unused = [name for name in of_adapter if getattr(options, name) is not None]
         unused += ["format"] * (options.format != "zinit")
-        if options.shard or options.tensor_parallel > 1:
-            raise UserError("--method lora takes a whole base: leave out --shard and --tensor-parallel.")
+        if options.tensor_parallel > 1:
+            raise UserError(
+                "--method lora puts its factors into whole layers, which --tensor-parallel cuts: take --shard instead."
+            )
     if unused:
         raise UserError(f"--{unused[0].replace('_', '-')} has no effect with --method {options.method}.")
 

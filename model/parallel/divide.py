@@ -5,8 +5,8 @@
 Tensor parallel: q, k, v, gate and up hold the rows of their own heads or columns, and o and down the columns; DTensor
 adds up their outputs. Prompts go through the same k and v, so their keys and values are divided by head too, and gates
 are cut to the heads. Sharded: each layer's weights lie in equal parts on all processes, and are gathered while it
-runs. The adapter is whole in every process: at 7B it has 5 MB, and to gather it for each layer would cost more than it
-saves.
+runs. What is trained, an adapter or a LoRA, is whole in every process: at 7B an adapter has 5 MB, and to gather it for
+each layer would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _divide_heads(base: Llama, mesh: Any, world: World) -> None:
 def _shard(base: Llama, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # of a LoRA, which is in the base: whole in every process, as an adapter is
+    trained = {parameter for parameter in base.parameters() if parameter.requires_grad}
     for layer in base.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(base, mesh=mesh)
+        fully_shard(layer, mesh=mesh, ignored_params=trained)
+    fully_shard(base, mesh=mesh, ignored_params=trained)
     register_fsdp_forward_method(base, "hidden_states")

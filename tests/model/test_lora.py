@@ -97,6 +97,7 @@ BAD = {
         "q_proj,lm_head",
     ): "--lora-targets 'lm_head': the linear layers are q_proj",
     ("--method", "lora", "--format", "official-v1"): "--format has no effect with --method lora",
+    ("--method", "lora", "--tensor-parallel", "2"): "which --tensor-parallel cuts: take --shard instead",
 }
 
 

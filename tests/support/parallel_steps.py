@@ -14,6 +14,7 @@ from tiny_runs import CONFIG, make_base
 
 from model.adapter import LlamaAdapter
 from model.data import Sample
+from model.lora import Lora, LoraChoice
 from model.parallel.divide import divide
 from model.parallel.world import World, open_world
 from model.recipe import Recipe
@@ -26,6 +27,7 @@ MODES = {
     "tensor": (2, False),
     "both": (2, True),
     "padded": (1, True),
+    "lora": (1, True),
 }
 
 
@@ -39,16 +41,21 @@ def samples() -> list[Sample]:
 def steps(world: World, mode: str) -> dict:
     """What each step reports, and the adapter after the last."""
     recipe = dataclasses.replace(RECIPE, packed=mode != "padded")
-    base = divide(make_base(), world, torch.device("cpu"))
-    adapter = LlamaAdapter(CONFIG, generator=torch.Generator().manual_seed(3))
-    torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(4))
+    base = make_base()
+    adapter: LlamaAdapter | Lora
+    if mode == "lora":
+        adapter = Lora(base, LoraChoice(rank=2, targets=("q_proj", "down_proj")))
+    else:
+        adapter = LlamaAdapter(CONFIG, generator=torch.Generator().manual_seed(3))
+        torch.nn.init.normal_(adapter.gates, generator=torch.Generator().manual_seed(4))
     optimizer = make_optimizer(adapter, recipe)
+    base = divide(base, world, torch.device("cpu"))
     reports = [
         (report.loss, report.grad_norm, report.num_tokens, report.layer_grad_norms)
         for report in train(base, adapter, samples(), recipe, optimizer, world=world)
     ]
     loss = evaluate(base, adapter, samples(), recipe, world=world)
-    return {"reports": reports, "loss": loss, "prompts": adapter.prompts.data, "gates": adapter.gates.data}
+    return {"reports": reports, "loss": loss, "trained": dict(adapter.state_dict())}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ CONFIG = LlamaConfig(131, 64, 96, num_layers=4, num_heads_q=4, num_heads_kv=2, h
 TIMES = ("seconds",)  # of an entry, what two runs do not share
 RECORDS, BATCH = 64, 8
 _POLL = 0.05
+_FRUITLESS = (
+    2  # kills in a row without a step between them; then one is waited for, or a slow machine never ends
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     while time.monotonic() - began < 60 * options.minutes:
         runs += 1
         folder = options.out / f"disturbed-{runs}"
-        killed = disturb(start(options, folder), options.every, chance)
+        killed = disturb(start(options, folder), folder / "metrics.jsonl", options.every, chance)
         total += len(killed)
         ranks = " ".join(map(str, killed))
         if found := difference(folder, options.out / "undisturbed"):
@@ -126,19 +129,24 @@ def finish(launcher: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"the run ended with {launcher.returncode}; its .log in --out says why")
 
 
-def disturb(launcher: subprocess.Popen[bytes], every: float, chance: random.Random) -> list[int]:
+def disturb(
+    launcher: subprocess.Popen[bytes], metrics: Path, every: float, chance: random.Random
+) -> list[int]:
     """Kills one of the launcher's processes every so many seconds until the run is over. Returns their ranks."""
     killed: list[int] = []
     due = time.monotonic() + every
+    reached = fruitless = 0
     try:
         while launcher.poll() is None:
             if time.monotonic() >= due:
-                workers = workers_of(launcher.pid)
-                if workers:
+                workers, size = workers_of(launcher.pid), metrics.stat().st_size if metrics.exists() else 0
+                fruitless = 0 if size > reached else fruitless
+                if workers and fruitless < _FRUITLESS:
                     rank = chance.choice(sorted(workers))
                     os.kill(workers[rank], signal.SIGKILL)
                     killed.append(rank)
-                due += every
+                    reached, fruitless = size, fruitless + 1
+                    due = time.monotonic() + every
             time.sleep(_POLL)
     finally:
         if launcher.poll() is None:  # Ctrl-C, or a fault here

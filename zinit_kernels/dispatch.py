@@ -80,8 +80,10 @@ class Explanation(dict[str, str]):
 def explain(call: AnyCall, return_lse: bool, backend: str) -> Explanation:
     """What each backend says to a call, and the one that `backend` selects. Runs no trial.
 
-    A family that was not tried yet counts as one that will pass.
+    A family that was not tried yet counts as one that will pass. Raises ValueError for lengths, pages and rows that no
+    backend takes.
     """
+    check_values(call)
     explanation = Explanation(
         {name: room.why_not(call, return_lse) or "usable" for name, room in BACKENDS.items()}
     )

@@ -336,6 +336,28 @@ def test_explain_names_the_choice_and_every_reason():
     assert "log-sum-exp" in explain(**sdpa(), return_lse=True)["composed"]
 
 
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "message"),
+    [
+        (zero_init_attention, lambda: sdpa(prompt_index=numbers(0, 1)), "prompt_index must"),
+        (zero_init_attention, lambda: sdpa(prompt_index=numbers(-2, 0)), "prompt_index must"),
+        (zero_init_attention_varlen, lambda: varlen(cu_seqlens_q=numbers(1, 2, 6)), "cu_seqlens_q must"),
+        (zero_init_attention_varlen, lambda: varlen(cu_seqlens_k=numbers(0, 2, 5)), "cu_seqlens_k must"),
+        (zero_init_attention_with_kvcache, lambda: cache(cache_seqlens=numbers(99, 0)), "cache_seqlens"),
+    ],
+)
+def test_explain_says_nothing_runs_where_nothing_does(function, given, message):
+    """Numbers in tensors, which the kernels refuse, too."""
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        function(**given())
+    with pytest.raises(ValueError, match=message):
+        explain(**given())
+
+
 @pytest.mark.native
 def test_the_choice_is_logged_once_per_shape_class():
     program = (

@@ -11,7 +11,7 @@ TRITONS ?= 3.6.0 3.9.0
 # beside the pinned one: the last of the 4 series
 TRANSFORMERS ?= 4.57.6
 # the oldest versions that pyproject.toml accepts. This torch is the one for CUDA, 1.3 GB; it serves CPUs too
-OLDEST ?= torch==2.11.0 transformers==4.57.0 peft==0.18.0 numpy<2.4
+OLDEST ?= torch==2.11.0 transformers==4.57.0 peft==0.21.0 torchao==0.16.0 numpy<2.4
 DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkpoints/test_official_parity.py \
   $(wildcard tests/model/test_vision_*.py) tests/evaluate/test_finetune_methods.py
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

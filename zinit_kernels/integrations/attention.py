@@ -103,7 +103,7 @@ def attention_forward(
     table = kept or tabulate(module, prompts, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask, causal, fusable = _fusable_mask(module, query, attention_mask, kwargs.get("is_causal"))
-    unfused = at_rest or dropout or weighed or not fusable or _UNFUSED & kwargs.keys()
+    unfused = at_rest or dropout or weighed or not fusable or any(name in kwargs for name in _UNFUSED)
     # what was kept was not kept within a transform
     if unfused or (score_options and not FUSED.keys() >= set(score_options)) or (not kept and in_transform()):
         out, weights = _token_branch(*tokens)

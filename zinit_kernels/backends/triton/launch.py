@@ -14,12 +14,13 @@ import triton
 from torch import Tensor
 
 from ...call import CALL, CacheCall, Call, batched, from_backward_arguments
-from . import configs, tuning
+from . import configs, kept, tuning
 from .backward import zinit_grad_key_value_kernel, zinit_grad_query_kernel
 from .cache import zinit_append_kernel
 from .configs import Config, block_of
 from .decode import zinit_combine_kernel, zinit_decode_kernel
 from .forward import zinit_forward_kernel
+from .kept import Recorder
 from .operands import (
     Operands,
     addressable,
@@ -29,7 +30,6 @@ from .operands import (
     num_processors,
     prompt_operands,
     query_operands,
-    token_major_like,
     view_of,
 )
 from .primitives import LOG2E
@@ -46,12 +46,16 @@ _MOST_FUSED = _BLOCK_T  # new tokens that the decode kernel appends by itself
 _MOST_SPLITS = 64
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """`zinit::forward_triton`."""
+    return kept.run("forward", arguments[0], arguments, _forward)
+
+
+def _forward(recorder: Recorder, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
     query = call.query
-    out = token_major_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out = recorder.token_major_like(query)
+    lse = recorder.empty(query, query.shape[:3], torch.float32)
     sign, scale_log2 = _sign_and_size(call.scale)
     columns = query.shape[1] * call.batch_size
     operands = query_operands(call) | key_operands(call) | prompt_operands(call)
@@ -65,7 +69,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
     def launch(config: Config) -> None:
         programs = triton.cdiv(call.max_seqlen_q, config.block_m) * columns
-        _launch(zinit_forward_kernel, programs, operands, config)
+        _launch(recorder, zinit_forward_kernel, programs, operands, config)
 
     if call.max_seqlen_q * columns:
         with torch.cuda.device_of(query), named("forward"):
@@ -75,8 +79,15 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """`zinit::backward_triton`. What is not wanted is neither allocated nor computed."""
+    return kept.run("backward", arguments[0], arguments, _backward)
+
+
+def _backward(recorder: Recorder, *arguments: Any) -> list[Tensor | None]:
     saved, call, needs = from_backward_arguments(arguments)
-    grads = {name: _empty_gradient(call, name, needs >> i & 1) for i, name in enumerate(CALL.differentiable)}
+    grads = {
+        name: _empty_gradient(recorder, call, name, needs >> i & 1)
+        for i, name in enumerate(CALL.differentiable)
+    }
     wants_delta = grads["query"] is not None or grads["key"] is not None
     operands = query_operands(call) | key_operands(call) | prompt_operands(call)
     operands |= {
@@ -91,7 +102,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         "grad_prompt_value_ptr": grads["prompt_value"],
         "grad_gate_ptr": grads["gate"],
         "grad_sinks_ptr": grads["sinks"],
-        "delta_ptr": torch.empty_like(saved.lse) if wants_delta else None,
+        "delta_ptr": recorder.empty(saved.lse, saved.lse.shape) if wants_delta else None,
         "scale": call.scale,
         "scale_log2": call.scale * LOG2E.value,
         **_cap(call.scale, call.softcap),
@@ -100,35 +111,34 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
 
     def launch_key_value(config: Config) -> None:
         programs = triton.cdiv(call.max_seqlen_k, config.block_n) * heads_kv
-        _launch(zinit_grad_key_value_kernel, programs, operands, config)
+        _launch(recorder, zinit_grad_key_value_kernel, programs, operands, config)
 
     def launch_query(config: Config) -> None:
         programs = triton.cdiv(call.max_seqlen_q, config.block_m) * heads_q
-        _launch(zinit_grad_query_kernel, programs, operands, config)
+        _launch(recorder, zinit_grad_query_kernel, programs, operands, config)
 
     with torch.cuda.device_of(call.query):
-        _prompt_gradients(call, operands, heads_q)
+        _prompt_gradients(recorder, call, operands, heads_q)
         if call.max_seqlen_k * heads_q > 0 and (grads["key"] is not None or grads["value"] is not None):
             with named("backward.key_value"):
                 _run("grad_key_value", call.query, operands, heads_q, launch_key_value)
         if call.max_seqlen_q * heads_q > 0 and grads["query"] is not None:
             with named("backward.query"):
                 _run("grad_query", call.query, operands, heads_q, launch_query)
-    unwanted = call.query.new_empty((0,), dtype=torch.float32)
-    return tuple(unwanted.clone() if grad is None else grad for grad in grads.values())
+    return list(grads.values())
 
 
-def _empty_gradient(call: Call, name: str, wanted: int) -> Tensor | None:
+def _empty_gradient(recorder: Recorder, call: Call, name: str, wanted: int) -> Tensor | None:
     """Where the gradient of a differentiable argument is written; None where it is not wanted."""
     tensor = getattr(call, name)
     if tensor is None or not wanted:
         return None
     if batched(name):
-        return token_major_like(tensor)
-    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        return recorder.token_major_like(tensor)
+    return recorder.zeros_like(tensor)
 
 
-def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
+def _prompt_gradients(recorder: Recorder, call: Call, operands: Operands, heads_q: int) -> None:
     """Fills delta, where it is wanted, and the gradients of the prompts, the gate and the sinks.
 
     heads_q: query heads of all sequences together.
@@ -144,10 +154,10 @@ def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
     parts = num_parts(triton.cdiv(call.max_seqlen_q, _PARTIAL_ROWS), heads_q)
     slots, table = (sequences, query.shape[1], parts), (prompt_length, head_dim)
     partial_key, partial_value, partial_gate = (
-        None if not wants_prompt or grad is None else query.new_empty(slots + shape, dtype=torch.float32)
+        None if not wants_prompt or grad is None else recorder.empty(query, slots + shape, torch.float32)
         for grad, shape in zip(wanted, (table, table, ()), strict=True)
     )
-    partial_sinks = None if grad_sinks is None else query.new_empty(slots, dtype=torch.float32)
+    partial_sinks = None if grad_sinks is None else recorder.empty(query, slots, torch.float32)
     wants_table = partial_key is not None or partial_value is not None
     chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
     operands = operands | {
@@ -163,28 +173,33 @@ def _prompt_gradients(call: Call, operands: Operands, heads_q: int) -> None:
     }
 
     def launch(config: Config) -> None:
-        _launch(zinit_partial_sums_kernel, parts * (block_d // chunk_d) * heads_q, operands, config)
+        _launch(recorder, zinit_partial_sums_kernel, parts * (block_d // chunk_d) * heads_q, operands, config)
 
     if heads_q:
         with named("backward.prompt_sums"):
             _run("prompt_gradients", query, operands, heads_q, launch)
     if partial_sinks is not None:
-        torch.sum(partial_sinks, (0, 2), out=grad_sinks)
+        recorder.add_up(partial_sinks, grad_sinks)
     if wants_prompt:
         tiles = triton.cdiv(prompt_length * head_dim, _BLOCK_E)  # the kernel counts them so, wanted or not
         programs = tiles * call.key.shape[1] * operands["prompt_rows"]
         with named("backward.prompt_finish"):
-            _launch(zinit_add_partials_kernel, programs, operands, _ADD_PARTIALS)
+            _launch(recorder, zinit_add_partials_kernel, programs, operands, _ADD_PARTIALS)
 
 
-def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+def decode(*arguments: Any) -> tuple[Tensor, ...]:
     """`zinit::decode_triton`. Reads nothing back from the device: safe to capture in a graph."""
+    return kept.run("decode", arguments[0], arguments, _decode)
+
+
+def _decode(recorder: Recorder, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = CacheCall(*arguments).head_major()
     if call.new_key is not None and 0 in call.new_key.shape:
         call = call._replace(new_key=None, new_value=None)
     query = call.query
-    out = token_major_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    result = recorder.empty(query, arguments[0].shape)
+    out = result.transpose(1, 2)
+    lse = recorder.empty(query, query.shape[:3], torch.float32)
     sequences, heads_q, seqlen_q, _ = query.shape
     heads_kv = call.key_cache.shape[1]
     rows, columns = seqlen_q * (heads_q // heads_kv), heads_kv * sequences
@@ -212,27 +227,27 @@ def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
         splits = call.num_splits or choose_splits(programs, key_blocks, num_processors(query))
         partial_out = partial_lse = None
         if splits > 1:
-            partial_out = query.new_empty((splits, *query.shape), dtype=torch.float32)
-            partial_lse = query.new_empty((splits, *query.shape[:3]), dtype=torch.float32)
+            partial_out = recorder.empty(query, (splits, *query.shape), torch.float32)
+            partial_lse = recorder.empty(query, (splits, *query.shape[:3]), torch.float32)
         split = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "num_splits": splits}
-        _launch(zinit_decode_kernel, splits * programs, operands | split, config)
+        _launch(recorder, zinit_decode_kernel, splits * programs, operands | split, config)
         if splits > 1:
             split |= {"scale_log2": call.scale * LOG2E.value, **_cap(call.scale, call.softcap)}
             config = _candidates("combine", query, operands)[0]
             programs = triton.cdiv(rows, config.block_m) * columns
-            _launch(zinit_combine_kernel, programs, operands | split, config)
+            _launch(recorder, zinit_combine_kernel, programs, operands | split, config)
 
     with torch.cuda.device_of(query):
         # A long chunk is rotated once, by a launch of its own: in the decode kernel every tile of queries would do it.
         if call.new_key is not None and (operands["seqlen_new"] > _MOST_FUSED or not rows):
             with named("decode.append"):
                 programs = triton.cdiv(operands["seqlen_new"], _BLOCK_T) * columns
-                _launch(zinit_append_kernel, programs, operands, _APPEND)
+                _launch(recorder, zinit_append_kernel, programs, operands, _APPEND)
             operands |= {"new_key": view_of(None), "new_value": view_of(None)}
         if rows * columns:
             with named("decode"):
                 _run("decode" if seqlen_q == 1 else "extend", query, operands, columns, launch)
-    return out.transpose(1, 2), lse
+    return result, lse
 
 
 def num_parts(tiles: int, columns: int) -> int:
@@ -281,7 +296,7 @@ def _candidates(stage: str, query: Tensor, operands: Operands) -> tuple[Config, 
     return configs.candidates(stage, block_d, block_p, query.element_size(), arch_of(query))
 
 
-def _launch(kernel: Any, programs: int, operands: Operands, config: Config) -> None:
+def _launch(recorder: Recorder, kernel: Any, programs: int, operands: Operands, config: Config) -> None:
     """Launches a kernel with those of the operands that are its parameters."""
     operands = operands | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     taken = {name: operands[name] for name in _parameters(kernel)}
@@ -289,7 +304,7 @@ def _launch(kernel: Any, programs: int, operands: Operands, config: Config) -> N
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.max_registers:
         options["maxnreg"] = config.max_registers
-    kernel[(programs,)](**taken, **options)
+    recorder.launch(kernel, programs, taken, options)
 
 
 @functools.cache

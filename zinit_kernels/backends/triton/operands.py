@@ -113,11 +113,6 @@ def cache_operands(call: CacheCall) -> Operands:
     }
 
 
-def token_major_like(tensor: Tensor) -> Tensor:
-    batch, heads, seqlen, head_dim = tensor.shape
-    return tensor.new_empty((batch, seqlen, heads, head_dim)).transpose(1, 2)
-
-
 def addressable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(2) < _LARGEST_TOKEN_STRIDE else tensor.contiguous()
 

@@ -18,3 +18,8 @@ def named(name: str) -> AbstractContextManager[object]:
     if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(f"zinit.{name}")
     return nullcontext()
+
+
+def is_profiled() -> bool:
+    """Whether `named` opens ranges now."""
+    return _NVTX or torch.autograd._profiler_enabled()

@@ -22,6 +22,7 @@ from .worker import EngineThread
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _LOOK = 0.05  # seconds between looks at what still runs
+_LAST = 5.0  # seconds for the end of requests that were not sent to theirs, and of answers that are not read
 
 
 class _Server(uvicorn.Server):
@@ -84,7 +85,11 @@ async def _serve(
         while service.running and loop.time() < stop:
             await asyncio.sleep(_LOOK)
     server.should_exit = True
-    server.force_exit = bool(service.running)
+    await asyncio.wait({serving}, timeout=0 if service.running else _LAST)
+    for connection in list(server.server_state.connections):  # half a request, or an answer that nobody reads
+        connection.transport.abort()
+    await asyncio.wait({serving}, timeout=_LAST)
+    server.force_exit = True
     await serving
     ending.cancel()
     thread.stop()

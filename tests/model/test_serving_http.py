@@ -591,6 +591,21 @@ def test_the_program_answers_curl_and_drains_at_sigterm(server, adapters, base_f
         assert process.wait(60) == 0
 
 
+def test_a_request_that_never_comes_to_its_end_does_not_hold_up_the_end(base_folder):
+    """Half a body at SIGTERM: its client may have gone long ago."""
+    process, url = start(base_folder)
+    with process, socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        assert json.load(urllib.request.urlopen(f"{url}/health", timeout=60)) == {"status": "ok"}
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(45) == 0
+        finally:
+            process.kill()
+        said = process.stderr.read()
+        assert said.count("\n") == 1 and "draining: 0 requests" in said
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

@@ -34,7 +34,7 @@ from .service import Running, Service
 from .streaming import EventStream, until_gone
 
 LARGEST_BODY = 64 << 20  # bytes: sixteen photographs as base64
-_SLOW_BODY = 1 << 16  # bytes; a longer one is parsed in another thread
+_SLOW_BODY = 1 << 16  # bytes; a longer one is read in another thread
 _log = logging.getLogger(__name__)
 Load = Callable[[str], Adapter]  # the adapter of a file
 
@@ -89,9 +89,10 @@ def create_app(
     async def answer(request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
         client = client_of(request)
         body = await _body_of(request)
-        asked = read(
-            await asyncio.to_thread(parse_body, body) if len(body) > _SLOW_BODY else parse_body(body)
-        )
+        if len(body) > _SLOW_BODY:
+            asked = await asyncio.to_thread(lambda data: read(parse_body(data)), body)
+        else:
+            asked = read(parse_body(body))
         del body
         running = await service.start(asked, client)
         responses = Responses(asked.model, asked.is_chat, service.tokenizer.decode)

@@ -26,6 +26,7 @@ from tiny_serving import ADAPTERS, Listening, make_service
 from model.llama import Llama
 from model.sampling import generate
 from model.serving.app import check_name
+from model.serving.protocol import read_completion
 from model.vision.files import save_adapter
 
 
@@ -304,6 +305,24 @@ def test_a_body_that_is_too_large_is_not_read(server, monkeypatch):
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
         raw.sendall(head + b"7d0\r\n" + b"x" * 2000 + b"\r\n")
         assert raw.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_large_body_is_read_while_others_are_answered(server, monkeypatch):
+    """To look at millions of token ids takes seconds: not in the thread that answers."""
+    begun, answered = threading.Event(), threading.Event()
+
+    def read(body):
+        begun.set()
+        assert answered.wait(10), "nobody was answered meanwhile"
+        return read_completion(body)
+
+    monkeypatch.setattr("model.serving.app.read_completion", read)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        large = pool.submit(server.post, "/v1/completions", ASK | {"user": "x" * 70_000})
+        assert begun.wait(60)
+        assert server.post("/health", b"", method="GET")[0] == 200
+        answered.set()
+        assert large.result()[0] == 200
 
 
 LONG = {"model": "tall", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}

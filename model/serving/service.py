@@ -114,6 +114,13 @@ class Service:
         name = None if asked.model == self.base_name else asked.model
         if name is not None and name not in self.engine.adapters:
             raise _unknown_model(asked.model)
+        wanted = max(len(asked.prompts), 1) * asked.n
+        if wanted > self.engine.max_waiting:  # to come again would not help
+            raise ApiError(
+                400,
+                f"the request asks for {wanted} answers, and {self.engine.max_waiting} may wait: ask for fewer.",
+                param="n",
+            )
         self._starting += 1
         try:
             prompts, about = await asyncio.to_thread(self._prepare, asked, name)

@@ -325,6 +325,15 @@ def test_a_large_body_is_read_while_others_are_answered(server, monkeypatch):
         assert large.result()[0] == 200
 
 
+def test_more_answers_than_may_ever_wait_are_refused_for_good(tmp_path):
+    service, _ = make_service(tmp_path, max_waiting=4)
+    with Listening(service) as server:
+        for asked in ({"n": 5}, {"prompt": ["x"] * 5}, {"prompt": ["x"] * 3, "n": 2}):
+            status, _, body = server.post("/v1/completions", ASK | asked)
+            assert status == 400 and "answers, and 4 may wait" in body["error"]["message"]
+        assert server.post("/v1/completions", ASK | {"n": 4})[0] == 200
+
+
 LONG = {"model": "tall", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
 
 

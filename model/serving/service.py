@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,9 @@ class Service:
         self._starting = 0  # requests whose prompts are being made
         self._adapters: dict[str, Adapter] = {}  # as they were given; those with a visual part take images
         self._pictures = Pictures()
+        self._seeing = ThreadPoolExecutor(
+            1, "images"
+        )  # they wait for one another, and no text waits for them
         self._lock = threading.Lock()
 
     @property
@@ -123,7 +127,8 @@ class Service:
             )
         self._starting += 1
         try:
-            prompts, about = await asyncio.to_thread(self._prepare, asked, name)
+            loop, pool = asyncio.get_running_loop(), self._seeing if asked.images else None
+            prompts, about = await loop.run_in_executor(pool, self._prepare, asked, name)
             return self._submit(asked, name, prompts, about, client)
         finally:
             self._starting -= 1

@@ -334,6 +334,30 @@ def test_more_answers_than_may_ever_wait_are_refused_for_good(tmp_path):
         assert server.post("/v1/completions", ASK | {"n": 4})[0] == 200
 
 
+def test_texts_do_not_wait_for_images(server, adapters, monkeypatch):
+    """Many requests whose images are still being encoded leave a thread for a text's prompt."""
+    encoder = adapters["sees"].source.encoder
+    encode, begun, answered = encoder.encode, threading.Event(), threading.Event()
+
+    def slowly(*images):
+        begun.set()
+        answered.wait(60)
+        return encode(*images)
+
+    monkeypatch.setattr(encoder, "encode", slowly)
+    asked = {"model": "sees", "messages": about([data_url("#123456")]), "max_tokens": 1}
+    with concurrent.futures.ThreadPoolExecutor(41) as pool:  # asyncio's own threads are at most 32
+        seeing = [pool.submit(server.post, "/v1/chat/completions", asked) for _ in range(40)]
+        assert begun.wait(60)
+        server.wait_until(lambda: server.service._starting == 40)
+        text = pool.submit(server.post, "/v1/completions", ASK)
+        concurrent.futures.wait([text], timeout=20)
+        in_time = text.done()
+        answered.set()
+        assert in_time and text.result()[0] == 200
+        assert [one.result()[0] for one in seeing] == [200] * 40
+
+
 LONG = {"model": "tall", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
 
 

@@ -75,6 +75,10 @@ _SM100 = _SM90 | {
 }
 
 
+# What the compiler takes where the estimate is too high by so much that a chip with 99 KB would get the safe tile. Of
+# stages that read no prompts, at two bytes an element: (stage, head dimension, tile) -> bytes.
+_COMPILED = {("grad_key_value", 128, Config(64, 64, 8, 2)): 74240}
+
 # What ZINIT_AUTOTUNE=1 times beside the written choice, whatever the head dimension; what does not fit is left out.
 _TRIED = {
     "forward": (
@@ -160,10 +164,12 @@ def safe(stage: str) -> Config:
 
 
 def shared_memory(stage: str, config: Config, block_d: int, block_p: int, itemsize: int) -> int:
-    """An estimate in bytes; the tests look at what the compiler really takes.
+    """An estimate in bytes, or what was compiled; the tests look at what the compiler really takes.
 
     The resident tiles and num_stages of the streamed ones in the loop, the prompt block afterwards.
     """
+    if itemsize == 2 and (compiled := _COMPILED.get((stage, block_d, config))):
+        return compiled
     block_m, block_n, stages = config.block_m, config.block_n, config.num_stages
     stages = max(stages, 1)
     resident, streamed, square = {

@@ -16,5 +16,14 @@ def settled_length(text: str, stops: Sequence[str]) -> int:
     At its end, half a character and the beginning of a stop string wait for what decides them.
     """
     settled = text.rstrip("\N{REPLACEMENT CHARACTER}")
-    begun = (n for stop in stops for n in range(1, len(stop)) if settled.endswith(stop[:n]))
-    return len(settled) - max(begun, default=0)
+    return len(settled) - max((_begun(settled, stop) for stop in stops), default=0)
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters of a stop string the text ends with; less than all of it."""
+    start = max(len(text) - len(stop) + 1, 0)
+    while (start := text.find(stop[:1], start)) >= 0:  # the longest first
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0

@@ -95,7 +95,7 @@ def create_app(
             asked = read(parse_body(body))
         del body
         running = await service.start(asked, client)
-        responses = Responses(asked.model, asked.is_chat, service.tokenizer.decode)
+        responses = Responses(asked.model, asked.is_chat, service.tokenizer)
         if asked.stream:
             return EventStream(_chunks(running, responses, asked, service), lambda: service.done(running))
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import starmap
 from typing import Any
 
+from ..tokenizer import Tokenizer
 from .request import TokenLogprobs
 
 
@@ -38,15 +41,15 @@ class Answer:
 
 
 class Responses:
-    """The JSON of one request's answers. decode: the text of token ids."""
+    """The JSON of one request's answers."""
 
-    def __init__(self, model: str, is_chat: bool, decode: Callable[[Sequence[int]], str]):
-        self.model, self.is_chat, self._decode = model, is_chat, decode
+    def __init__(self, model: str, is_chat: bool, tokenizer: Tokenizer):
+        self.model, self.is_chat, self._tokenizer = model, is_chat, tokenizer
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._offsets: dict[
             int, int
-        ] = {}  # characters of each answer so far, for completions' log-probabilities
+        ] = {}  # characters of each answer's tokens so far; none yet: its first one is to come
 
     def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
         """The answers together."""
@@ -96,28 +99,42 @@ class Responses:
     def _logprobs(self, pieces: Sequence[Piece], index: int) -> dict[str, Any] | None:
         if not pieces:
             return None
+        told = [self._told(piece, index) for piece in pieces]
         if self.is_chat:
-            return {"content": [self._of_chat(piece) for piece in pieces], "refusal": None}
-        tokens, chosen, likeliest, offsets = [], [], [], []
-        for piece in pieces:
-            assert piece.token is not None and piece.logprobs is not None
-            token = self._decode([piece.token])
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token)
-            tokens.append(token)
-            chosen.append(piece.logprobs.chosen)
-            likeliest.append({self._decode([other]): value for other, value in piece.logprobs.likeliest})
-        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": likeliest, "text_offset": offsets}
+            content = [
+                _entry(*chosen) | {"top_logprobs": list(starmap(_entry, others))}
+                for chosen, others, _ in told
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [text for (text, _), _, _ in told],
+            "token_logprobs": [value for (_, value), _, _ in told],
+            "top_logprobs": [dict(others) for _, others, _ in told],
+            "text_offset": [offset for _, _, offset in told],
+        }
 
-    def _of_chat(self, piece: Piece) -> dict[str, Any]:
+    def _told(self, piece: Piece, index: int) -> tuple[tuple[str, float], list[tuple[str, float]], int]:
+        """The text and log-probability of a token, those of the likeliest ones, and where its text begins."""
         assert piece.token is not None and piece.logprobs is not None
+        before = self._before if index in self._offsets else []
+        text = self._text(piece.token, before)
+        others = [(self._text(other, before), value) for other, value in piece.logprobs.likeliest]
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(text)
+        return (text, piece.logprobs.chosen), others, offset
 
-        def entry(token: int, value: float) -> dict[str, Any]:
-            text = self._decode([token])
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+    @cached_property
+    def _before(self) -> list[int]:
+        return self._tokenizer.encode(".", bos=False, eos=False)
 
-        likeliest = [entry(token, value) for token, value in piece.logprobs.likeliest]
-        return entry(piece.token, piece.logprobs.chosen) | {"top_logprobs": likeliest}
+    def _text(self, token: int, before: Sequence[int]) -> str:
+        """What a token adds to the text before it: alone, many tokenizers' words lose their space."""
+        decode = self._tokenizer.decode
+        return decode([*before, token])[len(decode(before)) :]
+
+
+def _entry(text: str, value: float) -> dict[str, Any]:
+    return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, int]:

@@ -6,6 +6,8 @@ import pytest
 import tokenizers
 from tiny_models import word_tokenizer
 
+from model.serving.request import TokenLogprobs
+from model.serving.responses import Answer, Piece, Responses
 from model.serving.text import AnswerText
 from model.stop_strings import cut
 from model.tokenizer import load_tokenizer
@@ -75,3 +77,25 @@ def test_long_stop_strings_are_not_cut_to_every_length():
         answer.add(token)
         assert answer.take() == chr(token)
     assert Counted.looks <= 24 * 16
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, byte_fallback])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_told_tokens_are_the_text_with_its_spaces(tmp_path, make, is_chat):
+    """A tokenizer as LLaMA's takes the space off the beginning of what it decodes: not off every token."""
+    make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = (
+        [257, 257, 258, 259] if make is byte_fallback else tokenizer.encode("the quick the", False, False)
+    )
+    answer = Answer(tokenizer.decode(tokens), len(tokens))
+    answer.told = [Piece(0, "", token, TokenLogprobs(-1.0, [(token, -1.0)])) for token in tokens]
+    (choice,) = Responses("x", is_chat, tokenizer).whole([answer], 1)["choices"]
+    told = choice["logprobs"]
+    if is_chat:
+        assert "".join(one["token"] for one in told["content"]) == answer.text
+        assert all(one["top_logprobs"][0]["token"] == one["token"] for one in told["content"])
+        return
+    assert "".join(told["tokens"]) == answer.text
+    for text, offset, others in zip(told["tokens"], told["text_offset"], told["top_logprobs"], strict=True):
+        assert answer.text[offset:].startswith(text) and others == {text: -1.0}

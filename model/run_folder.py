@@ -73,7 +73,9 @@ def refuse_unwritable(directory: str | Path) -> None:
     if not place.is_dir():
         raise UserError(f"the output folder {directory} cannot be: {place} is a file.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"the output folder {directory} cannot be written: no permission for {place}.")
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        reason = f"the file system of {place} is read-only" if read_only else f"no permission for {place}"
+        raise UserError(f"the output folder {directory} cannot be written: {reason}.")
 
 
 @contextmanager

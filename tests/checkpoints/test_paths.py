@@ -1,5 +1,6 @@
 """Sources and destinations that are no plain file: one sentence that names them, nothing hangs, nothing is replaced."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from adapter_files import HEADS, ours, put
 from repository import ROOT
 
 from zinit_kernels import convert, inspect
-from zinit_kernels.checkpoints import CheckpointError, load_adapter, save_adapter, write_atomically
+from zinit_kernels.checkpoints import CheckpointError, load_adapter, save_adapter, write_atomically, writing
 
 
 def told(capsys, main, *arguments):
@@ -105,6 +106,43 @@ def test_a_link_stays_a_link(tmp_path):
     save_adapter(tmp_path / "link", ours())
     assert (tmp_path / "link").is_symlink() and load_adapter(tmp_path / "file").num_heads == HEADS
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+@pytest.mark.parametrize("fails", ["open", "fsync"])
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, capsys, monkeypatch, fails):
+    """Also where the temporary file cannot be removed, as on a read-only file system."""
+    write_atomically(tmp_path / "file", b"before")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "hidden")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        patched.setattr(*((writing, "open") if fails == "open" else (os, "fsync")), refuse, raising=False)
+        said = told(capsys, convert.main, put(tmp_path / "v1.pth", "official-v1"), tmp_path / "file")
+    assert said == f"error: {tmp_path / 'file'}: Read-only file system.\n"
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    """The disk is full when the second file comes: the first one stays what it was."""
+    source, folder = put(tmp_path / "other", "peft"), put(tmp_path / "peft", "peft")
+    for path in folder.iterdir():
+        path.write_bytes(b"old")
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert "No space left on device" in told(capsys, convert.main, source, folder, "--to", "peft")
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"old", b"old"]
+    assert convert.main([str(source), str(folder), "--to", "peft"]) == 0
+    assert load_adapter(folder).layers == load_adapter(source).layers
 
 
 def test_what_the_caller_says_may_not_contradict_the_file(tmp_path):

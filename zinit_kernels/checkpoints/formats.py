@@ -12,7 +12,7 @@ from ..console import shown
 from . import litgpt, official, peft, trainer, zinit
 from .adapter import MOST_LAYERS, AdapterCheckpoint, CheckpointError, Told, check_numbers, some
 from .files import File, read_file
-from .writing import write_atomically
+from .writing import write_atomically, write_together
 
 
 class Format(NamedTuple):
@@ -109,7 +109,7 @@ def save_adapter(
     *,
     allow_loss: bool = False,
 ) -> None:
-    """Writes an adapter in one of the formats `WRITABLE`; "peft" writes a folder. A file is there whole, or as it was.
+    """Writes an adapter in one of the formats `WRITABLE`; "peft" writes a folder. It is whole, or as it was.
 
     Raises:
         CheckpointError: the format cannot hold a part of the adapter, and not allow_loss. Nothing is written then.
@@ -123,8 +123,7 @@ def save_adapter(
         write_atomically(path, content)
         return
     path.mkdir(parents=True, exist_ok=True)
-    for name, part in content.items():
-        write_atomically(path / name, part)
+    write_together({path / name: part for name, part in content.items()})
 
 
 def _check_told(

@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,24 +48,41 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     folder, a pipe or a device is never replaced. The new file has the permissions of the one that it replaces. Until
     then it is .NAME.xxxxxxxx.part; only a process that is killed in between leaves it there.
     """
-    real = Path(os.path.realpath(path))
-    if real.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    if real.exists() and not real.is_file():
-        raise FileExistsError(errno.EEXIST, "File exists and is no regular one", os.fspath(path))
-    # a random name, so that threads and machines do not share one
-    temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """`write_atomically` for files that belong together: none is replaced before all of them are on the disk."""
+    made: list[tuple[str | os.PathLike[str], Path, Path]] = []
     try:
-        with open(temporary, "xb") as file:
-            if real.exists():  # a file that only its owner may read stays one
-                os.fchmod(file.fileno(), stat.S_IMODE(real.stat().st_mode))
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
+        for path, content in files.items():
+            real = _replaceable(path)
+            # a random name, so that threads and machines do not share one
+            temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}.part")
+            made.append((path, temporary, real))
+            with open(temporary, "xb") as file:
+                if real.exists():  # a file that only its owner may read stays one
+                    os.fchmod(file.fileno(), stat.S_IMODE(real.stat().st_mode))
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary, real in made:  # noqa: B007 an error names the path
+            os.replace(temporary, real)
     except OSError as error:
         # the user's file, not the temporary one; a full disk names no file at all
         error.filename, error.filename2 = os.fspath(path), None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for _, temporary, _ in made:
+            with suppress(OSError):  # a read-only file system would say it again, of the temporary file
+                temporary.unlink()
+
+
+def _replaceable(path: str | os.PathLike[str]) -> Path:
+    """The file itself, where `path` is a link to it. Raises OSError for what is no file."""
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if real.exists() and not real.is_file():
+        raise FileExistsError(errno.EEXIST, "File exists and is no regular one", os.fspath(path))
+    return real

@@ -6,7 +6,7 @@ torchrun starts `--processes` (2) of model.train on a tiny base of random weight
 them, chosen at random, is ended by SIGKILL; torchrun starts all again, and --auto-resume goes on from the last
 checkpoint. When a run has reached its last step, its adapter must be that of an undisturbed run, byte for byte,
 and so must every entry of metrics.jsonl but the times. Runs follow one another until the minutes are over; the last one
-is finished. Exits with 1 at the first difference. The same --seed chooses the same ranks.
+is finished undisturbed. Exits with 1 at the first difference. The same --seed chooses the same ranks.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     chance = random.Random(options.seed)
     total = runs = 0
     began = time.monotonic()
-    while time.monotonic() - began < 60 * options.minutes:
+    until = began + 60 * options.minutes
+    while time.monotonic() < until:
         runs += 1
         folder = options.out / f"disturbed-{runs}"
-        killed = disturb(start(options, folder), folder / "metrics.jsonl", options.every, chance)
+        killed = disturb(start(options, folder), folder / "metrics.jsonl", options.every, until, chance)
         total += len(killed)
         ranks = " ".join(map(str, killed))
         if found := difference(folder, options.out / "undisturbed"):
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         passed = (time.monotonic() - began) / 60
         print(f"run {runs}: equal after {len(killed)} kills (ranks {ranks}); {passed:.1f} min", flush=True)
     if total == 0:
-        print("nothing was killed: the runs end before --every seconds; take more --epochs", flush=True)
+        print("nothing was killed: take more --minutes than --every, and more --epochs", flush=True)
         sys.exit(1)
     print(f"{total} kills in {runs} runs: every loss and the adapter are those of the undisturbed run.")
 
@@ -130,15 +131,18 @@ def finish(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def disturb(
-    launcher: subprocess.Popen[bytes], metrics: Path, every: float, chance: random.Random
+    launcher: subprocess.Popen[bytes], metrics: Path, every: float, until: float, chance: random.Random
 ) -> list[int]:
-    """Kills one of the launcher's processes every so many seconds until the run is over. Returns their ranks."""
+    """Kills one of the launcher's processes every so many seconds, and waits until the run is over. Returns the ranks.
+
+    until: by time.monotonic(), when the last one is killed; the run then goes to its end.
+    """
     killed: list[int] = []
     due = time.monotonic() + every
     reached = fruitless = 0
     try:
         while launcher.poll() is None:
-            if time.monotonic() >= due:
+            if due <= time.monotonic() < until:
                 workers, size = workers_of(launcher.pid), metrics.stat().st_size if metrics.exists() else 0
                 fruitless = 0 if size > reached else fruitless
                 if workers and fruitless < _FRUITLESS:

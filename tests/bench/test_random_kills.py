@@ -1,6 +1,7 @@
 """What compares a disturbed run with an undisturbed one finds every difference but that of times."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -57,14 +58,16 @@ def test_a_worker_is_killed_again_and_again_until_the_run_is_over(tmp_path):
     """A launcher that starts two workers anew, three times."""
     metrics = tmp_path / "metrics.jsonl"
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, metrics])
-    killed = random_kills.disturb(launcher, metrics, 0.1, random.Random(1))
-    assert len(killed) == 3 and set(killed) <= {0, 1}
+    killed = random_kills.disturb(launcher, metrics, 0.1, time.monotonic() + 600, random.Random(1))
+    # a slow launcher may lose both workers before it starts them anew
+    assert 3 <= len(killed) <= 6, killed
+    assert set(killed) <= {0, 1}
 
 
 def test_a_run_that_fails_is_said(tmp_path):
     launcher = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(SystemExit, match="the run ended with 3"):
-        random_kills.disturb(launcher, tmp_path / "none", 60.0, random.Random(0))
+        random_kills.disturb(launcher, tmp_path / "none", 60.0, math.inf, random.Random(0))
 
 
 def test_only_the_launchers_own_workers_are_found():

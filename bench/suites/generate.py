@@ -1,10 +1,13 @@
 """Generation: tokens per second, and how near that is to reading the weights and the cache once per token.
 
-The same base and prompts, greedy, with an adapter and without: this project's loop, transformers' and litgpt's.
+The same base and prompts, greedy, with an adapter and without: this project's loop, transformers' and litgpt's. On a
+CPU also from weights of 8 and 4 bits. Each sequence may have an adapter of its own. On a CPU all weights lie in huge
+pages, and are read from there for the limit.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.adapter import LlamaAdapter
 from model.config import LlamaConfig
-from model.llama import Llama
+from model.huge_pages import use_huge_pages
+from model.llama import Adapter, Llama
+from model.quantised import quantise
 from model.sampling import generate
+from model.serving.prompt_table import PromptTable
 
 from ..ledger import Row
 from ..machine import device_copy, plain_read, why_failed, why_missing
@@ -40,7 +45,8 @@ from ..methods import (
 from ..problem import name_of
 from ..runner import Chart, Comparison, Job, Note, Options, Select, Suite, speed_of, speed_over
 
-ADAPTED, BASE_ALONE = "zinit, adapted", "transformers, base alone"
+ADAPTED, ALONE, BASE_ALONE = "zinit, adapted", "zinit, base alone", "transformers, base alone"
+ADAPTERS = 16  # at most, where each sequence has its own
 SPEED = "tokens/s"
 
 
@@ -71,7 +77,7 @@ def jobs(options: Options) -> list[Job]:
     ]
 
 
-def by_this_project(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate, Scores]:
+def by_this_project(base: Llama, adapter: Adapter | None) -> tuple[Generate, Scores]:
     def run(prompts: Tensor, new: int) -> Tensor:
         new_tokens = generate(base, prompts.tolist(), adapter, max_new_tokens=new, temperature=0, eos_ids=[])
         return torch.tensor(new_tokens)
@@ -81,6 +87,24 @@ def by_this_project(base: Llama, adapter: LlamaAdapter | None) -> tuple[Generate
 
 def with_our_adapter(base: Llama) -> tuple[Generate, Scores]:
     return by_this_project(base, our_adapter(base).requires_grad_(False))
+
+
+def with_an_adapter_each(base: Llama) -> tuple[Generate, Scores]:
+    """The sequences take the rows of a table of adapters in turn."""
+    table = PromptTable(base)
+    for number in range(ADAPTERS):
+        adapter = our_adapter(base)
+        torch.manual_seed(number)
+        torch.nn.init.normal_(adapter.prompts)
+        table.add(adapter)
+
+    def adapter_of(prompts: Tensor) -> Adapter | None:
+        return table.adapter_of([row % ADAPTERS for row in range(len(prompts))])
+
+    def run(prompts: Tensor, new: int) -> Tensor:
+        return by_this_project(base, adapter_of(prompts))[0](prompts, new)
+
+    return run, lambda tokens: by_this_project(base, adapter_of(tokens))[1](tokens)
 
 
 def by_transformers(make: Callable[[Llama], Any], base: Llama) -> tuple[Generate, Scores]:
@@ -117,11 +141,22 @@ class Generator(NamedTuple):
     build: Callable[[Llama], tuple[Generate, Scores]]
     needs: tuple[str, ...] = ()
     one_sequence: bool = False
+    quantise: str | None = None  # the base's format; on a CPU alone
+
+    def base_of(self, base: Llama) -> Llama:
+        """The base as this generator reads it."""
+        if self.quantise is not None:
+            base = quantise(copy.deepcopy(base), self.quantise)
+        use_huge_pages(base)
+        return base
 
 
 GENERATORS = (
     Generator(ADAPTED, with_our_adapter),
-    Generator("zinit, base alone", partial(by_this_project, adapter=None)),
+    Generator(ALONE, partial(by_this_project, adapter=None)),
+    Generator("zinit, an adapter each", with_an_adapter_each),
+    Generator("zinit, int8, adapted", with_our_adapter, quantise="int8"),
+    Generator("zinit, int4, adapted", with_our_adapter, quantise="int4"),
     Generator(ACCELERATED, partial(by_transformers, in_peft_accelerated), NEEDS_PEFT),
     Generator(PEFT, partial(by_transformers, in_peft), NEEDS_PEFT),
     Generator(BASE_ALONE, partial(by_transformers, in_transformers), NEEDS_HF),
@@ -136,7 +171,7 @@ def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) ->
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(TINY.vocab_size, (1, 9), generator=random).to(device)
     try:
-        run, scores = generator.build(random_base(TINY, dtype, device))
+        run, scores = generator.build(generator.base_of(random_base(TINY, dtype, device)))
         made = run(prompts, 8).to(device)
         logits = scores(torch.cat([prompts, made], 1))[:, prompts.shape[1] - 1 : -1].float()
     except Exception as error:  # any: what raises gets no figure, and the others go on
@@ -156,6 +191,8 @@ def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iter
             continue
         if reason := why_missing(*generator.needs):
             note(f"{generator.name} left out: {reason}")
+        elif generator.quantise is not None and options.device.type != "cpu":
+            note(f"{generator.name} left out: packed weights are for a CPU")
         elif generator.one_sequence and batch > 1:
             note(f"{generator.name} left out of batches: it takes one sequence")
         elif wrong := why_wrong(generator, dtype, options.device):
@@ -168,10 +205,13 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
     model = random_base(base.config, dtype, options.device)
     prompts = some_prompts(base, batch, options.device)
     calls: dict[str, Callable[[], object]] = {}
-    names = []
+    names = {}  # -> bytes that a token reads
+    use_huge_pages(model)
+    seqlen = base.prompt + base.new // 2
     for generator in usable(options, batch, dtype, note):
-        run, _ = generator.build(model)
-        names.append(generator.name)
+        own = model if generator.quantise is None else generator.base_of(model)
+        run, _ = generator.build(own)
+        names[generator.name] = bytes_per_token(own, batch, seqlen)
         calls[f"{generator.name}, first"] = partial(run, prompts, 1)
         calls[f"{generator.name}, all"] = partial(run, prompts, base.new)
     if not calls:
@@ -182,11 +222,10 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
     calls["transfer"] = device_copy(num_bytes, options.device) if on_gpu else plain_read(*weights)
     times = measure(calls, options.seconds if options.smoke else 4 * options.seconds, Clock(options.device))
     limit = num_bytes / times.median("transfer")  # bytes per second
-    streamed = bytes_per_token(model, batch, base.prompt + base.new // 2)
-    for name in names:
+    for name, streamed in names.items():
         first, everything = f"{name}, first", f"{name}, all"
         per_step = (times.median(everything) - times.median(first)) / (base.new - 1)
-        others = [o for o in (ADAPTED, PEFT) if o != name and o in names]
+        others = [o for o in (ADAPTED, ALONE, PEFT) if o != name and o in names]
         yield Row(
             "generate", base.name, {"batch": batch, "prompt": base.prompt, "new_tokens": base.new},
             f"B {batch}, {base.prompt} + {base.new} tokens", name_of(dtype), name,
@@ -206,9 +245,11 @@ def some_prompts(base: Base, batch: int, device: torch.device) -> Tensor:
 
 
 def bytes_per_token(model: Llama, batch: int, seqlen: int) -> int:
-    """Bytes read to decode one token of each sequence: all weights but the embedding's, and the cache."""
+    """Bytes read to decode one token of each sequence: all weights, and the cache. Of an embedding that is not the
+    output projection as well only some rows are read."""
     config = model.config
-    weights = sum(w.nbytes for name, w in model.state_dict().items() if name != "embed_tokens.weight")
+    unread = "" if config.tie_embeddings else "embed_tokens.weight"
+    weights = sum(w.nbytes for name, w in model.state_dict().items() if name != unread)
     keys_and_values = 2 * config.num_layers * config.num_heads_kv * config.head_dim * model.dtype.itemsize
     return weights + batch * seqlen * keys_and_values
 

@@ -23,6 +23,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from zinit_kernels.console import shown
+
 from ..errors import UserError
 from ..llama import Adapter
 from .errors import ApiError
@@ -61,7 +63,10 @@ def create_app(
         yield
         task.cancel()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # it would redirect to whatever host the client names
+    )  # fmt: skip
     app.add_middleware(_Counted, service=service)
     app.add_exception_handler(ApiError, lambda request, error: _refusal(error))  # type: ignore[arg-type]
     app.add_exception_handler(UserError, lambda request, error: _refusal(ApiError(400, str(error))))
@@ -133,7 +138,7 @@ def create_app(
     async def model(request: Request, name: str) -> dict[str, Any]:
         client_of(request)
         if name not in service.models:
-            raise ApiError(404, f"there is no model {name!r}.", code="model_not_found", param="model")
+            raise ApiError(404, f"there is no model {shown(name)}.", code="model_not_found", param="model")
         return model_entry(name)
 
     @app.get("/health")
@@ -189,6 +194,7 @@ def check_name(name: str) -> None:
         or not name.isascii()
         or not name.isprintable()
         or set(name) & set(' "\\?#%')
+        or not all(set(part) - {"."} for part in name.split("/"))  # clients take "a/../b" for "b"
     ):
         raise UserError(
             f"the name of an adapter has 1 to 128 letters, digits and signs of an address, got {name!r}."

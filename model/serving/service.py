@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from zinit_kernels.console import shown
+
 from ..chat import encode_chat
 from ..errors import UserError
 from ..llama import Adapter
@@ -266,7 +268,10 @@ class _Listener:
 
 def _unknown_model(name: str) -> ApiError:
     return ApiError(
-        404, f"there is no model {name!r}: GET /v1/models lists them.", code="model_not_found", param="model"
+        404,
+        f"there is no model {shown(name)}: GET /v1/models lists them.",
+        code="model_not_found",
+        param="model",
     )
 
 

@@ -575,7 +575,7 @@ def fuzz(server, caplog):
     assert resident() - at_half < 24, "MiB, after the second half"
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a\n", "é", "x" * 129, "a?b", 'a"'])
+@pytest.mark.parametrize("name", ["", "a b", "a\n", "é", "x" * 129, "a?b", 'a"', "..", "a/../b", "/", "a//b"])
 def test_names_that_cannot_be_asked_for(name):
     from model.errors import UserError
 

@@ -276,6 +276,21 @@ def test_the_library_stays_inside_the_stable_abi():
     assert not re.findall(r" (?:c10|at|torch|caffe2)::.*|\bPy[A-Z_]\w+", undefined)
 
 
+def test_a_library_of_older_sources_is_not_used(monkeypatch):
+    """It lacks the operators that came since; what calls them would end in a page of torch's words."""
+    if not extension.available("cpu"):
+        pytest.skip(extension.why_unavailable("cpu"))
+    extension._load.cache_clear()
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != "zinit::decode_cpu"
+    )
+    try:
+        reason = extension.why_unavailable("cpu")
+        assert "was built from older sources: it has no zinit::decode_cpu. To build it again: " in reason
+    finally:
+        extension._load.cache_clear()
+
+
 def test_a_library_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
     (tmp_path / "_C_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(extension, "PACKAGE", tmp_path)

@@ -39,7 +39,20 @@ def _load(name: str) -> str:
     except OSError as error:
         again = f"To build it again: {build_command(name)}"
         return f"{library} did not load into torch {torch.__version__}: {error}. {again}"
+    if missing := _without_kernel(name):
+        return (
+            f"{library} was built from older sources: it has no {', '.join(missing)}. To build it again: "
+            f"{build_command(name)}"
+        )
     return ""
+
+
+def _without_kernel(name: str) -> list[str]:
+    """The operators of a backend, defined so far, that have no kernel: an update came without a build."""
+    defined = torch._C._dispatch_get_all_op_names()
+    own = sorted(op for op in defined if op.startswith("zinit::") and op.endswith(f"_{name}"))
+    key = "CompositeExplicitAutograd"  # for which csrc/ registers its kernels
+    return [op for op in own if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key)]
 
 
 def build_command(name: str) -> str:

@@ -261,6 +261,9 @@ def check(out: Path | None, wanted: Sequence[Step], console: Console, goes_on: b
 
     goes_on: without the steps that this commit has done already.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # as nohup and & start it: the steps would ignore it too, and be killed before they say what failed
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     results = out or RESULTS
     folder = results / folder_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "no chip")
     folder.mkdir(parents=True, exist_ok=True)

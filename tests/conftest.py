@@ -1,6 +1,7 @@
 """Poison for every test: outputs that a kernel forgets to write hold NaN, not last call's right answer."""
 
 import os
+import signal
 
 os.environ["ZINIT_POISON_OUTPUTS"] = "1"  # read once by the kernels' library: its allocations start as NaN
 
@@ -41,6 +42,9 @@ def whole_run(folder, tmp_path_factory):
 
 
 def pytest_configure(config):
+    # a shell starts what runs in its background with SIGINT ignored, and the programs leave it so
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "native: needs the compiled CPU kernels")
     config.addinivalue_line(
         "markers", "interpreted: runs under Triton's interpreter, in a process of its own"

@@ -476,6 +476,12 @@ def test_every_target_of_a_cpu_has_its_rows():
             ratios={methods.PEFT: 1.0, train.FROZEN: 1.0})
         for mode in train.WIDTH
     ]  # fmt: skip
+    rows += [
+        row(method, suite="train", mode=train.STEP, shape="3 layers of Llama-3.2-1B", dtype=dtype,
+            ratios={train.PRODUCTS: 1.0}, figures={train.SPEED: 1.0, train.PEAK_GB: 1.0})
+        for method in (methods.ADAPTER, methods.LITGPT, methods.PEFT, train.LORA_8)
+        for dtype in dtypes
+    ]  # fmt: skip
     rows.append(row(PLAIN, suite="verify", ratios={compare.THEIRS: 1.0}))
     rows += [
         row(ours, suite="vision", mode=mode, shape="LLaMA", ratios={vision.TEXT: 1.0, vision.ONE: 1.0},

@@ -130,12 +130,9 @@ def interruptible() -> Iterator[Event]:
     Only the main thread can take signals; in another one the event is never set.
     """
     event = Event()
-    previous = {number: signal.getsignal(number) for number in _ENDINGS}
-    if current_thread() is not main_thread():
-        previous = {}
-    previous = {
-        number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)
-    }
+    taken = _ENDINGS if current_thread() is main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in taken}
+    previous = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         event.set()

@@ -116,21 +116,22 @@ class Responses:
     def _told(self, piece: Piece, index: int) -> tuple[tuple[str, float], list[tuple[str, float]], int]:
         """The text and log-probability of a token, those of the likeliest ones, and where its text begins."""
         assert piece.token is not None and piece.logprobs is not None
-        before = self._before if index in self._offsets else []
-        text = self._text(piece.token, before)
-        others = [(self._text(other, before), value) for other, value in piece.logprobs.likeliest]
+        before, skipped = self._before if index in self._offsets else ([], 0)
+        text = self._text(piece.token, before, skipped)
+        others = [(self._text(other, before, skipped), value) for other, value in piece.logprobs.likeliest]
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + len(text)
         return (text, piece.logprobs.chosen), others, offset
 
     @cached_property
-    def _before(self) -> list[int]:
-        return self._tokenizer.encode(".", bos=False, eos=False)
+    def _before(self) -> tuple[list[int], int]:
+        """A token that may stand before any other, and the characters of its text."""
+        tokens = self._tokenizer.encode(".", bos=False, eos=False)
+        return tokens, len(self._tokenizer.decode(tokens))
 
-    def _text(self, token: int, before: Sequence[int]) -> str:
+    def _text(self, token: int, before: Sequence[int], skipped: int) -> str:
         """What a token adds to the text before it: alone, many tokenizers' words lose their space."""
-        decode = self._tokenizer.decode
-        return decode([*before, token])[len(decode(before)) :]
+        return self._tokenizer.decode([*before, token])[skipped:]
 
 
 def _entry(text: str, value: float) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class PartlyAnswered(UserError):
         super().__init__(sentence)
         self.answers = answers
 
+    def __reduce__(self) -> tuple[Any, ...]:  # of an exception it would leave out `answers`
+        return type(self), (str(self), self.answers)
+
 
 class Answerer(Protocol):
     """A model that answers. identity: what tells its answers from those of another model, as JSON."""

@@ -148,6 +148,59 @@ class Tokenizer:
         return whole
 
 
+@dataclass(frozen=True)
+class _Library:
+    """A tokenizer of the tokenizers library. Its methods can be sent to another process, which a closure cannot."""
+
+    tokenizer: Any
+    folder: Path
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = _guarded(
+            lambda: self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+            f"the tokenizer of {self.folder} cannot encode a text",
+        )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def __reduce__(self) -> tuple[Callable[[str, Path], _Library], tuple[str, Path]]:
+        return _read_library, (self.tokenizer.to_str(), self.folder)
+
+
+def _read_library(content: str, folder: Path) -> _Library:
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    tokenizer.encode_special_tokens = True  # no part of the library's file format, nor of its own pickles
+    return _Library(tokenizer, folder)
+
+
+@dataclass(frozen=True)
+class _SentencePiece:
+    """A model of the sentencepiece library. Its methods can be sent to another process."""
+
+    processor: Any
+    size: int
+    ordinary: tuple[str, ...]  # added tokens that a text may hold, and that the model does not know
+    path: Path
+
+    def encode(self, text: str) -> list[int]:
+        if found := next((token for token in self.ordinary if token in text), None):
+            raise UserError(
+                f"a text holds the added token {found!r}, which {self.path} does not have: write a tokenizer.json "
+                "with transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+            )
+        ids: list[int] = self.processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.processor.decode([int(id) for id in ids if id < self.size])
+        return text
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json if it is there, else tokenizer.model, else a GGUF file's.
 
@@ -225,6 +278,7 @@ def _wrapped(
     """A tokenizer of the tokenizers library as a `Tokenizer`."""
     import tokenizers
 
+    library = _Library(tokenizer, path.parent)
     known = tokenizer.get_vocab()
     prefix, suffix = _around(tokenizer, path)
     added = tokenizer.get_added_tokens_decoder()
@@ -232,11 +286,8 @@ def _wrapped(
         max(known.values(), default=-1) + 1,
         bos_id,
         eos_id,
-        lambda text: _guarded(
-            lambda: tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
-            f"the tokenizer of {path.parent} cannot encode a text",
-        ),
-        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
+        library.encode,
+        library.decode,
         prefix,
         suffix,
         own_size,
@@ -296,20 +347,13 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
         for (given, name), usual in ((config.bos, processor.bos_id()), (config.eos, processor.eos_id()))
     )
 
-    def encode(text: str) -> list[int]:
-        if found := next((token for token in ordinary if token in text), None):
-            raise UserError(
-                f"a text holds the added token {found!r}, which {path} does not have: write a tokenizer.json with "
-                "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-            )
-        return processor.encode(text)
-
+    pieces = _SentencePiece(processor, size, tuple(ordinary), path)
     return Tokenizer(
         max([size - 1, *added.values()]) + 1,
         bos_id,
         eos_id,
-        encode,
-        lambda ids: processor.decode([int(id) for id in ids if id < size]),
+        pieces.encode,
+        pieces.decode,
         () if bos_id is None or not config.add_bos else (bos_id,),
         () if eos_id is None or not config.add_eos else (eos_id,),
         size,

@@ -28,6 +28,9 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:  # of an exception it would leave out the status
+        return type(self), (self.status, self.message), vars(self)
+
     @property
     def headers(self) -> dict[str, str]:
         found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -320,6 +321,25 @@ def test_the_beginning_of_a_long_text_is_that_of_its_encoding(tmp_path, sentence
     whole = tokenizer.encode(long, eos=True)
     for limit in (1, 33, 300, len(whole), len(whole) + 5):
         assert tokenizer.encode(long, eos=True, limit=limit) == whole[:limit]
+
+
+@pytest.mark.parametrize("make", [word_tokenizer, llama_tokenizer, unigram_tokenizer, None])
+def test_a_tokenizer_sent_to_another_process_is_the_same(tmp_path, sentencepiece_file, make):
+    """DataLoader sends its data set to workers that are spawned."""
+    if make is None:
+        shutil.copy(sentencepiece_file, tmp_path / "tokenizer.model")
+    else:
+        make(tmp_path)
+    added = {"5000": {"content": "<tool>"} | flags(False), "5001": {"content": "<pad>"} | flags(True)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(NAMES | {"added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = tokenizer.check_vocabulary(tokenizer.vocab_size)
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    own = {"_encode": None, "_decode": None}
+    assert vars(sent) | own == vars(tokenizer) | own
+    for text in (*TEXTS[:4], "</s> is text <pad> too"):
+        assert sent.encode(text) == tokenizer.encode(text)
+        assert sent.decode(sent.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
 def test_the_end_of_a_long_text_is_not_encoded(tmp_path):

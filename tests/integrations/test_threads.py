@@ -3,6 +3,9 @@
 import _thread
 import asyncio
 import copy
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
+from repository import ROOT  # noqa: E402
 from tiny_peft import CONFIGS, adapted, batch  # noqa: E402
 from tiny_transformers import adapted as prompted  # noqa: E402
 from tiny_transformers import inputs_of, outputs  # noqa: E402
@@ -302,3 +306,17 @@ def test_new_prompts_do_not_stand_in_a_block_of_freed_ones():
         tokens = tokens_of(zinit.add_zero_init_attention(model, 2))
         assert tokens and seen.isdisjoint(tokens)
         seen |= tokens
+
+
+def test_first_imports_of_several_threads():
+    """transformers puts another module in its own place at the end of its import."""
+    code = "import importlib, sys, threading, torch\n"
+    code += "names = [f'zinit_kernels.integrations.{name}' for name in ('transformers', 'peft')] * 4\n"
+    code += "threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]\n"
+    code += "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+    code += "print(*(hasattr(sys.modules[name], 'NAME') or hasattr(sys.modules[name], 'summary') for name in names))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.stdout.split() == ["True"] * 8 and "Error" not in done.stderr, done.stderr

@@ -21,6 +21,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+# At the end of its import transformers puts another module in its own place. A thread that waited for that import is
+# given the first module, which lacks most names; the next `import` finds the second one. So this line waits.
+import transformers  # noqa: F401
 from peft.tuners.adaption_prompt.layer import AdaptedAttention
 from peft.tuners.adaption_prompt.model import AdaptionPromptModel
 from torch import nn

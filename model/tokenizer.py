@@ -16,6 +16,7 @@ from typing import Any
 from .errors import UserError, warn
 from .gguf_file import find_gguf, read_gguf
 from .gguf_tokenizer import describe_tokenizer
+from .token_bytes import ByteLevel
 from .tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 # The special tokens of the LLaMA family, for a tokenizer whose files name none
@@ -50,6 +51,7 @@ class Tokenizer:
     rows: int | None = None  # of the model's embedding, once `check_vocabulary` has seen it
     special_ids: Mapping[str, int] = field(default_factory=dict)  # of the tokens that no text holds, by name
     chat_template: str | None = None  # Jinja: how a conversation becomes a text; chat.py renders it
+    byte_level: ByteLevel | None = None  # of a vocabulary whose tokens are bytes
 
     def encode(
         self, text: str, bos: bool | None = None, eos: bool | None = None, limit: int | None = None
@@ -82,6 +84,12 @@ class Tokenizer:
         are no whole character become U+FFFD.
         """
         return self._decode(self._whole_characters([id for id in ids if 0 <= id < self.vocab_size]))
+
+    def token_bytes(self, id: int) -> bytes | None:
+        """The bytes of a token, which text cannot show where it is a part of a character. None: only text is known."""
+        if self.byte_level is not None:
+            return self.byte_level.bytes_of(id)
+        return next((bytes([byte]) for byte, other in self.byte_ids.items() if other == id), None)
 
     def check_vocabulary(self, rows: int) -> Tokenizer:
         """This tokenizer for a model whose embedding has so many rows.
@@ -295,6 +303,7 @@ def _wrapped(
         not isinstance(tokenizer.model, tokenizers.models.Unigram),
         special_ids={token.content: id for id, token in added.items() if token.special and token.content},
         chat_template=chat_template,
+        byte_level=ByteLevel.of(tokenizer),
     )
 
 

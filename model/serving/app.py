@@ -36,6 +36,7 @@ from .service import Running, Service
 from .streaming import EventStream, until_gone
 
 LARGEST_BODY = 64 << 20  # bytes: sixteen photographs as base64
+_SLOWEST_BODY = 300.0  # seconds that a client may take to send it
 _SLOW_BODY = 1 << 16  # bytes; a longer one is read in another thread
 _log = logging.getLogger(__name__)
 Load = Callable[[str], Adapter]  # the adapter of a file
@@ -228,7 +229,14 @@ async def _chunks(
 
 
 async def _body_of(request: Request) -> bytes:
-    """The body. Raises ApiError if it is too large, without reading all of it."""
+    """The body. Raises ApiError if it is too large, without reading all of it, or does not come in time."""
+    try:
+        return await asyncio.wait_for(_read_body(request), _SLOWEST_BODY)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not come within {_SLOWEST_BODY:.0f} seconds.") from None
+
+
+async def _read_body(request: Request) -> bytes:
     length = request.headers.get("content-length", "0")
     too_large = ApiError(413, f"the body has more than {LARGEST_BODY >> 20} MiB.")
     if length.isdecimal() and int(length) > LARGEST_BODY:

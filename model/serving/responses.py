@@ -13,6 +13,8 @@ from typing import Any
 from ..tokenizer import Tokenizer
 from .request import TokenLogprobs
 
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -38,6 +40,33 @@ class Answer:
         self.tokens += piece.token is not None
         if piece.logprobs is not None:
             self.told.append(piece)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A token with its log-probability."""
+
+    text: str
+    logprob: float
+    content: bytes | None  # None: a part of a character whose bytes the tokenizer does not tell
+
+    @property
+    def name(self) -> str:
+        """The text; for a part of a character its bytes in OpenAI's form, since all parts have the same text."""
+        if self.content is None or self.content == self.text.encode():
+            return self.text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.content)
+
+    @property
+    def characters(self) -> int:
+        """How many characters begin in it: bytes 10xxxxxx go on with one."""
+        if self.content is None:
+            return len(self.text)
+        return sum(byte & 0xC0 != 0x80 for byte in self.content)
+
+    def entry(self) -> dict[str, Any]:
+        content = None if self.content is None else list(self.content)
+        return {"token": self.name, "logprob": self.logprob, "bytes": content}
 
 
 class Responses:
@@ -102,26 +131,35 @@ class Responses:
         told = [self._told(piece, index) for piece in pieces]
         if self.is_chat:
             content = [
-                _entry(*chosen) | {"top_logprobs": list(starmap(_entry, others))}
+                chosen.entry() | {"top_logprobs": [other.entry() for other in others]}
                 for chosen, others, _ in told
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [text for (text, _), _, _ in told],
-            "token_logprobs": [value for (_, value), _, _ in told],
-            "top_logprobs": [dict(others) for _, others, _ in told],
+            "tokens": [chosen.name for chosen, _, _ in told],
+            "token_logprobs": [chosen.logprob for chosen, _, _ in told],
+            # of tokens with the same text, the likeliest: it is the first one
+            "top_logprobs": [
+                {other.name: other.logprob for other in reversed(others)} for _, others, _ in told
+            ],
             "text_offset": [offset for _, _, offset in told],
         }
 
-    def _told(self, piece: Piece, index: int) -> tuple[tuple[str, float], list[tuple[str, float]], int]:
-        """The text and log-probability of a token, those of the likeliest ones, and where its text begins."""
+    def _told(self, piece: Piece, index: int) -> tuple[_Told, list[_Told], int]:
+        """A token, the likeliest ones in its place, and where its text begins."""
         assert piece.token is not None and piece.logprobs is not None
         before, skipped = self._before if index in self._offsets else ([], 0)
-        text = self._text(piece.token, before, skipped)
-        others = [(self._text(other, before, skipped), value) for other, value in piece.logprobs.likeliest]
+
+        def told(token: int, value: float) -> _Told:
+            text = self._text(token, before, skipped)
+            return _Told(
+                text, value, self._tokenizer.token_bytes(token) if _BROKEN in text else text.encode()
+            )
+
+        chosen = told(piece.token, piece.logprobs.chosen)
         offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + len(text)
-        return (text, piece.logprobs.chosen), others, offset
+        self._offsets[index] = offset + chosen.characters
+        return chosen, list(starmap(told, piece.logprobs.likeliest)), offset
 
     @cached_property
     def _before(self) -> tuple[list[int], int]:
@@ -132,10 +170,6 @@ class Responses:
     def _text(self, token: int, before: Sequence[int], skipped: int) -> str:
         """What a token adds to the text before it: alone, many tokenizers' words lose their space."""
         return self._tokenizer.decode([*before, token])[skipped:]
-
-
-def _entry(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, int]:

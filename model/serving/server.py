@@ -18,6 +18,7 @@ import uvicorn
 
 from ..errors import UserError, note
 from .service import Service
+from .slow_clients import end_slow_clients
 from .worker import EngineThread
 
 _BACKLOG = 2048  # connections that wait to be accepted
@@ -25,8 +26,17 @@ _LOOK = 0.05  # seconds between looks at what still runs
 _LAST = 5.0  # seconds for the end of requests that were not sent to theirs, and of answers that are not read
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's, without its handling of signals: it would end connections at once, and exit by the signal."""
+class Server(uvicorn.Server):
+    """uvicorn's, which also ends slow clients. It leaves signals alone: uvicorn's own handling would end connections at
+    once, and exit by the signal.
+    """
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        watching = asyncio.create_task(end_slow_clients(self.server_state.connections))
+        try:
+            await super().serve(sockets)
+        finally:
+            watching.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,9 +51,11 @@ def serve(app: Any, service: Service, host: str, port: int, drain_seconds: float
     except OSError as error:
         raise UserError(f"{host}, port {port}, cannot be listened on: {error.strerror or error}.") from None
     _allow_many_connections()
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on")
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none"
+    )
     with listener:
-        asyncio.run(_serve(_Server(config), service, listener, drain_seconds))
+        asyncio.run(_serve(Server(config), service, listener, drain_seconds))
 
 
 def _allow_many_connections() -> None:
@@ -53,9 +65,7 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def _serve(
-    server: uvicorn.Server, service: Service, listener: socket.socket, drain_seconds: float
-) -> None:
+async def _serve(server: Server, service: Service, listener: socket.socket, drain_seconds: float) -> None:
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
     signals = 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-_SLOWEST = 300.0  # seconds that a client may take to read a chunk; after that it is taken for gone
+from .slow_clients import SLOWEST_READ
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -50,7 +50,7 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def write(data: bytes, more: bool = True) -> None:
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), _SLOWEST)
+            await asyncio.wait_for(send(message), SLOWEST_READ)
 
         async def send_all() -> None:
             await send(

@@ -155,10 +155,11 @@ class Listening:
         import uvicorn
 
         from model.serving.app import create_app
+        from model.serving.server import Server
 
         self.service = service
         app = create_app(service, **options)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        self._server = Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -207,3 +208,16 @@ class Listening:
             lambda: not self.service.running and not engine.scheduler.running and not engine.waiting
         )
         self.wait_until(lambda: engine.pool.available == engine.pool.num_pages)
+
+
+# a short request, and one that runs until its client leaves
+ASK = {"model": "tall", "prompt": "x", "max_tokens": 2}
+LONG = {"model": "tall", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
+
+
+def text_of(service, adapters, name, prompt, seed=0, max_tokens=12, temperature=0.0, eos_ids=None):
+    """What `generate` answers this prompt alone."""
+    tokenizer, base = service.tokenizer, service.engine.model
+    ids = tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else prompt
+    options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": 1.0, "seed": seed}
+    return tokenizer.decode(generate(base, [ids], adapters[name], eos_ids=eos_ids, **options)[0])

@@ -1,84 +1,32 @@
-"""The server as clients see it: the official client, curl, and everything that goes wrong between them and it."""
+"""The HTTP surface as clients see it: the official client, what is asked for, and what is refused."""
 
 import base64
 import concurrent.futures
-import http.client
 import io
-import json
-import logging
-import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
 import torch
 from PIL import Image
-from repository import ROOT
-from tiny_serving import ADAPTERS, Listening, make_service
+from tiny_serving import ADAPTERS, ASK, LONG, Listening, make_service, text_of
 
-from model.llama import Llama
 from model.sampling import generate
 from model.serving.app import check_name
 from model.serving.protocol import read_completion
-from model.vision.files import save_adapter
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    """A base with a tokenizer, and the adapters' files; written by none."""
-    folder = tmp_path_factory.mktemp("serving") / "base"
-    service, adapters = make_service(folder)
-    for name in ADAPTERS:
-        save_adapter(folder.parent / f"{name}.safetensors", adapters[name], service.engine.model.config)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The service and its adapters by name."""
-    return make_service(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(made):
-    return made[1]
-
-
-@pytest.fixture(scope="module")
-def server(made):
-    with Listening(made[0], admin_token="token", load=lambda path: made[1][path]) as listening:
-        yield listening
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as one:
-        yield one
-
-
-def text_of(server, adapters, name, prompt, seed=0, max_tokens=12, temperature=0.0, eos_ids=None):
-    """What `generate` answers this prompt alone."""
-    tokenizer, base = server.service.tokenizer, server.service.engine.model
-    ids = tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else prompt
-    options = {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": 1.0, "seed": seed}
-    return tokenizer.decode(generate(base, [ids], adapters[name], eos_ids=eos_ids, **options)[0])
 
 
 @pytest.mark.parametrize("name", ["tiny", *ADAPTERS])
 def test_the_official_client_gets_what_generate_gives(server, adapters, client, name):
     asked = {"model": name, "prompt": "Say it.", "max_tokens": 12}
     greedy = client.completions.create(**asked, temperature=0)
-    assert greedy.choices[0].text == text_of(server, adapters, name, "Say it.")
+    assert greedy.choices[0].text == text_of(server.service, adapters, name, "Say it.")
     assert (greedy.usage.prompt_tokens, greedy.usage.completion_tokens) == (8, 12)
     seeded = client.completions.create(**asked, temperature=1.0, seed=5, n=3)
-    expected = [text_of(server, adapters, name, "Say it.", 5 + i, temperature=1.0) for i in range(3)]
+    expected = [text_of(server.service, adapters, name, "Say it.", 5 + i, temperature=1.0) for i in range(3)]
     assert [choice.text for choice in seeded.choices] == expected and len(set(expected)) == 3
     streamed = ["", "", ""]
     for chunk in client.completions.create(**asked, temperature=1.0, seed=5, n=3, stream=True):
@@ -99,7 +47,7 @@ def test_a_conversation(server, adapters, client):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}]
     ids = [1, *(ord(c) + 3 for c in "system: Be kind."), 2, *(ord(c) + 3 for c in "\nuser: Who?"), 2]
     ids += [ord(c) + 3 for c in "\nassistant:"]
-    expected = text_of(server, adapters, "tall", ids)
+    expected = text_of(server.service, adapters, "tall", ids)
     asked = {"model": "tall", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
     answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
     assert answer.choices[0].message.content == expected and answer.choices[0].message.role == "assistant"
@@ -120,7 +68,7 @@ def test_a_conversation(server, adapters, client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_an_answer_and_are_left_out(server, adapters, client, stream):
-    whole = text_of(server, adapters, "tall", "Say it.", max_tokens=40)
+    whole = text_of(server.service, adapters, "tall", "Say it.", max_tokens=40)
     stop = whole[20:23]
     asked = {
         "model": "tall",
@@ -140,8 +88,8 @@ def test_stop_strings_end_an_answer_and_are_left_out(server, adapters, client, s
 
 def test_prompts_come_in_four_forms(server, adapters, client):
     ids = server.service.tokenizer.encode("Say it.", eos=False)
-    expected = text_of(server, adapters, "short", "Say it.")
-    other = text_of(server, adapters, "short", "And?")
+    expected = text_of(server.service, adapters, "short", "Say it.")
+    other = text_of(server.service, adapters, "short", "And?")
     options = {"model": "short", "max_tokens": 12, "temperature": 0}
     for prompt, answers in (
         ("Say it.", [expected]),
@@ -189,7 +137,7 @@ def test_images_are_seen_by_adapters_that_see(server, adapters, client):
         answers[colour] = answer.choices[0].message.content
         assert answers[colour] == server.service.tokenizer.decode(expected)
     without = client.chat.completions.create(messages=about([]), **asked).choices[0].message.content
-    assert without == text_of(server, adapters, "sees", ids)
+    assert without == text_of(server.service, adapters, "sees", ids)
     assert len({*answers.values(), without}) == 3
     assert seeing.source.encoder.images == 2  # the second red one was remembered
     server.wait_until(lambda: server.service.engine.table.used == len(server.service.engine.adapters))
@@ -213,9 +161,6 @@ def test_images_are_seen_by_adapters_that_see(server, adapters, client):
 def test_images_that_are_refused(server, model, url, sentence):
     status, _, body = server.post("/v1/chat/completions", {"model": model, "messages": about([url])})
     assert status == 400 and re.search(sentence, body["error"]["message"]), body
-
-
-ASK = {"model": "tall", "prompt": "x", "max_tokens": 2}
 
 
 @pytest.mark.parametrize(
@@ -358,85 +303,6 @@ def test_texts_do_not_wait_for_images(server, adapters, monkeypatch):
         assert [one.result()[0] for one in seeing] == [200] * 40
 
 
-LONG = {"model": "tall", "prompt": "x", "max_tokens": 500, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.mark.parametrize("moment", ["mid-stream", "before the first token", "whole answer"])
-def test_a_client_that_hangs_up_gives_its_pages_back(server, moment):
-    engine = server.service.engine
-    made = engine.counts["ended_cancelled"]
-    stream = server.open_stream(LONG)
-    if moment == "mid-stream":
-        assert stream.recv(100).startswith(b"HTTP/1.1 200")
-    elif moment == "whole answer":
-        stream.close()
-        stream = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-        data = json.dumps(LONG).encode()
-        stream.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data
-        )
-        server.wait_until(lambda: engine.scheduler.running)
-    stream.close()
-    server.wait_until(lambda: engine.counts["ended_cancelled"] > made)
-    server.wait_until_all_is_back()
-
-
-def test_a_client_that_is_killed_gives_its_pages_back(server):
-    engine = server.service.engine
-    made = engine.counts["ended_cancelled"]
-    command = ["curl", "-sN", f"{server.url}/v1/completions", "-d", json.dumps(LONG | {"stream": True})]
-    client = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert client.stdout.readline().startswith(b"data: ")
-    client.kill()
-    client.wait()
-    client.stdout.close()
-    server.wait_until(lambda: engine.counts["ended_cancelled"] > made)
-    server.wait_until_all_is_back()
-
-
-def test_a_slow_reader_blocks_nobody_and_misses_nothing(server, adapters):
-    slow = server.open_stream(LONG | {"max_tokens": 100, "logprobs": 20})
-    assert server.post("/v1/completions", ASK)[0] == 200
-    server.wait_until(lambda: not server.service.engine.scheduler.running)
-    received = b""
-    while b"[DONE]" not in received:
-        part = slow.recv(1 << 16)
-        assert part
-        received += part
-    slow.close()
-    chunks = [json.loads(line[6:]) for line in re.findall(rb"data: \{.*", received)]
-    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == text_of(server, adapters, "tall", "x", max_tokens=100, eos_ids=())
-
-
-def test_an_adapter_is_loaded_and_dropped_while_it_is_in_use(server, adapters, client):
-    bearer = {"Authorization": "Bearer token"}
-    status, _, body = server.post("/admin/adapters", {"name": "new", "path": "short"}, bearer)
-    assert status == 201 and "new" in body["adapters"]
-    text, dropped = "", False
-    stream = client.completions.create(
-        model="new", prompt="x", max_tokens=60, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    for chunk in stream:
-        text += chunk.choices[0].text
-        if not dropped:
-            dropped = server.post("/admin/adapters/new", b"", bearer, "DELETE")[0] == 200
-    assert dropped and text == text_of(server, adapters, "short", "x", max_tokens=60, eos_ids=())
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="new", prompt="x")
-    for path, body, headers, method, expected in (
-        ("/admin/adapters/new", b"", bearer, "DELETE", 404),
-        ("/admin/adapters", {"name": "a b", "path": "short"}, bearer, "POST", 400),
-        ("/admin/adapters", {"name": "tiny", "path": "short"}, bearer, "POST", 400),
-        ("/admin/adapters", {"name": "tall", "path": "short"}, bearer, "POST", 400),
-        ("/admin/adapters", {"name": "x"}, bearer, "POST", 400),
-        ("/admin/adapters", {"name": "x", "path": "short"}, {}, "POST", 401),
-        ("/admin/adapters", b"", {"Authorization": "Bearer tokens"}, "GET", 401),
-    ):
-        assert server.post(path, body, headers, method)[0] == expected, (path, body)
-    assert server.service.engine.adapters == [*ADAPTERS, "sees"]
-
-
 def test_keys_are_asked_for_where_there_are_some_and_a_full_queue_says_so(tmp_path):
     service, _ = make_service(tmp_path, max_running=1, max_waiting=2)
     with Listening(service, api_keys=["secret", "other"]) as server:
@@ -465,27 +331,6 @@ def test_keys_are_asked_for_where_there_are_some_and_a_full_queue_says_so(tmp_pa
         assert server.post("/health", b"", method="GET")[0] == 503
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_exception_inside_a_step_is_one_requests(server, adapters, client, monkeypatch, caplog, stream):
-    forward = Llama.hidden_states
-
-    def hidden_states(self, tokens, *args, **options):
-        if (tokens == ord("!") + 3).any() and threading.current_thread().name == "engine":
-            raise RuntimeError("an exception inside a step")
-        return forward(self, tokens, *args, **options)
-
-    expected = text_of(server, adapters, "tall", "y")
-    monkeypatch.setattr(Llama, "hidden_states", hidden_states)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, caplog.at_level(logging.ERROR):
-        other = pool.submit(client.completions.create, model="tall", prompt="y", max_tokens=12, temperature=0)
-        with pytest.raises(openai.APIError, match="the server's log has the cause as error") as raised:
-            list(client.completions.create(model="tall", prompt="bad!", max_tokens=5, stream=stream))
-        assert other.result().choices[0].text == expected
-    number = re.search(r"error (\w{8})", str(raised.value))[1]
-    assert any(number in record.message and record.exc_info for record in caplog.records)
-    server.wait_until_all_is_back()
-
-
 def test_metrics_are_prometheus_text(server):
     with urllib.request.urlopen(f"{server.url}/metrics") as response:
         assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -501,188 +346,9 @@ def test_metrics_are_prometheus_text(server):
         assert f"zinit_{name}" in text
 
 
-def fuzzed(chance, count):
-    """Bodies that are nearly right, and others that are not at all."""
-    values = [
-        None, True, -1, 0, 1, 2**63, 1e308, "", "x", "\x00\x1b", [], [[]], {}, {"a": [1]}, [None], "tall", -0.5,
-        [1] * 50, "x" * 2000, [["x"]], [{"role": "user", "content": "x"}], [{"role": "user"}], [{"role": []}],
-        {"include_usage": 1},
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}],
-    ]  # fmt: skip
-    names = ["model", "prompt", "messages", "n", "seed", "stop", "stream", "logprobs", "temperature", "top_p"]
-    names += [
-        "best_of",
-        "max_tokens",
-        "stream_options",
-        "top_logprobs",
-        "logit_bias",
-        "echo",
-        "suffix",
-        "\U0001f600",
-        "tools",
-        "",
-    ]
-    for _ in range(count):
-        body = {"model": chance.choice(["tall", "sees", "tiny"]), "prompt": "x", "max_tokens": 1}
-        for _ in range(chance.randrange(1, 4)):
-            body[chance.choice(names)] = chance.choice(values)
-        data = bytearray(json.dumps(body).encode())
-        if chance.random() < 0.5:
-            for _ in range(chance.randrange(1, 4)):
-                place = chance.randrange(len(data))
-                change = chance.randrange(3)
-                if change == 0:
-                    data[place] = chance.randrange(256)
-                elif change == 1:
-                    del data[place:]
-                    data += b"}"
-                else:
-                    data[place:place] = chance.choice(
-                        [b"{", b'"', b"\\u", b"\xf0\x9f", b",", b"1e999", b"null"]
-                    )
-        yield bytes(data)
-
-
-def resident():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmRSS"))
-
-
-def test_malformed_bodies_are_refused_and_cost_nothing(tmp_path, caplog):
-    """Every response is a refusal or an answer; no memory stays behind, no request, no page."""
-    service, _ = make_service(tmp_path, cache_tokens=48)  # answers without a limit are short
-    with Listening(service) as server:
-        fuzz(server, caplog)
-
-
-def fuzz(server, caplog):
-    chance, seen, at_half = random.Random(0), set(), 0
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    for place, body in enumerate(fuzzed(chance, 1000)):
-        route = chance.choice(["/v1/completions", "/v1/chat/completions"])
-        connection.request("POST", route, body)
-        response = connection.getresponse()
-        content = response.read()
-        seen.add(response.status)
-        assert response.status in (200, 400, 404), (body, content)
-        if response.status != 200:
-            assert json.loads(content)["error"]["message"], body
-        if place == 500:
-            at_half = resident()
-    connection.close()
-    assert seen == {200, 400, 404} and not [r for r in caplog.records if r.levelno >= logging.ERROR]
-    server.wait_until_all_is_back()
-    assert resident() - at_half < 24, "MiB, after the second half"
-
-
 @pytest.mark.parametrize("name", ["", "a b", "a\n", "é", "x" * 129, "a?b", 'a"', "..", "a/../b", "/", "a//b"])
 def test_names_that_cannot_be_asked_for(name):
     from model.errors import UserError
 
     with pytest.raises(UserError, match="1 to 128 letters"):
         check_name(name)
-
-
-def start(folder, *options):
-    """The program in a process of its own, and its address."""
-    named = [
-        word for name in ADAPTERS for word in ("--adapter", f"{name}={folder.parent / name}.safetensors")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "model.serve",
-        "--base",
-        str(folder),
-        *named,
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
-    )
-    line = process.stderr.readline()
-    assert "serving base, tall, short, identity on http://127.0.0.1:" in line, line + process.stderr.read()
-    return process, re.search(r"http://\S+?(?=/v1)", line)[0]
-
-
-def test_the_program_answers_curl_and_drains_at_sigterm(server, adapters, base_folder, tmp_path):
-    """SIGTERM under load: streams are finished, new requests are told to go elsewhere, and it exits with 0."""
-    process, url = start(base_folder)
-
-    def curl(*words):
-        return subprocess.run(["curl", "-s", *words], capture_output=True, text=True, timeout=120).stdout
-
-    with process:
-        assert json.loads(curl(f"{url}/health")) == {"status": "ok"}
-        assert [m["id"] for m in json.loads(curl(f"{url}/v1/models"))["data"]] == ["base", *ADAPTERS]
-        found = curl("-o", str(tmp_path / "x"), "-w", "%{http_code}", f"{url}/v1/completions", "-d", "{")
-        assert found == "400"
-        body = json.dumps(LONG | {"stream": True, "max_tokens": 150})
-        streams = [
-            subprocess.Popen(
-                ["curl", "-sN", f"{url}/v1/completions", "-d", body], stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(3)
-        ]
-        firsts = [stream.stdout.readline() for stream in streams]
-        process.send_signal(signal.SIGTERM)
-        assert "draining" in process.stderr.readline()
-        refused = curl("-w", "%{http_code}", f"{url}/v1/completions", "-d", json.dumps(ASK))
-        assert refused.endswith("503") and "shutting down" in refused
-        expected = text_of(server, adapters, "tall", "x", max_tokens=150, eos_ids=())
-        for first, stream in zip(firsts, streams, strict=True):
-            said = first + stream.stdout.read()
-            stream.stdout.close()
-            assert stream.wait() == 0
-            chunks = [json.loads(line[6:]) for line in re.findall(r"data: \{.*", said)]
-            assert "".join(c["choices"][0]["text"] for c in chunks) == expected
-            assert said.rstrip().endswith("data: [DONE]")
-        assert process.wait(60) == 0
-
-
-def test_a_request_that_never_comes_to_its_end_does_not_hold_up_the_end(base_folder):
-    """Half a body at SIGTERM: its client may have gone long ago."""
-    process, url = start(base_folder)
-    with process, socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
-        assert json.load(urllib.request.urlopen(f"{url}/health", timeout=60)) == {"status": "ok"}
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(45) == 0
-        finally:
-            process.kill()
-        said = process.stderr.read()
-        assert said.count("\n") == 1 and "draining: 0 requests" in said
-
-
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        (["--adapter", "x"], "--adapter must be NAME=FILE, got 'x'"),
-        (["--adapter", "a b=x"], "1 to 128 letters"),
-        (["--adapter", "x=/nowhere"], "/nowhere"),
-        (["--port", "70000"], "--port must lie in 0 .. 65535"),
-        (["--host", "203.0.113.1", "--port", "0"], "203.0.113.1, port 0, cannot be listened on"),
-        (["--api-key", ""], "--api-key must not be empty"),
-        (["--admin-token", ""], "--admin-token must not be empty"),
-        (["--chunk", "0"], "chunk must be at least 1"),
-        (["--cache-tokens", "3"], "the cache must hold at least 16 tokens"),
-        (["--backend", "foo"], "--backend foo"),
-        (["--adapter", "base={tall}"], "'base' is the name of the base"),
-        (["--adapter", "x={tall}", "--adapter", "x={tall}"], "there is an adapter 'x' already"),
-    ],
-)
-def test_the_program_refuses_in_one_sentence(base_folder, capsys, options, sentence):
-    from model.errors import run_program
-    from model.serve import main
-
-    options = [option.format(tall=base_folder.parent / "tall.safetensors") for option in options]
-    if "--cache-tokens" not in options:
-        options += ["--cache-tokens", "1024"]
-    with pytest.raises(SystemExit) as ended:
-        run_program(lambda: main(["--base", str(base_folder), "--device", "cpu", *options]))
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and sentence in told and told.count("\n") == 1, told

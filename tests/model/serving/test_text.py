@@ -1,5 +1,6 @@
 """The text of an answer, token by token: together it is what decoding all tokens at once gives."""
 
+import json
 import random
 
 import pytest
@@ -22,6 +23,11 @@ def byte_fallback(path):
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.save(str(path / "tokenizer.json"))
+
+
+def byte_level(path):
+    """Words over all 256 bytes."""
+    word_tokenizer(path, 400)
 
 
 @pytest.mark.parametrize("make", [word_tokenizer, byte_fallback])
@@ -99,3 +105,34 @@ def test_told_tokens_are_the_text_with_its_spaces(tmp_path, make, is_chat):
     assert "".join(told["tokens"]) == answer.text
     for text, offset, others in zip(told["tokens"], told["text_offset"], told["top_logprobs"], strict=True):
         assert answer.text[offset:].startswith(text) and others == {text: -1.0}
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_bytes_of_a_characters_parts_are_the_characters(tmp_path, make, is_chat):
+    """A client joins them: the text of a part shows U+FFFD, whichever part it is."""
+    make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode("the 🙂ü", False, False)
+    text = tokenizer.decode(tokens)
+    answer = Answer(text, len(tokens))
+    others = [(token, -2.0) for token in tokens[-6:]]
+    answer.told = [Piece(0, "", token, TokenLogprobs(-1.0, others)) for token in tokens]
+    (choice,) = Responses("x", is_chat, tokenizer).whole([answer], 1)["choices"]
+    told = choice["logprobs"]
+    if is_chat:
+        assert bytes(byte for one in told["content"] for byte in one["bytes"]).decode() == text
+        assert "\ufffd" not in json.dumps(told, ensure_ascii=False)
+        return
+    parts = ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x99", "bytes:\\x82", "bytes:\\xc3", "bytes:\\xbc"]
+    assert told["tokens"][-6:] == parts and all(set(found) == set(parts) for found in told["top_logprobs"])
+    assert told["text_offset"][-6] == len(text) - 2 and told["text_offset"][-2] == len(text) - 1
+
+
+def test_of_tokens_with_one_text_the_likeliest_counts(tmp_path):
+    word_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    answer = Answer("", 1)
+    answer.told = [Piece(0, "", 1, TokenLogprobs(-0.5, [(0, -0.5), (1, -3.0)]))]  # <s>, </s>: no text
+    (choice,) = Responses("x", False, tokenizer).whole([answer], 1)["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"": -0.5}]

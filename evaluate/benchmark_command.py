@@ -13,7 +13,7 @@ from zinit_kernels.console import Parser, shown, warn
 from . import models
 from .answers import ANSWERS, answers_in, digest
 from .asking import Interrupted, ask
-from .lines import RESULT
+from .lines import RESULT, write_result
 from .question import Benchmark, Item, Table
 from .shared import (
     DTYPES,
@@ -26,7 +26,6 @@ from .shared import (
     program,
     read_text,
     refuse_unwritable,
-    write_file,
 )
 from .tables import as_json, show, with_quoted
 
@@ -148,7 +147,7 @@ def _run(benchmark: Benchmark, arguments: Sequence[str]) -> None:
         messages().print(f"interrupted: {stopped}; the same command goes on from there.")
         sys.exit(INTERRUPTED)
     tables = _tables(benchmark, items, answers)
-    write_file(options.out / RESULT, as_json(tables, asked))
+    write_result(options.out, as_json(tables, asked))
     show(tables)
 
 
@@ -159,7 +158,7 @@ def _write_new(out: Path, content: bytes) -> None:
     path = out / RESULT
     if path.exists() and path.read_bytes() != content:
         raise UserError(f"{path} holds other figures: name another folder for --out.")
-    write_file(path, content)
+    write_result(out, content)
 
 
 def _questions(benchmark: Benchmark, data: Path) -> list[Item]:

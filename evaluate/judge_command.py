@@ -12,11 +12,11 @@ from zinit_kernels.console import Parser
 
 from .asking import Interrupted, ask
 from .chat_server import ChatServer
-from .lines import RESULT
+from .lines import write_result
 from .open_questions import LAYOUT, Question, read_answers, read_questions
 from .question import Cell, Item, Table
 from .scorers import judge
-from .shared import UserError, command_name, messages, program, write_file
+from .shared import UserError, command_name, messages, program
 from .tables import as_json, show
 
 VERDICTS = "verdicts.jsonl"
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         messages().print(f"interrupted: {stopped}; the same command goes on from there.")
         sys.exit(INTERRUPTED)
     tables = [_table(questions, verdicts)]
-    write_file(options.out / RESULT, as_json(tables, run))
+    write_result(options.out, as_json(tables, run))
     show(tables)
 
 

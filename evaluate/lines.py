@@ -17,9 +17,16 @@ from typing import Any
 
 from zinit_kernels.console import shown
 
-from .shared import UserError, append, writing
+from .shared import UserError, append, held, remove_leftovers, write_file, writing
 
 RESULT = "result.json"  # the figures of a run, beside its lines
+
+
+def write_result(folder: Path, content: bytes) -> None:
+    """Writes result.json, and removes what a process left that was killed while it wrote it."""
+    with held(folder, wait=True):
+        remove_leftovers(folder, [RESULT])
+        write_file(folder / RESULT, content)
 
 
 class LineFile:

@@ -16,7 +16,15 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.program import interruptible, program
     from model.progress import Show, messages, progress
     from model.records import format_prompt, json_values, read_records, read_text
-    from model.run_folder import append, held, make_directory, refuse_unwritable, write_file, writing
+    from model.run_folder import (
+        append,
+        held,
+        make_directory,
+        refuse_unwritable,
+        remove_leftovers,
+        write_file,
+        writing,
+    )
     from model.sampling import generate
     from model.tokenizer import Tokenizer, load_tokenizer
     from model.vision.adapter import VisualAdapter
@@ -30,7 +38,15 @@ else:
     from ..model.program import interruptible, program
     from ..model.progress import Show, messages, progress
     from ..model.records import format_prompt, json_values, read_records, read_text
-    from ..model.run_folder import append, held, make_directory, refuse_unwritable, write_file, writing
+    from ..model.run_folder import (
+        append,
+        held,
+        make_directory,
+        refuse_unwritable,
+        remove_leftovers,
+        write_file,
+        writing,
+    )
     from ..model.sampling import generate
     from ..model.tokenizer import Tokenizer, load_tokenizer
     from ..model.vision.adapter import VisualAdapter
@@ -42,7 +58,7 @@ __all__ = [
     "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
     "json_values", "load_base", "load_tokenizer", "make_directory", "messages", "note",
     "open_adapter", "open_device", "open_source", "program", "progress", "read_records", "read_text",
-    "refuse_unwritable", "run_program", "warn", "write_file", "writing",
+    "refuse_unwritable", "remove_leftovers", "run_program", "warn", "write_file", "writing",
 ]  # fmt: skip
 
 

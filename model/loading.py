@@ -17,7 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zinit_kernels.checkpoints import CheckpointError, write_atomically
+from zinit_kernels.checkpoints import CheckpointError, write_together
 from zinit_kernels.checkpoints.adapter import some
 from zinit_kernels.packed import PackedWeight
 
@@ -133,9 +133,9 @@ def save_base(model: Llama, directory: str | Path) -> None:
         name if name == "lm_head.weight" else f"model.{name}": t for name, t in model.state_dict().items()
     }
     weights = to_safetensors({name: t.contiguous() for name, t in state.items()}, {"format": "pt"})
-    write_atomically(directory / "model.safetensors", weights)
     config = model.config.to_hf() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    write_atomically(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    content = (json.dumps(config, indent=2) + "\n").encode()
+    write_together({directory / "model.safetensors": weights, directory / "config.json": content})
 
 
 class _NoInit(TorchFunctionMode):

@@ -23,7 +23,7 @@ from zinit_kernels.packed import PackedLinear
 from .errors import UserError
 from .llama import Attention, Llama
 from .quantised import QuantisedLinear
-from .run_folder import make_directory, write_file
+from .run_folder import make_directory, write_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NAME = "default"  # PEFT's, of the only adapter
@@ -116,7 +116,11 @@ def save_lora(folder: str | Path, lora: Lora, base: str | Path) -> None:
     """Writes the folder that `peft.PeftModel.from_pretrained` reads, for the transformers model of the same base."""
     folder = make_directory(folder)
     state = {name: tensor.cpu().contiguous() for name, tensor in lora.peft_state().items()}
-    write_file(folder / "adapter_model.safetensors", to_safetensors(state, {"format": "pt"}))
     config = lora.peft_config.to_dict() | {"base_model_name_or_path": str(base), "inference_mode": True}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    write_file(folder / "adapter_config.json", (json.dumps(plain, indent=2, default=str) + "\n").encode())
+    write_files(
+        {
+            folder / "adapter_model.safetensors": to_safetensors(state, {"format": "pt"}),
+            folder / "adapter_config.json": (json.dumps(plain, indent=2, default=str) + "\n").encode(),
+        }
+    )

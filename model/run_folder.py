@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from zinit_kernels.checkpoints import write_atomically
+from zinit_kernels.checkpoints import write_together
 
 from .errors import UserError, warn
 
@@ -22,8 +22,15 @@ Entry = dict[str, Any]  # numbers, and lists of one number for each adapted laye
 
 def write_file(path: str | Path, content: bytes) -> None:
     """Replaces the file in one step. Raises UserError if it cannot be written; the old file is then unchanged."""
-    with writing(path):
-        write_atomically(path, content)
+    write_files({path: content})
+
+
+def write_files(files: Mapping[str | Path, bytes]) -> None:
+    """`write_file` for files that belong together: none is replaced before all of them are on the disk."""
+    try:
+        write_together(files)
+    except OSError as error:
+        raise _not_written(error.filename, error) from error
 
 
 def append(file: FileIO, content: bytes) -> None:
@@ -46,8 +53,12 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "the file that was there is unchanged" if Path(path).exists() else "nothing was left there"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {kept}.") from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: str | Path, error: OSError) -> UserError:
+    kept = "the file that was there is unchanged" if Path(path).exists() else "nothing was left there"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {kept}.")
 
 
 def remove_leftovers(directory: Path, names: Sequence[str]) -> None:

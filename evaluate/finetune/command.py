@@ -13,10 +13,10 @@ from zinit_kernels.console import Parser
 
 from ..asking import Interrupted
 from ..ledgers import Entry, table_of
-from ..lines import RESULT
+from ..lines import write_result
 from ..models import identity
 from ..question import Quoted, Table
-from ..shared import UserError, command_name, default_device, messages, open_device, program, write_file
+from ..shared import UserError, command_name, default_device, messages, open_device, program
 from ..tables import as_json, show, with_quoted
 from .checkpoint import quiet
 from .methods import ABOUT, LEARNING_RATES, Size
@@ -155,7 +155,7 @@ def interruptible_compare(
 
 def report(tables: Sequence[Table], out: Path, run: Mapping[str, Any]) -> None:
     """Shows the tables, and writes them as result.json."""
-    write_file(out / RESULT, as_json(tables, dict(run)))
+    write_result(out, as_json(tables, dict(run)))
     show(tables)
 
 

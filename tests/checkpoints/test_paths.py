@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from adapter_files import HEADS, ours, put
+from full_disk import fill_at
 from repository import ROOT
 
 from zinit_kernels import convert, inspect
@@ -129,16 +130,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     source, folder = put(tmp_path / "other", "peft"), put(tmp_path / "peft", "peft")
     for path in folder.iterdir():
         path.write_bytes(b"old")
-    real, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+        fill_at(patched, 2)
         assert "No space left on device" in told(capsys, convert.main, source, folder, "--to", "peft")
     assert [path.read_bytes() for path in folder.iterdir()] == [b"old", b"old"]
     assert convert.main([str(source), str(folder), "--to", "peft"]) == 0

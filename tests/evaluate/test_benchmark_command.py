@@ -112,6 +112,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, mon
     out.mkdir()
     lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
     (out / "answers.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # killed within the third answer
+    (out / ".result.json.0a1b2c3d.part").write_text("{")
     asked = []
     answer = models.LlamaAnswerer.answer
     monkeypatch.setattr(
@@ -123,6 +124,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(place, whole, tmp_path, mon
     assert asked == ["2", "3", "4"]
     for name in ("answers.jsonl", "result.json"):
         assert (out / name).read_text() == (whole / name).read_text()
+    assert len(list(out.iterdir())) == 2
     monkeypatch.setattr(models, "load", None)  # with nothing to ask, no model is loaded
     assert run(*command(place, out)) == 0
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from full_disk import fill_at  # noqa: E402
 from tiny_transformers import (  # noqa: E402
     ADAPTED,
     AVAILABLE,
@@ -223,6 +224,18 @@ def test_every_official_adapter_fits_a_llama(tmp_path):
     assert torch.equal(torch.tensor([row.gates for row in zinit.summary(model)]), heads.tanh())
     raw = zinit.load_adapter(base_model("Llama"), tmp_path / "v1.pth", gate_activation="identity")
     assert torch.equal(torch.tensor([row.gates for row in zinit.summary(raw)]), heads)
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    """Not with a new file for one stack beside an old one for the other."""
+    zinit.save_adapter(adapted("CLIP", gates=1.0), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 3
+    for number in (1, 2, 3):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+            fill_at(patched, number)
+            zinit.save_adapter(adapted("CLIP", gates=2.0), tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_adapter_of_another_base_is_told_and_touches_nothing(tmp_path):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import fill_at
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, hf_directory, hf_model, meta_directory, pack, prompts
+from tiny_runs import contents, make_base
 
 from model.config import AdapterConfig, LlamaConfig
 from model.errors import UserError
@@ -107,6 +109,15 @@ def test_meta_llama3_is_recognised():
     config = LlamaConfig.from_meta(seven_billion, 32000)
     assert (config.intermediate_size, config.num_heads_kv, config.rope_scaling) == (11008, 32, None)
     assert AdapterConfig().layers(32) == tuple(range(2, 32))
+
+
+def test_a_full_disk_leaves_a_saved_base_as_it_was(tmp_path, monkeypatch):
+    save_base(make_base(), tmp_path)
+    before = contents(tmp_path)
+    fill_at(monkeypatch, 2)
+    with pytest.raises(OSError, match="No space"):
+        save_base(make_base(seed=1), tmp_path)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from full_disk import fill_at
 from tiny_runs import CONFIG, arguments, contents, losses_of, make_base, run
 
 from model import run_output, train
+from model.errors import UserError
 from model.fingerprint import base_fingerprint, first_fingerprint
 from model.loading import load_base
-from model.lora import Lora, LoraChoice
+from model.lora import Lora, LoraChoice, save_lora
 from model.run_folder import read_metrics
 
 peft = pytest.importorskip("peft")
@@ -45,6 +47,18 @@ def test_peft_reads_what_was_trained(folder, lora_run):
         ours, expected = base(tokens, lora), theirs(tokens).logits
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert (expected - before).abs().max() > 1e-2
+
+
+def test_a_full_disk_leaves_weights_and_settings_as_they_were(tmp_path, monkeypatch):
+    """lora_alpha stands in the settings: beside other weights it scales them wrongly, and nothing shows it."""
+    save_lora(tmp_path, Lora(make_base(), LoraChoice(rank=2), seed=0), "base")
+    before = contents(tmp_path)
+    fill_at(monkeypatch, 2)
+    with pytest.raises(
+        UserError, match="adapter_config.json: No space left on device; the file that was there"
+    ):
+        save_lora(tmp_path, Lora(make_base(), LoraChoice(rank=2, alpha=64), seed=1), "base")
+    assert contents(tmp_path) == before
 
 
 def test_a_run_leaves_the_folder_and_resumes_exactly(folder, lora_run, tmp_path):

@@ -1,6 +1,8 @@
 """A limit on the size of files, which stands for a full disk: the same failure in the middle of a write."""
 
 import contextlib
+import errno
+import os
 import resource
 import signal
 
@@ -16,3 +18,16 @@ def files_of_at_most(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def fill_at(monkeypatch, number):
+    """The disk is full when the `number`-th file of this process is flushed, and from then on."""
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)

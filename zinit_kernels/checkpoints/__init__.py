@@ -12,16 +12,18 @@ Names of tensors are checked strictly. Files come from anywhere, so their tensor
 """
 
 from .adapter import AdapterCheckpoint, CheckpointError
-from .formats import FORMATS, WRITABLE, load_adapter, save_adapter, saved_stacks
-from .writing import write_atomically
+from .formats import FORMATS, WRITABLE, files_of, load_adapter, save_adapter, saved_stacks
+from .writing import write_atomically, write_together
 
 __all__ = [
     "FORMATS",
     "WRITABLE",
     "AdapterCheckpoint",
     "CheckpointError",
+    "files_of",
     "load_adapter",
     "save_adapter",
     "saved_stacks",
     "write_atomically",
+    "write_together",
 ]

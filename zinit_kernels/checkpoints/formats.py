@@ -12,7 +12,7 @@ from ..console import shown
 from . import litgpt, official, peft, trainer, zinit
 from .adapter import MOST_LAYERS, AdapterCheckpoint, CheckpointError, Told, check_numbers, some
 from .files import File, read_file
-from .writing import write_atomically, write_together
+from .writing import write_together
 
 
 class Format(NamedTuple):
@@ -114,16 +114,28 @@ def save_adapter(
     Raises:
         CheckpointError: the format cannot hold a part of the adapter, and not allow_loss. Nothing is written then.
     """
+    files = files_of(path, checkpoint, format, allow_loss=allow_loss)
+    if set(files) != {Path(path)}:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    write_together(files)
+
+
+def files_of(
+    path: str | os.PathLike[str],
+    checkpoint: AdapterCheckpoint,
+    format: str = "zinit",
+    *,
+    allow_loss: bool = False,
+) -> dict[str | os.PathLike[str], bytes]:
+    """What `save_adapter` writes, for callers that write it together with files of their own."""
     write = FORMATS[format].write if format in FORMATS else None
     if write is None:
         raise CheckpointError(f"format must be one of {', '.join(WRITABLE)}, got {shown(format)}")
     path = Path(path)
     content = write(_checked(checkpoint, path), allow_loss)
     if isinstance(content, bytes):
-        write_atomically(path, content)
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    write_together({path / name: part for name, part in content.items()})
+        return {path: content}
+    return {path / name: part for name, part in content.items()}
 
 
 def _check_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str | None] = {}
+    contents: dict[str | os.PathLike[str], bytes] = {}
     lengths = {layer.stack: layer.place + 1 for layer in attention_layers(model)}
     for stack in lengths:
         rows = [(layer, adapter) for layer, adapter in found if layer.stack == stack]
@@ -62,12 +64,13 @@ def save_adapter(model: Any, folder: str | Path) -> None:
         )
         name = "adapter.safetensors" if len(lengths) == 1 else f"adapter.{stack}.safetensors"
         if writes:
-            checkpoints.save_adapter(folder / name, checkpoint)
+            contents.update(checkpoints.files_of(folder / name, checkpoint))
         files[stack] = name
     if not writes:
         return
     config = {"model_type": model.config.model_type, "stacks": files}
-    checkpoints.write_atomically(folder / _CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+    contents[folder / _CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
+    checkpoints.write_together(contents)
 
 
 def load_adapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 import subprocess
@@ -185,19 +186,27 @@ def check_out(revision: str, folder: Path) -> None:
     run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], folder, f"build {revision}")
 
 
-def run(command: Sequence[str], folder: Path, what: str) -> None:
+def run(command: Sequence[str], folder: Path, what: str) -> str:
+    """What the command wrote. Raises BenchError if it fails."""
     answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if answer.returncode:
         said = (answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.returncode}"]
         raise BenchError(f"could not {what}: {said[-1]}")
+    return answer.stdout
 
 
 def measured(tree: Path, command: Sequence[str], results: Path) -> list[Row]:
-    """This package's rows of one run in a tree."""
+    """This package's rows of one run in a tree. Raises BenchError if there are none, with what the run said of it."""
     command = [sys.executable, "-m", "bench", *spelled_for(tree, command), "--results", str(results)]
-    run(command, tree, f"measure in {tree}")
+    said = run(command, tree, f"measure in {tree}")
     rows = [row for path in sorted(results.glob("*/*.jsonl")) for r in read(path) for row in r.rows]
-    return [row for row in rows if row.is_ours and row.p50_ms]
+    ours = [row for row in rows if row.is_ours and row.p50_ms]
+    if not ours:
+        left_out = re.search(r"\S+ \S+ left out: .{1,600}", " ".join(said.split()))
+        raise BenchError(
+            f"{tree} measured nothing of this package: {left_out[0] if left_out else 'no shape, provider or job fits'}"
+        )
+    return ours
 
 
 def spelled_for(tree: Path, command: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from bench_rows import FACTS, row, two_runs
 from rich.console import Console
 
 from bench.__main__ import main, measure_parser
-from bench.ledger import Ledger
+from bench.ledger import BenchError, Ledger
 from bench.machine import ROOT
 from bench.methods import ACCELERATED, PEFT
 from bench.suites import compare
@@ -139,3 +139,20 @@ def test_the_old_names_of_commands_are_taken(tmp_path, capsys):
     assert "1 of 1 targets met (1 of 1 figures)" in capsys.readouterr().out
     arguments = measure_parser().parse_args(["bars", "dropins", "--only", "bars, forward"])
     assert arguments.suites == ["targets", "dropins"] and arguments.only == ["targets, forward"]
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [
+        (
+            "zinit cpu left out: _C_cpu.so was built from\nolder sources",
+            "left out: _C_cpu.so was built from older",
+        ),
+        ("0 of 0", "no shape, provider or job fits"),
+    ],
+)
+def test_a_tree_that_measures_nothing_says_why(tmp_path, monkeypatch, said, sentence):
+    """Kernels of older sources left this package out, and the comparison said that no shape had such a name."""
+    monkeypatch.setattr(compare, "run", lambda *arguments: said)
+    with pytest.raises(BenchError, match=f"measured nothing of this package: .*{sentence}"):
+        compare.measured(ROOT, ["targets"], tmp_path)

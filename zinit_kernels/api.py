@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from . import arguments, dispatch, fast_path
+from . import arguments, dispatch, fast_path, kept_calls
 from .dispatch import Explanation
 from .ported import check_keywords
 from .typed_options import CacheOptions, SdpaOptions, VarlenOptions
@@ -129,10 +129,18 @@ def zero_init_attention(
         query, key, value, prompt_key, prompt_value, gate, attn_mask, is_causal, window_size, scale, softcap,
         gate_activation, prompt_index, sinks,
     )  # fmt: skip
-    if backend in ("auto", "cpu") and (done := fast_path.attention(*given)):
-        return done if return_lse else done[0]
+    done: tuple[Tensor, ...] | None = None
+    call_key = None
+    if kept_calls.is_on_gpu(query):
+        done, call_key = kept_calls.attention(backend, given)
+    elif backend in ("auto", "cpu"):
+        done = fast_path.attention(*given)
+    if done is not None:
+        return done if return_lse else done[0]  # type: ignore[return-value]
     call = arguments.from_sdpa(*given)
     out, lse = dispatch.run(backend, call, return_lse)
+    if call_key is not None:
+        kept_calls.learn_attention(call_key, backend, call, given)
     return out if lse is None else (out, lse)
 
 
@@ -365,10 +373,18 @@ def zero_init_attention_with_kvcache(
         rotary_cos, rotary_sin, rotary_interleaved, softmax_scale, causal, window_size, softcap, num_splits,
         gate_activation, prompt_index, sinks,
     )  # fmt: skip
-    if backend in ("auto", "cpu") and (done := fast_path.attention_with_cache(*given)):
-        return done if return_lse else done[0]
+    done: tuple[Tensor, ...] | None = None
+    call_key = None
+    if kept_calls.is_on_gpu(q):
+        done, call_key = kept_calls.attention_with_cache(backend, given)
+    elif backend in ("auto", "cpu"):
+        done = fast_path.attention_with_cache(*given)
+    if done is not None:
+        return done if return_lse else done[0]  # type: ignore[return-value]
     call = arguments.from_cache(*given)
     out, lse = dispatch.run(backend, call, return_lse)
+    if call_key is not None:
+        kept_calls.learn_attention_with_cache(call_key, backend, call, given)
     return out if lse is None else (out, lse)
 
 

@@ -53,9 +53,9 @@ CUDA_ORDER: dict[type, tuple[str, ...]] = {
 }
 # devices of CUDA_ORDER; AMD's chips have the same name in torch, and nobody has tried the kernels there
 PROVED = set() if torch.version.hip else {"cuda"}
-_LOG = os.environ.get("ZINIT_LOG") == "1"
+IS_LOGGED = os.environ.get("ZINIT_LOG") == "1"
 # whether "auto" takes the CPU kernels without a question, and nobody wants to read about it
-CPU_IS_FIRST = not cpu.UNAVAILABLE and not _LOG
+CPU_IS_FIRST = not cpu.UNAVAILABLE and not IS_LOGGED
 _logger = logging.getLogger("zinit_kernels")
 _logged: set[tuple[object, ...]] = set()
 
@@ -130,9 +130,23 @@ def select(backend: str, call: AnyCall, return_lse: bool) -> str:
         raise ValueError(
             f"backend {backend!r} cannot run this call: {reason}; use backend='auto' or {instead!r}"
         )
-    if _LOG and not torch.compiler.is_compiling():
+    if IS_LOGGED and not torch.compiler.is_compiling():
         _log_choice(backend, call, return_lse)
     return backend
+
+
+def settled(backend: str, call: AnyCall) -> str:
+    """The backend that runs this call and every later one like it; '' where that may change without a new verdict."""
+    if backend != "auto":
+        return backend
+    for name in _order(call):
+        if why_not(name, call, False):
+            continue
+        if call.query.device.type not in PROVED or not proof.why_not(name, call):
+            return name
+        if not proof.is_settled(name, call):
+            return ""
+    return ""
 
 
 def _order(call: AnyCall) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from .call import AnyCall, CacheCall, PromptCall
 
-_ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
+ON_DEVICES_TOO = os.environ.get("ZINIT_CHECK") == "1"
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -55,7 +55,7 @@ def why_transformed() -> str:
 
 def may_look_at(tensor: Tensor) -> bool:
     """Whether a check may read the tensor: it has values, and no device stalls for them (ZINIT_CHECK=1: it may)."""
-    return has_values(tensor) and (tensor.device.type == "cpu" or _ON_DEVICES_TOO)
+    return has_values(tensor) and (tensor.device.type == "cpu" or ON_DEVICES_TOO)
 
 
 def check_values(call: AnyCall) -> None:

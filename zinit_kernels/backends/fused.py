@@ -92,8 +92,13 @@ def attention_of(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     if requires_grad(arguments[: len(CALL.differentiable)]):
         if torch.compiler.is_compiling():
             arguments = _unaliased(arguments)
-        return _Attention.apply(backend, *arguments)
+        return _Attention.apply(backend, None, *arguments)
     return OPERATORS["forward", backend](*arguments)
+
+
+def launched(backend: str, launch: Launch, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """`attention_of` with gradients, where `launch` stands for the forward operator with these arguments."""
+    return _Attention.apply(backend, launch, *arguments)
 
 
 def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,10 @@ def requires_grad(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
+Launch = Callable[[], tuple[Tensor, ...]]
+# What may stand for an operator: a function of its arguments that returns its results, or None where it has to be
+# called. A backend adds it where torch's dispatcher takes longer than the launch of its kernels.
+DIRECT: dict[tuple[str, str], Callable[..., tuple[Tensor, ...] | None]] = {}
 OPERATORS: dict[tuple[str, str], Any] = {
     (stage, backend): operators.operator(stage, backend)
     for backend, stages in operators.STAGES.items()
@@ -152,8 +161,8 @@ class _Attention(torch.autograd.Function):
     """Saves the tensors, `out` and `lse`, nothing of size T x S. An input that wants no gradient costs none."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = OPERATORS["forward", backend](*arguments)
+    def forward(ctx: Any, backend: str, launch: Launch | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = OPERATORS["forward", backend](*arguments) if launch is None else launch()
         tensors, numbers = CALL.split(arguments)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.backend, ctx.numbers = backend, numbers
@@ -162,11 +171,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        _, *needed = ctx.needs_input_grad
+        _, _, *needed = ctx.needs_input_grad
         wanted = needed[: len(CALL.differentiable)]
         nothing = (None,) * len(needed)
         if grad_out is None and grad_lse is None:
-            return None, *nothing
+            return None, None, *nothing
         out, lse, *tensors = ctx.saved_tensors
         arguments = (*tensors, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -176,7 +185,7 @@ class _Attention(torch.autograd.Function):
                 _dense(grad_out, out), None if grad_lse is None else grad_lse.contiguous(), out, lse
             )
             grads = _gradients(ctx.backend, saved, arguments, wanted)
-        return None, *grads, *nothing[len(grads) :]
+        return None, None, *grads, *nothing[len(grads) :]
 
 
 def _dense(grad_out: Tensor | None, out: Tensor) -> Tensor:
@@ -189,5 +198,10 @@ def _gradients(
     backend: str, saved: Saved, arguments: tuple[Any, ...], wanted: list[bool]
 ) -> list[Tensor | None]:
     needs = sum(1 << i for i, want in enumerate(wanted) if want)
-    grads = OPERATORS["backward", backend](*saved, *arguments, needs)
+    operands = (*saved, *arguments, needs)
+    grads = None
+    if not torch.compiler.is_compiling() and (direct := DIRECT.get(("backward", backend))):
+        grads = direct(*operands)
+    if grads is None:
+        grads = OPERATORS["backward", backend](*operands)
     return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

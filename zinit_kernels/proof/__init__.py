@@ -44,6 +44,7 @@ _taken: set[tuple[Any, ...]] = set()  # what a call is made of, where all its fa
 _retry_at: dict[tuple[str, Subject], float] = {}
 _warned: set[str] = set()
 _is_forked = False
+generation = 0  # another number whenever `why_not` may say something else than before
 
 
 def why_not(backend: str, call: AnyCall) -> str:
@@ -67,6 +68,15 @@ def why_not(backend: str, call: AnyCall) -> str:
             return reason
     _taken.add(known)
     return ""
+
+
+def is_settled(backend: str, call: AnyCall) -> bool:
+    """Whether the reason of `why_not` to leave a backend out holds until there is a new verdict."""
+    if MODE == "0" or backend not in FAMILIES:
+        return True
+    query = call.query
+    subjects = [Subject(family, query.dtype, query.shape[-1]) for family in needed(backend, call)]
+    return any(_answers.get((str(query.device), subject)) for subject in subjects)
 
 
 def describe(backend: str, call: AnyCall) -> str:
@@ -123,7 +133,7 @@ def prove(subject: Subject, device: torch.device) -> Verdict | None:
         with kept.locked():
             verdict = _tried(subject, device, kept)
     _answers.pop((str(device), subject), None)
-    _taken.clear()
+    _forget_taken()
     return verdict
 
 
@@ -140,8 +150,14 @@ def forget_all() -> int:
     with _lock:
         _stores.clear()
         _answers.clear()
-        _taken.clear()
+        _forget_taken()
         return store.remove_all()
+
+
+def _forget_taken() -> None:
+    global generation
+    generation += 1
+    _taken.clear()
 
 
 def store_of(device: torch.device) -> Store:
@@ -192,6 +208,7 @@ def _answer(subject: Subject, device: torch.device, why_not_now: str = "") -> st
         if verdict is None:
             _retry_at[key] = time.monotonic() + SECONDS_TO_RETRY
             return f"the trial of {subject.family} proved nothing; it is tried again later"
+        _forget_taken()
         if verdict.passed:
             _answers[key] = ""
         else:

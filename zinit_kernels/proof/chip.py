@@ -14,7 +14,7 @@ from ..backends import extension
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DRIVER = Path("/proc/driver/nvidia/version")
 # what decides what the kernels compute, beside the libraries that `facts` names
-_SOURCES = ("backends/**/*.py", "call.py", "operators.py", "_C_cuda.so")
+_SOURCES = ("backends/**/*.py", "call.py", "call_keys.py", "operators.py", "_C_cuda.so")
 
 
 def facts(device: torch.device) -> dict[str, str]:

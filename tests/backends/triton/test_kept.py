@@ -1,7 +1,6 @@
 """Kept launches: a call like an earlier one sends its kernels what Triton itself would have sent.
 
-A stand-in driver says that the chip is an H100. Triton's own binder runs, and in place of its compiler a stand-in
-kernel that notes what it is launched with.
+`noted_launches` has the stand-ins for the chip and for Triton's compiler.
 """
 
 import threading
@@ -10,77 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zinit_kernels import call_keys
 from zinit_kernels.arguments import from_cache
 from zinit_kernels.call import CALL
 from zinit_kernels.testing import CacheCase, Case, make_cache_arguments, make_inputs
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from noted_launches import labelled  # noqa: E402
 
 from zinit_kernels.backends.triton import kept, launch, ranges, tuning  # noqa: E402
-
-DRIVER = SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    get_current_device=lambda: 0,
-    get_current_stream=lambda device: 0,
-)
-
-
-def plain(argument):
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return tuple(map(plain, argument)) if isinstance(argument, tuple) else argument
-
-
-class Launches(list):
-    """(kernel, what was compiled, programs, arguments) of every launch; by_triton: those that went through Triton."""
-
-    by_triton = 0
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    found = Launches()
-
-    def run(kernel, *args, grid, warmup, **named):
-        found.by_triton += 1
-        _, _, _, _, bind = kernel.device_caches[0]
-        named |= {"debug": False, "instrumentation_mode": ""}
-        bound, specialisation, options = bind(*args, **named)
-        compiled = str(specialisation), str(options)
-
-        def note(programs, y, z, stream, function, metadata, launch_metadata, enter, leave, *given):
-            found.append((kernel.fn.__name__, compiled, programs, plain(given)))
-
-        note(*grid, 1, 1, 0, None, None, None, None, None, *bound.values())
-        return SimpleNamespace(run=note, function=None, packed_metadata=None)
-
-    triton.runtime.driver.set_active(DRIVER)
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    monkeypatch.setattr(launch, "arch_of", lambda tensor: 90)
-    monkeypatch.setattr(launch, "num_processors", lambda tensor: 132)
-    may_be_kept = kept._may_be_kept
-    on_gpu = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
-    monkeypatch.setattr(kept, "_may_be_kept", lambda query: may_be_kept(on_gpu))
-    monkeypatch.setattr(kept, "is_current", lambda index: True)
-    monkeypatch.setattr(kept, "current_stream", lambda index: 0)
-    monkeypatch.setattr(kept, "_plans", {})
-    yield found
-    triton.runtime.driver.set_active(None)
-
-
-def labelled(launches, inputs):
-    """The launches with a label in place of each address: outputs and partial sums lie elsewhere at every call."""
-    labels = {tensor.data_ptr(): f"input {i}" for i, tensor in enumerate(inputs) if torch.is_tensor(tensor)}
-
-    def label(argument):
-        if isinstance(argument, tuple):
-            return tuple(map(label, argument))
-        is_address = isinstance(argument, int) and not isinstance(argument, bool) and argument > 1 << 33
-        return labels.setdefault(argument, f"made {len(labels)}") if is_address else argument
-
-    return [(name, compiled, programs, label(given)) for name, compiled, programs, given in launches]
 
 
 def attention(case, dtype=torch.bfloat16, change=None, needs=0b1111111):
@@ -183,16 +121,16 @@ def test_no_call_takes_the_launches_of_another(launches):
 
 def test_another_device_has_launches_of_its_own():
     """A kernel is loaded onto one device; the tensors of two devices may have one address."""
-    seen = []
-    plans = SimpleNamespace(
-        get=lambda key: seen.append(key) or SimpleNamespace(has_hooks=bool, run=lambda *_: ())
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "_may_be_kept", lambda query: True)
-        patch.setattr(kept, "_plans", plans)
-        for index in (0, 1):
-            kept.run("forward", SimpleNamespace(device=SimpleNamespace(index=index)), (torch.ones(3),), None)
-    assert seen[0] != seen[1]
+
+    class Placed(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    kept_types, key_of = call_keys.PLAIN_TYPES, call_keys.key_function(("query",), (), (), False)
+    key_of.__globals__["PLAIN_TYPES"] = kept_types | {Placed}
+    query = torch.ones(3).as_subclass(Placed)
+    first, _ = key_of(query)
+    Placed.device = torch.device("cuda", 1)
+    assert key_of(query)[0] != first
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Triton is imported by the first call, so the package imports without it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import operators
-from ...call import AnyCall, CacheCall, Call, PromptCall
+from ...call import CACHE_CALL, CALL, AnyCall, CacheCall, Call, PromptCall
 from .. import fused
 from . import configs
 
@@ -76,5 +77,29 @@ def _implement(stage: str) -> None:
     operators.implement(stage, "triton", run, ("CUDA", "CPU") if INTERPRETED else ("CUDA",))
 
 
+def _backward(*arguments: Any) -> Any:
+    """Kept launches of a backward. Triton was imported by its forward."""
+    return _kept().direct("backward", arguments[0], arguments)
+
+
+def plan_of(call: Call | CacheCall) -> Any:
+    """The kept launches of a call's forward or of its decoding; None where there are none."""
+    if isinstance(call, CacheCall):
+        return _kept().plan_of("decode", CACHE_CALL.arguments(call))
+    return _kept().plan_of("forward", CALL.arguments(call))
+
+
+def may_be_kept(query: Tensor) -> bool:
+    """Whether kept launches may run now: nobody has to see them beside Triton, and the device is the current one."""
+    return bool(_kept().may_be_kept(query))
+
+
+@functools.cache
+def _kept() -> Any:
+    """Imports Triton."""
+    return importlib.import_module(".kept", __name__)
+
+
+fused.DIRECT["backward", "triton"] = _backward
 for _stage in operators.STAGES["triton"]:
     _implement(_stage)

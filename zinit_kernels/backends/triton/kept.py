@@ -1,14 +1,12 @@
 """Launches that are kept: a call like an earlier one goes to its compiled kernels without Triton's binder.
 
 Describing a call and binding the arguments of its kernels takes most of the host's time: 70 of a forward's 136 us,
-where SDPA takes 7. Both follow from what `key_of` names, so the first call of a key is recorded: what it allocated, and
-which kernels it launched with which arguments. The next one allocates the same, puts the addresses of its own tensors
-in, and launches.
+where SDPA takes 7. Both follow from the call's key (`call_keys.py`), so the first call of a key is recorded: what it
+allocated, and which kernels it launched with which arguments. From the record a function is made that allocates the
+same, puts the addresses of its own tensors in, and launches. It holds no tensor.
 
-What a key names: stage and device; of each tensor dtype, shape, strides, and whether its address is a multiple of 16,
-for which Triton compiles other code; which tensors have one address; and all numbers. A call is not kept where Triton
-would do more than launch: hooks, profilers, `ZINIT_AUTOTUNE`, the interpreter, and versions of Triton whose launcher
-was not looked at.
+A call is not kept where Triton would do more than launch: hooks, profilers, `ZINIT_AUTOTUNE`, the interpreter, and
+versions of Triton whose launcher was not looked at.
 """
 
 from __future__ import annotations
@@ -20,12 +18,24 @@ import torch
 import triton
 from torch import Tensor
 
+from ...call import CACHE_CALL, CALL, SAVED
+from ...call_keys import Key, is_plain_state, key_function
 from . import ranges, tuning
+from .launcher import IS_KNOWN, allocator, call_of
 
 MOST = 1024  # keys; training on many lengths would collect them without end
-VERSIONS = ((3, 6), (3, 7), (3, 9))  # of Triton: they launch a kernel by the same call
-_KNOWN = tuple(int(n) for n in triton.__version__.split(".")[:2]) in VERSIONS
-_plans: dict[tuple[Any, ...], Plan | None] = {}  # None: such a call cannot be kept
+_ALIGNMENT = (
+    64  # elements of float32: pieces of one allocation start at multiples of 256 bytes, as allocations do
+)
+_KNOWN = IS_KNOWN
+_plans: dict[Key, Plan | None] = {}  # None: such a call cannot be kept
+key_of: dict[str, Callable[..., tuple[Key, list[int]] | None]] = {
+    "forward": key_function((*CALL.specs,), CALL.optional, (*CALL.numbers,), False),
+    "backward": key_function(
+        (*SAVED.specs, *CALL.specs), SAVED.optional | CALL.optional, (*CALL.numbers, "needs"), False
+    ),
+    "decode": key_function((*CACHE_CALL.specs,), CACHE_CALL.optional, (*CACHE_CALL.numbers,), False),
+}
 
 
 class Recorder:
@@ -35,6 +45,7 @@ class Recorder:
         self.inputs = inputs
         self.made: list[Tensor] = []
         self.zeroed: set[int] = set()
+        self.pieces: list[tuple[Tensor, int]] = []  # (a part of the last allocation, its first byte there)
         self.kernels: list[Any] = []
         self.steps: list[
             tuple[Any, ...]
@@ -54,7 +65,27 @@ class Recorder:
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
         self.zeroed.add(len(self.made))
-        return self._note(torch.zeros_like(tensor, memory_format=torch.contiguous_format))
+        return self.empty_like(tensor).zero_()
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        return self._note(torch.empty_like(tensor, memory_format=torch.contiguous_format))
+
+    def scratch(self, like: Tensor, shapes: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
+        """A float32 tensor of each shape, None for None, all in one allocation: each would cost the host 1 us."""
+        sizes = [0 if shape is None else _rounded(shape) for shape in shapes]
+        if not any(shape is not None for shape in shapes):
+            return [None] * len(sizes)
+        memory = self.empty(like, (sum(sizes),), torch.float32)
+        found: list[Tensor | None] = []
+        first = 0
+        for shape, size in zip(shapes, sizes, strict=True):
+            piece = None
+            if shape is not None:
+                piece = memory[first:].as_strided(tuple(shape), _contiguous_strides(shape))
+                self.pieces.append((piece, len(self.made) - 1))
+            found.append(piece)
+            first += size
+        return found
 
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
         compiled = kernel[(programs,)](**arguments, **options)
@@ -68,87 +99,99 @@ class Recorder:
 
     def plan(self, results: Sequence[Tensor | None]) -> Plan | None:
         """The same again; None where a kernel took a tensor that is neither an input nor made here."""
-        slots: dict[int, int] = {}
-        for slot, tensor in enumerate((*self.inputs, *self.made)):
-            if tensor is not None:
-                slots.setdefault(tensor.data_ptr(), slot)
         try:
-            return Plan(self, slots, results)
+            return Plan(self, results)
         except KeyError:
             return None
 
 
-class Plan:
-    """What a recorded call does, for tensors at other addresses."""
+def _rounded(shape: Sequence[int]) -> int:
+    elements = 1
+    for size in shape:
+        elements *= size
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
-    def __init__(self, recorder: Recorder, slots: dict[int, int], results: Sequence[Tensor | None]) -> None:
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides[: len(shape)]))
+
+
+class Plan:
+    """What a recorded call does, for tensors at other addresses.
+
+    run: (addresses of the inputs) -> results; a result that is not wanted has no elements.
+    """
+
+    def __init__(self, recorder: Recorder, results: Sequence[Tensor | None]) -> None:
         self.kernels = recorder.kernels
-        made = {id(tensor): number for number, tensor in enumerate(recorder.made)}
-        self.made = [
-            (tuple(t.shape), t.stride(), t.dtype, number in recorder.zeroed)
-            for number, t in enumerate(recorder.made)
-        ]
-        self.results = [None if tensor is None else made[id(tensor)] for tensor in results]
-        self.steps: list[tuple[Any, ...]] = []
-        for step in recorder.steps:
+        self._names: dict[str, Any] = {"current_stream": current_stream, "total": torch.sum}
+        self._lines = ["def run(a):"]
+        where: dict[int, str] = {}  # address -> the source of an address
+        for slot, tensor in enumerate(recorder.inputs):
+            if tensor is not None:
+                where.setdefault(tensor.data_ptr(), f"a[{slot}]")
+        device = next(tensor.device for tensor in recorder.inputs if tensor is not None)
+        self._names["empty"] = allocator(device)
+        made = {id(tensor): f"m{number}" for number, tensor in enumerate(recorder.made)}
+        for number, tensor in enumerate(recorder.made):
+            name = made[id(tensor)]
+            self._names[f"d{number}"] = tensor.dtype
+            self._lines.append(f" {name} = empty({tuple(tensor.shape)}, {tensor.stride()}, d{number})")
+            if number in recorder.zeroed:
+                self._lines.append(f" {name}.zero_()")
+            self._lines.append(f" p{number} = {name}.data_ptr()")
+            where.setdefault(tensor.data_ptr(), f"p{number}")
+        for piece, number in recorder.pieces:
+            offset = piece.data_ptr() - recorder.made[number].data_ptr()
+            where.setdefault(piece.data_ptr(), f"p{number} + {offset}")
+            made[id(piece)] = (
+                f"m{number}.as_strided({tuple(piece.shape)}, {piece.stride()}, {offset // piece.element_size()})"
+            )
+        self._lines.append(f" stream = current_stream({device.index})")
+        for number, step in enumerate(recorder.steps):
             if len(step) == 2:
-                self.steps.append(tuple(made[id(tensor)] for tensor in step))
+                source, target = (made[id(tensor)] for tensor in step)
+                self._lines.append(f" total({source}, (0, 2), out={target})")
                 continue
             compiled, programs, arguments = step
             if compiled is None:
                 raise KeyError("nothing was compiled")
-            self.steps.append((compiled, programs, _builder(arguments, slots)))
+            text = self._source(arguments, where, f"k{number}_")
+            self._lines.append(" " + call_of(compiled, programs, text, self._names, f"k{number}_"))
+        self._names["none"] = torch.float32
+        given = ["empty((0,), (1,), none)" if t is None else made[id(t)] for t in results]
+        self._lines.append(f" return {', '.join(given)}{',' if len(given) == 1 else ''}")
+        self._run: Callable[[list[int]], tuple[Tensor, ...]] | None = None
+
+    def _source(self, arguments: tuple[Any, ...], where: dict[int, str], prefix: str) -> str:
+        """The source of a kernel's arguments: addresses, and all other values as constants."""
+
+        def text(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return where[value.data_ptr()]
+            if isinstance(value, tuple):
+                return f"({', '.join(text(one) for one in value)},)"
+            if value is None or type(value) in (int, bool):
+                return repr(value)
+            name = f"{prefix}{len(self._names)}"
+            self._names[name] = value
+            return name
+
+        return ", ".join(text(value) for value in arguments)
 
     def has_hooks(self) -> bool:
         """Whether somebody wants to be told before one of the kernels runs."""
         return any(kernel.pre_run_hooks for kernel in self.kernels)
 
-    def run(self, query: Tensor, addresses: list[int]) -> tuple[Tensor, ...]:
-        device = query.device
-        made = []
-        for shape, stride, dtype, is_zero in self.made:
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            made.append(tensor.zero_() if is_zero else tensor)
-        addresses.extend([tensor.data_ptr() for tensor in made])
-        stream = current_stream(device.index)
-        for step in self.steps:
-            if len(step) == 2:
-                torch.sum(made[step[0]], (0, 2), out=made[step[1]])
-                continue
-            kernel, programs, build = step
-            kernel.run(
-                programs,
-                1,
-                1,
-                stream,
-                kernel.function,
-                kernel.packed_metadata,
-                None,
-                None,
-                None,
-                *build(addresses),
-            )
-        return tuple(
-            torch.empty(0, dtype=torch.float32, device=device) if slot is None else made[slot]
-            for slot in self.results
-        )
-
-
-def _builder(arguments: tuple[Any, ...], slots: dict[int, int]) -> Callable[[list[int]], tuple[Any, ...]]:
-    """A function of the addresses that returns a kernel's arguments: one expression, with the others as constants."""
-    constants: dict[str, Any] = {}
-
-    def text(value: Any) -> str:
-        if isinstance(value, Tensor):
-            return f"a[{slots[value.data_ptr()]}]"
-        if isinstance(value, tuple):
-            return f"({', '.join(text(one) for one in value)},)"
-        name = f"c{len(constants)}"
-        constants[name] = value
-        return name
-
-    parts = ", ".join(text(value) for value in arguments)
-    return eval(f"lambda a: ({parts},)", constants)
+    def run(self, addresses: list[int]) -> tuple[Tensor, ...]:
+        if self._run is None:  # made at the second call: 0.5 ms, and many lengths come once
+            exec("\n".join(self._lines), self._names)
+            self._run = self._names["run"]
+            self._lines.clear()
+        return self._run(addresses)
 
 
 def current_stream(index: int) -> int:
@@ -159,13 +202,13 @@ def is_current(index: int) -> bool:
     return torch._C._cuda_getDevice() == index
 
 
-def _may_be_kept(query: Tensor) -> bool:
+def may_be_kept(query: Tensor) -> bool:
     """Whether this call would be launched by Triton without anything beside it, on the device that is current."""
     if (
         not (_KNOWN and query.is_cuda)
         or tuning.ENABLED
         or ranges.is_profiled()
-        or not is_current(query.device.index)
+        or not is_current(query.get_device())
     ):
         return False
     runtime = triton.knobs.runtime
@@ -173,25 +216,6 @@ def _may_be_kept(query: Tensor) -> bool:
     if any(hook is not None and getattr(hook, "calls", True) for hook in hooks) or runtime.debug:
         return False
     return getattr(runtime, "add_stages_inspection_hook", None) is None
-
-
-def key_of(stage: str, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int]]:
-    """(what a stage's launches follow from, the addresses of its tensors, 0 for what is no tensor)."""
-    key: list[Any] = [stage]
-    addresses = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            addresses.append(address)
-            key += (argument.dtype, argument.shape, argument.stride(), address % 16 == 0)
-        else:
-            addresses.append(0)
-            # 1, 1.0 and True are equal, but not to a compiler
-            key.append(argument if argument is None else (type(argument), argument))
-    present = [address for address in addresses if address]
-    if len(set(present)) < len(present):
-        key.append(tuple(addresses.index(address) for address in addresses))
-    return tuple(key), addresses
 
 
 def run(
@@ -204,13 +228,12 @@ def run(
 
     `describe` allocates and launches by way of the recorder alone; a result of None comes back without elements.
     """
-    key: tuple[Any, ...] | None = None
-    if _may_be_kept(query):
-        key, addresses = key_of(stage, arguments)
-        key += (query.device.index,)
+    key: Key | None = None
+    if may_be_kept(query) and (found := key_of[stage](*arguments)):
+        key, addresses = (stage, *found[0]), found[1]
         plan = _plans.get(key)
         if plan is not None and not plan.has_hooks():
-            return plan.run(query, addresses)
+            return plan.run(addresses)
         if key in _plans:
             key = None
     recorder = Recorder([a if isinstance(a, Tensor) else None for a in arguments])
@@ -222,3 +245,20 @@ def run(
     return tuple(
         query.new_empty((0,), dtype=torch.float32) if tensor is None else tensor for tensor in results
     )
+
+
+def plan_of(stage: str, arguments: tuple[Any, ...]) -> Plan | None:
+    """What is kept of a stage's call; None where nothing is."""
+    found = key_of[stage](*arguments)
+    return None if found is None else _plans.get((stage, *found[0]))
+
+
+def direct(stage: str, query: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    """The results of a kept call without torch's dispatcher, which takes 15 us; None where it has to be asked."""
+    if not (_plans and is_plain_state() and may_be_kept(query)):
+        return None
+    found = key_of[stage](*arguments)
+    plan = None if found is None else _plans.get((stage, *found[0]))
+    if found is None or plan is None or plan.has_hooks():
+        return None
+    return plan.run(found[1])

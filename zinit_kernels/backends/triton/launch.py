@@ -6,7 +6,7 @@ Each operator describes its call once, as a dictionary of operands by name, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .operands import (
     addressable,
     arch_of,
     cache_operands,
+    has_no_prompts,
     key_operands,
     num_processors,
     prompt_operands,
@@ -88,7 +89,6 @@ def _backward(recorder: Recorder, *arguments: Any) -> list[Tensor | None]:
         name: _empty_gradient(recorder, call, name, needs >> i & 1)
         for i, name in enumerate(CALL.differentiable)
     }
-    wants_delta = grads["query"] is not None or grads["key"] is not None
     operands = query_operands(call) | key_operands(call) | prompt_operands(call)
     operands |= {
         "out": view_of(saved.out),
@@ -102,7 +102,7 @@ def _backward(recorder: Recorder, *arguments: Any) -> list[Tensor | None]:
         "grad_prompt_value_ptr": grads["prompt_value"],
         "grad_gate_ptr": grads["gate"],
         "grad_sinks_ptr": grads["sinks"],
-        "delta_ptr": recorder.empty(saved.lse, saved.lse.shape) if wants_delta else None,
+        "delta_ptr": None,
         "scale": call.scale,
         "scale_log2": call.scale * LOG2E.value,
         **_cap(call.scale, call.softcap),
@@ -118,7 +118,8 @@ def _backward(recorder: Recorder, *arguments: Any) -> list[Tensor | None]:
         _launch(recorder, zinit_grad_query_kernel, programs, operands, config)
 
     with torch.cuda.device_of(call.query):
-        _prompt_gradients(recorder, call, operands, heads_q)
+        delta = saved.lse.shape if grads["query"] is not None or grads["key"] is not None else None
+        operands["delta_ptr"] = _prompt_gradients(recorder, call, operands, heads_q, delta)
         if call.max_seqlen_k * heads_q > 0 and (grads["key"] is not None or grads["value"] is not None):
             with named("backward.key_value"):
                 _run("grad_key_value", call.query, operands, heads_q, launch_key_value)
@@ -135,32 +136,37 @@ def _empty_gradient(recorder: Recorder, call: Call, name: str, wanted: int) -> T
         return None
     if batched(name):
         return recorder.token_major_like(tensor)
-    return recorder.zeros_like(tensor)
+    # the last step of the prompt gradients writes all of them, if there are prompts
+    return recorder.zeros_like(tensor) if has_no_prompts(call) else recorder.empty_like(tensor)
 
 
-def _prompt_gradients(recorder: Recorder, call: Call, operands: Operands, heads_q: int) -> None:
-    """Fills delta, where it is wanted, and the gradients of the prompts, the gate and the sinks.
+def _prompt_gradients(
+    recorder: Recorder, call: Call, operands: Operands, heads_q: int, delta_shape: Sequence[int] | None
+) -> Tensor | None:
+    """Fills and returns delta, where it is wanted, and fills the gradients of the prompts, the gate and the sinks.
 
     heads_q: query heads of all sequences together.
     """
     wanted = [operands[f"grad_{name}_ptr"] for name in ("prompt_key", "prompt_value", "gate")]
     wants_prompt = operands["gate_ptr"] is not None and any(grad is not None for grad in wanted)
     grad_sinks = operands["grad_sinks_ptr"]
-    if operands["delta_ptr"] is None and grad_sinks is None and not wants_prompt:
-        return
+    if delta_shape is None and grad_sinks is None and not wants_prompt:
+        return None
     query, prompt_length = call.query, operands["prompt_length"]
     head_dim, sequences = query.shape[3], call.batch_size
     block_d, block_p = block_of(head_dim), operands["BLOCK_P"]
     parts = num_parts(triton.cdiv(call.max_seqlen_q, _PARTIAL_ROWS), heads_q)
     slots, table = (sequences, query.shape[1], parts), (prompt_length, head_dim)
-    partial_key, partial_value, partial_gate = (
-        None if not wants_prompt or grad is None else recorder.empty(query, slots + shape, torch.float32)
+    shapes: list[Sequence[int] | None] = [
+        slots + shape if wants_prompt and grad is not None else None
         for grad, shape in zip(wanted, (table, table, ()), strict=True)
-    )
-    partial_sinks = None if grad_sinks is None else recorder.empty(query, slots, torch.float32)
+    ]
+    shapes += [None if grad_sinks is None else slots, delta_shape]
+    partial_key, partial_value, partial_gate, partial_sinks, delta = recorder.scratch(query, shapes)
     wants_table = partial_key is not None or partial_value is not None
     chunk_d = min(block_d, _PARTIAL_ELEMENTS // block_p) if wants_table else block_d
     operands = operands | {
+        "delta_ptr": delta,
         "partial_key_ptr": partial_key,
         "partial_value_ptr": partial_value,
         "partial_gate_ptr": partial_gate,
@@ -185,6 +191,7 @@ def _prompt_gradients(recorder: Recorder, call: Call, operands: Operands, heads_
         programs = tiles * call.key.shape[1] * operands["prompt_rows"]
         with named("backward.prompt_finish"):
             _launch(recorder, zinit_add_partials_kernel, programs, operands, _ADD_PARTIALS)
+    return delta
 
 
 def decode(*arguments: Any) -> tuple[Tensor, ...]:

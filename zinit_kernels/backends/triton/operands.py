@@ -59,7 +59,7 @@ def key_operands(call: Call) -> Operands:
 def prompt_operands(call: Call | CacheCall) -> Operands:
     """The prompt table of a head-major call; without rows or prompts its pointers are None."""
     key, value, gate = call.prompt_key, call.prompt_value, call.gate
-    if key is None or value is None or gate is None or 0 in (key.shape[0], key.shape[2]):
+    if has_no_prompts(call):
         key = value = gate = None
     rows, length = (0, 0) if key is None else (key.shape[0], key.shape[2])
     return {
@@ -74,6 +74,12 @@ def prompt_operands(call: Call | CacheCall) -> Operands:
         "BLOCK_P": block_of(length),
         "TANH": call.tanh_gate,
     }
+
+
+def has_no_prompts(call: Call | CacheCall) -> bool:
+    """Whether a head-major call has no prompt branch, or a table without rows or prompts."""
+    key = call.prompt_key
+    return key is None or call.prompt_value is None or call.gate is None or 0 in (key.shape[0], key.shape[2])
 
 
 def window_operands(call: Call | CacheCall) -> Operands:

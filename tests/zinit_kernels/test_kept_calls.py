@@ -1,0 +1,477 @@
+"""Kept calls: whatever was called before, a call does what it would do as the first one.
+
+Nothing is computed here. `noted_launches` notes what the kernels are launched with, and CPU tensors take the ways of a
+GPU's.
+"""
+
+import contextlib
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from noted_launches import labelled, launches  # noqa: F401
+
+from zinit_kernels import arguments, call_keys, dispatch, kept_calls, proof, zero_init_attention
+from zinit_kernels import zero_init_attention_with_kvcache as with_kvcache
+from zinit_kernels.backends import fused, triton
+from zinit_kernels.backends.triton import kept, launch
+
+
+@pytest.fixture
+def on_gpu(launches, monkeypatch):  # noqa: F811
+    """The launches; `checked` counts the calls whose arguments were checked, as those of the long way are."""
+    monkeypatch.setattr(kept_calls, "is_on_gpu", lambda query: True)
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    for stage in ("forward", "backward", "decode"):
+        monkeypatch.setitem(fused.OPERATORS, (stage, "triton"), getattr(launch, stage))
+    launches.checked = 0
+    originals = {name: getattr(arguments, name) for name in ("from_sdpa", "from_cache")}
+    for name in originals:
+
+        def counted(*given, check=originals[name]):
+            launches.checked += 1
+            return check(*given)
+
+        monkeypatch.setattr(arguments, name, counted)
+    forget()
+    yield launches
+    forget()
+
+
+def forget():
+    kept_calls._WHOLE._known.clear()
+    kept_calls._CACHED._known.clear()
+    kept._plans.clear()
+
+
+def numbers(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def whole():
+    """Arguments of `zero_init_attention`."""
+    return {
+        "query": numbers(2, 4, 33, 64),
+        "key": numbers(2, 2, 33, 64),
+        "value": numbers(2, 2, 33, 64),
+        "prompt_key": numbers(2, 10, 64),
+        "prompt_value": numbers(2, 10, 64),
+        "gate": numbers(4, dtype=torch.float32),
+        "is_causal": True,
+        "backend": "triton",
+    }
+
+
+def cached():
+    """Arguments of `zero_init_attention_with_kvcache`: caches in one piece of memory, with room behind each."""
+    memory = numbers(5, 2, 48, 2, 64)
+    return {
+        "q": numbers(2, 1, 4, 64),
+        "k_cache": memory[0],
+        "v_cache": memory[2],
+        "k": numbers(2, 1, 2, 64),
+        "v": numbers(2, 1, 2, 64),
+        "prompt_k": numbers(1, 10, 2, 64),
+        "prompt_v": numbers(1, 10, 2, 64),
+        "gate": numbers(1, 4, dtype=torch.float32),
+        "cache_seqlens": torch.tensor([3, 40], dtype=torch.int32),
+        "causal": True,
+        "backend": "triton",
+    }
+
+
+def outcome(noted, function, given):
+    """What a call launches and returns, and its backward if it has one; or its error."""
+    noted.clear()
+    try:
+        with torch.enable_grad():
+            out, lse = function(**given, return_lse=True)
+            result = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (out, lse)]
+            leaves = [t for t in given.values() if torch.is_tensor(t) and t.requires_grad]
+            made = [out, lse]
+            if out.requires_grad:
+                grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+                result += [(t.shape, t.dtype) for t in grads]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return type(error), str(error)
+    inputs = [t for t in given.values() if torch.is_tensor(t)]
+    return labelled(noted, [*inputs, *made]), result
+
+
+FUNCTIONS = {"whole": (zero_init_attention, whole), "cached": (with_kvcache, cached)}
+
+
+class Marked(torch.Tensor):
+    """A subclass that only carries a name."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Meaning(torch.Tensor):
+    """A subclass whose operators mean something else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def misaligned(t):
+    memory = torch.zeros(t.numel() + 1, dtype=t.dtype)
+    return memory[1:].view(t.shape)
+
+
+def other_strides(t):
+    return torch.zeros(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)[..., : t.shape[-1]]
+
+
+def without_memory(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+TENSORS = {
+    "float16": lambda t: t.half() if t.is_floating_point() else t.long(),
+    "float64": lambda t: t.double(),
+    "another length": lambda t: torch.cat([t, t[:, :1]], 1) if t.dim() > 1 else torch.cat([t, t]),
+    "another batch": lambda t: torch.cat([t, t]),
+    "one dimension more": lambda t: t[None],
+    "one dimension less": lambda t: t[0],
+    "misaligned": misaligned,
+    "other strides": other_strides,
+    "strided backwards": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "requires grad": lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
+    "a parameter": lambda t: torch.nn.Parameter(t.clone(), requires_grad=False),
+    "negated by a bit": lambda t: torch._neg_view(t),
+    "a named subclass": lambda t: t.as_subclass(Marked),
+    "a subclass": lambda t: t.as_subclass(Meaning),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "without memory": without_memory,
+    "absent": lambda t: None,
+    "a number": lambda t: 0.5,
+    "a list": lambda t: t.tolist(),
+}
+NUMBERS = {
+    "whole": [
+        ("is_causal", False), ("is_causal", 1), ("is_causal", None), ("window_size", (5, 0)), ("window_size", [5, 0]),
+        ("window_size", (5.0, 0)), ("window_size", (True, False)), ("window_size", (5, 0, 1)), ("scale", 0.5),
+        ("scale", 1), ("scale", 1.0), ("scale", True), ("scale", float("nan")), ("scale", -0.125), ("scale", "1"),
+        ("scale", torch.tensor(0.125)), ("softcap", 3.0), ("softcap", None), ("softcap", 1), ("softcap", True),
+        ("gate_activation", "identity"), ("gate_activation", "relu"), ("backend", "auto"), ("backend", "composed"),
+        ("backend", "triton!"), ("attn_mask", torch.ones(2, 33, dtype=torch.bool)), ("sinks", numbers(4)),
+        ("sinks", numbers(4, dtype=torch.float32)), ("prompt_index", torch.tensor([0, -1], dtype=torch.int32)),
+        ("prompt_index", torch.tensor([0, 0])), ("dropout_p", 0.5),
+    ],
+    "cached": [
+        ("causal", False), ("causal", None), ("window_size", (7, -1)), ("window_size", (7.0, -1)), ("num_splits", 2),
+        ("num_splits", 2.0), ("num_splits", True), ("num_splits", -1), ("softmax_scale", 0.5), ("softcap", 3.0),
+        ("gate_activation", "identity"), ("cache_seqlens", 7), ("cache_seqlens", 7.0), ("backend", "composed"),
+        ("cache_leftpad", torch.zeros(2, dtype=torch.int32)), ("cache_batch_idx", torch.tensor([1, 0])),
+        ("block_table", torch.zeros(2, 1, dtype=torch.int32)), ("sinks", numbers(4)), ("rotary_cos", numbers(64, 16)),
+    ],
+}  # fmt: skip
+SHARED = numbers(2, 2, 33, 64)
+CHANGES = [
+    (form, f"{name}: {change}", {name: TENSORS[change]})
+    for form, (_, make) in FUNCTIONS.items()
+    for name, value in make().items()
+    if torch.is_tensor(value)
+    for change in TENSORS
+] + [
+    (form, f"{name} = {value if not torch.is_tensor(value) else value.dtype}", {name: lambda _, value=value: value})
+    for form, changes in NUMBERS.items()
+    for name, value in changes
+] + [("whole", "value is key", {"key": lambda _, t=SHARED: t, "value": lambda _, t=SHARED: t})]  # fmt: skip
+
+
+def changed(given, changes):
+    """The arguments with some of them changed; None where the change makes no sense for the tensor."""
+    try:
+        return {**given, **{name: change(given.get(name)) for name, change in changes.items()}}
+    except (RuntimeError, IndexError, TypeError):
+        return None
+
+
+@pytest.mark.parametrize("form", FUNCTIONS)
+def test_no_call_is_taken_for_another(form, on_gpu):
+    """Each change of one argument, after calls without it and after itself: the same launches or the same error."""
+    function, make = FUNCTIONS[form]
+    base = make()
+    expected_base = outcome(on_gpu, function, base)
+    differing = 0
+    for where, what, changes in CHANGES:
+        given = changed(make(), changes) if where == form else None
+        if given is None:
+            continue
+        forget()
+        expected = outcome(on_gpu, function, given)
+        differing += expected != expected_base
+        forget()
+        for _ in range(3):
+            outcome(on_gpu, function, given)
+        assert outcome(on_gpu, function, base) == expected_base, what
+        forget()
+        for _ in range(3):
+            assert outcome(on_gpu, function, base) == expected_base
+        for _ in range(3):
+            assert outcome(on_gpu, function, given) == expected, what
+        assert outcome(on_gpu, function, base) == expected_base, what
+    assert differing > 100, "hardly a change made a difference"
+
+
+@pytest.mark.parametrize("form", FUNCTIONS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_third_call_is_not_checked_again(form, grad, on_gpu):
+    function, make = FUNCTIONS[form]
+    given = make()
+    if grad:
+        for name in {"whole": ("query", "prompt_key", "gate"), "cached": ("q",)}[form]:
+            given[name].requires_grad_()
+    expected = outcome(on_gpu, function, given)
+    assert expected[0]
+    outcome(on_gpu, function, given)
+    assert on_gpu.checked == 2
+    by_triton = on_gpu.by_triton
+    assert (
+        outcome(on_gpu, function, given)
+        == outcome(on_gpu, function, make() if not grad else given)
+        == expected
+    )
+    assert (on_gpu.checked, on_gpu.by_triton) == (2, by_triton)
+
+
+def test_grad_mode_is_part_of_a_call(on_gpu):
+    given = whole() | {"gate": numbers(4, dtype=torch.float32).requires_grad_()}
+    for _ in range(3):
+        assert zero_init_attention(**given).requires_grad
+    with torch.no_grad():
+        for _ in range(3):
+            assert not zero_init_attention(**given).requires_grad
+    with torch.inference_mode():
+        for _ in range(3):
+            assert zero_init_attention(**given).is_inference()
+    assert zero_init_attention(**given).requires_grad
+
+
+def test_equal_numbers_of_different_types_have_different_keys():
+    key_of = call_keys.key_function((), (), ("number",), False)
+    assert len({key_of(number)[0] for number in (1, 1.0, True)}) == 3
+
+
+def test_gradients_have_the_shapes_of_the_inputs(on_gpu):
+    """A table without the dimension of its rows, and gates without theirs."""
+    given = {n: t.requires_grad_() if torch.is_tensor(t) else t for n, t in whole().items()}
+    leaves = [t for t in given.values() if torch.is_tensor(t)]
+    for _ in range(4):
+        out = zero_init_attention(**given)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        assert [g.shape for g in grads] == [t.shape for t in leaves]
+    assert on_gpu.checked == 2
+
+
+def test_caches_that_overlap_at_another_distance_are_refused(on_gpu):
+    """Whether two caches share memory depends on their addresses, which are in no key."""
+    memory = numbers(8 * 2 * 48 * 2 * 64)
+    size = 2 * 48 * 2 * 64
+
+    def call(second):
+        views = [memory[first : first + size].view(2, 48, 2, 64) for first in (0, second)]
+        return with_kvcache(**{**cached(), "k_cache": views[0], "v_cache": views[1]})
+
+    for _ in range(3):
+        call(size)
+    with pytest.raises(ValueError, match="share no memory"):
+        call(size - 64)
+    with pytest.raises(ValueError, match="share no memory"):
+        call(0)
+    checked = on_gpu.checked
+    call(3 * size)
+    assert on_gpu.checked == checked, "caches that are far from each other were checked again"
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def profiled():
+    return torch.autograd.profiler.profile(use_kineto=False)
+
+
+STATES = {
+    "dispatch mode": Watching,
+    "autocast": lambda: torch.autocast("cuda", torch.float16),
+    "profiler": profiled,
+    "forward-mode AD": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.filterwarnings("ignore:User provided device_type")
+def test_who_has_to_see_the_operators_sees_them(state, on_gpu, monkeypatch):
+    given = whole()
+    if state == "autocast":  # torch without CUDA turns it off
+        monkeypatch.setattr(kept_calls, "autocast_dtype", lambda: torch.float16 if watched else None)
+    watched = False
+    for _ in range(3):
+        zero_init_attention(**given)
+    checked = on_gpu.checked
+    watched = True
+    try:
+        with STATES[state]():
+            zero_init_attention(**given)
+    except ValueError as error:
+        assert "forward-mode AD" in str(error)
+    assert on_gpu.checked == checked + 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_traces_see_the_operators(on_gpu):
+    given = whole()
+    for _ in range(3):
+        zero_init_attention(**given)
+    checked = on_gpu.checked
+    with pytest.raises(ValueError, match=r"torch\.func"):
+        torch.vmap(lambda x: zero_init_attention(**given | {"gate": x}))(given["gate"][None])
+    assert on_gpu.checked == checked + 1
+    with contextlib.suppress(
+        AttributeError
+    ):  # a trace has tensors for sizes, which Triton's launch does not know
+        torch.jit.trace(
+            lambda x: zero_init_attention(**given | {"query": x}), (given["query"],), check_trace=False
+        )
+    assert on_gpu.checked == checked + 2
+
+
+def test_gradients_after_an_input_was_given_other_memory(on_gpu):
+    """As FSDP does between forward and backward: what the backward launches follows from what is there then."""
+    given = whole() | {"prompt_key": numbers(1, 2, 10, 64), "prompt_value": numbers(1, 2, 10, 64)}
+    given = {n: t.requires_grad_() if torch.is_tensor(t) else t for n, t in given.items()}
+    outs = [zero_init_attention(**given) for _ in range(3)]
+    for out in outs[:2]:
+        torch.autograd.grad(out, given["query"], torch.ones_like(out), retain_graph=True)
+    given["prompt_key"].data = other = misaligned(given["prompt_key"].data)
+    on_gpu.clear()
+    torch.autograd.grad(outs[2], given["query"], torch.ones_like(outs[2]))
+    addresses = str(list(on_gpu))
+    assert str(other.data_ptr()) in addresses
+
+
+def test_nothing_is_kept_alive(on_gpu):
+    for function, make in FUNCTIONS.values():
+        given = {
+            n: t.requires_grad_() if n in ("query", "gate") and "key" in make() else t
+            for n, t in make().items()
+        }
+        for _ in range(3):
+            out = function(**given)
+            if out.requires_grad:
+                out.sum().backward()
+        seen = [weakref.ref(t.untyped_storage()) for t in (*given.values(), out) if torch.is_tensor(t)]
+        tensors = [weakref.ref(t) for t in (*given.values(), out) if torch.is_tensor(t)]
+        del given, out
+        gc.collect()
+        assert seen and not any(reference() is not None for reference in tensors)
+
+
+def test_launches_go_to_the_stream_of_their_call(on_gpu):
+    given = whole()
+    for _ in range(2):
+        zero_init_attention(**given)
+    on_gpu.streams.clear()
+    for on_gpu.stream in (7, 9, 7):
+        zero_init_attention(**given)
+    assert on_gpu.streams == [7, 9, 7] and on_gpu.checked == 2
+
+
+def test_another_current_device_takes_the_long_way(on_gpu, monkeypatch):
+    given = whole()
+    for _ in range(3):
+        zero_init_attention(**given)
+    monkeypatch.setattr(kept, "is_current", lambda index: False)
+    before = on_gpu.checked, on_gpu.by_triton
+    zero_init_attention(**given)
+    assert (on_gpu.checked, on_gpu.by_triton) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_new_verdict_is_heard(on_gpu, monkeypatch):
+    """auto: what was kept under the old verdicts is not asked any more."""
+    given = whole() | {"backend": "auto"}
+    monkeypatch.setattr(dispatch, "PROVED", {"cpu"})
+    refused = ""
+    monkeypatch.setattr(proof, "why_not", lambda backend, call: refused if backend == "triton" else "")
+    for _ in range(4):
+        on_gpu.clear()
+        zero_init_attention(**given)
+        assert on_gpu
+    assert on_gpu.checked == 2
+    refused = "wrong on this chip"
+    proof._forget_taken()
+    on_gpu.clear()
+    zero_init_attention(**given)
+    assert not on_gpu and on_gpu.checked == 3
+
+
+def test_a_choice_that_may_change_is_not_kept(on_gpu, monkeypatch):
+    """The first backend of the table proved nothing yet, and is tried again later: the second one is asked for now."""
+    given = cached() | {"backend": "auto"}
+    monkeypatch.setattr(dispatch, "PROVED", {"cpu"})
+    monkeypatch.setattr(dispatch.BACKENDS["cuda"], "why_not", lambda call, return_lse: "")
+    monkeypatch.setattr(proof, "why_not", lambda backend, call: "proved nothing" if backend == "cuda" else "")
+    for is_settled, checked in ((False, 5), (True, 7)):
+        monkeypatch.setattr(proof, "is_settled", lambda *_, answer=is_settled: answer)
+        for _ in range(5):
+            with_kvcache(**given)
+        assert on_gpu.checked == checked - is_settled
+
+
+def test_a_checkpoint_may_compute_a_kept_call_again(on_gpu):
+    """A call that was checked and one that is kept save the same tensors. The first computation in a backward ends as
+    soon as all tensors are saved, so it is not learnt from."""
+    given = {n: t.requires_grad_() if torch.is_tensor(t) else t for n, t in whole().items()}
+    for _ in range(4):
+        out = torch.utils.checkpoint.checkpoint(lambda: zero_init_attention(**given), use_reentrant=False)
+        out.sum().backward()
+    assert on_gpu.checked == 3
+
+
+def test_threads_get_what_they_asked_for(on_gpu):
+    given = whole()
+    for _ in range(3):
+        zero_init_attention(**given)
+    on_gpu.clear()
+    wrong = []
+
+    def work():
+        mine = whole()
+        for _ in range(50):
+            out = zero_init_attention(**mine)
+            sent = [str(given) for _, _, _, given in list(on_gpu) if str(out.data_ptr()) in str(given)]
+            if not sent or str(mine["query"].data_ptr()) not in sent[-1]:
+                wrong.append(out)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(on_gpu) == 200
+
+
+def test_the_number_of_kept_calls_is_limited(on_gpu, monkeypatch):
+    monkeypatch.setattr(kept_calls, "MOST", 3)
+    for length in range(8):
+        given = whole() | {
+            "prompt_key": numbers(2, 3 + length, 64),
+            "prompt_value": numbers(2, 3 + length, 64),
+        }
+        zero_init_attention(**given)
+        assert len(kept_calls._WHOLE._known) <= 3

@@ -1,6 +1,7 @@
 """The `zinit` command: one name for the programs of this package.
 
     zinit check                                        what this machine can run, and whether it is right
+    zinit tune                                         times the backends on an NVIDIA GPU, for backend="auto"
     zinit inspect ADAPTER                              what an adapter file holds, layer by layer
     zinit convert ADAPTER OUT --to FORMAT              an adapter file in another format
     zinit train --base DIR --data FILE --out DIR       train an adapter on instruction data
@@ -26,7 +27,7 @@ from typing import NoReturn
 from . import __version__
 from .console import InputError, run, shown
 
-OWN = ("check", "inspect", "convert")
+OWN = ("check", "tune", "inspect", "convert")
 MODEL = ("train", "generate", "serve", "demo")
 EVALUATE = ("evaluate",)
 # what may be missing -> the extra that has it

@@ -1,7 +1,8 @@
 """Which backend runs a call: one written table, and the reasons behind it.
 
 "auto" takes the first usable backend of the device's row. On an NVIDIA GPU it takes a fused one only after the kernels
-have passed their trial on this chip (`proof`). A named backend never falls back, and is not asked for a proof.
+have passed their trial on this chip (`proof`), and what `zinit tune` has measured there changes the order. A named
+backend never falls back, and is not asked for a proof.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _logged: set[tuple[object, ...]] = set()
 class Explanation(dict[str, str]):
     """Backend -> "usable" or the reason why not; `selected` is the one that runs, "" if the named one cannot.
 
-    `proof`: backend -> what is known of its trial on this chip, for usable backends that auto takes after one.
+    `proof`: backend -> what is known of its trial on this chip, and of its time where `zinit tune` was run there.
     """
 
     selected: str
@@ -90,7 +91,10 @@ def explain(call: AnyCall, return_lse: bool, backend: str) -> Explanation:
     explanation.proof = {}
     if call.query.device.type in PROVED:
         usable = [name for name, reason in explanation.items() if reason == "usable"]
-        explanation.proof = {name: said for name in usable if (said := proof.describe(name, call))}
+        for name in usable:
+            said = filter(None, (proof.describe(name, call), proof.describe_time(name, call)))
+            if text := "; ".join(said):
+                explanation.proof[name] = text
     if backend == "auto":
         explanation.selected = next(
             name
@@ -153,7 +157,7 @@ def _order(call: AnyCall) -> tuple[str, ...]:
     """The backends that auto asks, in this order."""
     device = call.query.device.type
     if device in PROVED:
-        return CUDA_ORDER[type(call)]
+        return proof.ordered(call, CUDA_ORDER[type(call)])
     if call.query.dtype == torch.float64 and device == "cpu":
         # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
         return ("reference",)

@@ -202,11 +202,11 @@ def changed(given, changes):
 
 @pytest.mark.parametrize("form", FUNCTIONS)
 def test_no_call_is_taken_for_another(form, on_gpu):
-    """Each change of one argument, after calls without it and after itself: the same launches or the same error."""
+    """Each change of one argument, after calls without it, after itself and after all the others."""
     function, make = FUNCTIONS[form]
     base = make()
     expected_base = outcome(on_gpu, function, base)
-    differing = 0
+    differing, calls = 0, [("base", base, expected_base)]
     for where, what, changes in CHANGES:
         given = changed(make(), changes) if where == form else None
         if given is None:
@@ -214,16 +214,17 @@ def test_no_call_is_taken_for_another(form, on_gpu):
         forget()
         expected = outcome(on_gpu, function, given)
         differing += expected != expected_base
-        forget()
-        for _ in range(3):
-            outcome(on_gpu, function, given)
-        assert outcome(on_gpu, function, base) == expected_base, what
+        calls.append((what, given, expected))
         forget()
         for _ in range(3):
             assert outcome(on_gpu, function, base) == expected_base
         for _ in range(3):
             assert outcome(on_gpu, function, given) == expected, what
         assert outcome(on_gpu, function, base) == expected_base, what
+    forget()
+    for _ in range(3):
+        for what, given, expected in calls:
+            assert outcome(on_gpu, function, given) == expected, what
     assert differing > 100, "hardly a change made a difference"
 
 
@@ -251,10 +252,10 @@ def test_the_third_call_is_not_checked_again(form, grad, on_gpu):
 def test_grad_mode_is_part_of_a_call(on_gpu):
     given = whole() | {"gate": numbers(4, dtype=torch.float32).requires_grad_()}
     for _ in range(3):
-        assert zero_init_attention(**given).requires_grad
-    with torch.no_grad():
-        for _ in range(3):
+        with torch.no_grad():
             assert not zero_init_attention(**given).requires_grad
+    for _ in range(3):
+        assert zero_init_attention(**given).requires_grad
     with torch.inference_mode():
         for _ in range(3):
             assert zero_init_attention(**given).is_inference()
@@ -295,6 +296,20 @@ def test_caches_that_overlap_at_another_distance_are_refused(on_gpu):
     checked = on_gpu.checked
     call(3 * size)
     assert on_gpu.checked == checked, "caches that are far from each other were checked again"
+
+
+def test_autograd_learns_which_caches_were_written(on_gpu):
+    given = cached() | {
+        "k_cache": numbers(2, 48, 2, 64),
+        "v_cache": numbers(2, 48, 2, 64),
+    }  # views share a counter
+    for calls in range(1, 5):
+        with_kvcache(**given)
+        assert (given["k_cache"]._version, given["v_cache"]._version) == (calls, calls)
+    reading = given | {"k": None, "v": None}
+    for _ in range(4):
+        with_kvcache(**reading)
+    assert given["k_cache"]._version == 4 and on_gpu.checked == 4
 
 
 class Watching(TorchDispatchMode):
@@ -406,6 +421,7 @@ def test_a_new_verdict_is_heard(on_gpu, monkeypatch):
     """auto: what was kept under the old verdicts is not asked any more."""
     given = whole() | {"backend": "auto"}
     monkeypatch.setattr(dispatch, "PROVED", {"cpu"})
+    monkeypatch.setattr(proof, "_times_of", lambda call: {})
     refused = ""
     monkeypatch.setattr(proof, "why_not", lambda backend, call: refused if backend == "triton" else "")
     for _ in range(4):
@@ -424,6 +440,7 @@ def test_a_choice_that_may_change_is_not_kept(on_gpu, monkeypatch):
     """The first backend of the table proved nothing yet, and is tried again later: the second one is asked for now."""
     given = cached() | {"backend": "auto"}
     monkeypatch.setattr(dispatch, "PROVED", {"cpu"})
+    monkeypatch.setattr(proof, "_times_of", lambda call: {})
     monkeypatch.setattr(dispatch.BACKENDS["cuda"], "why_not", lambda call, return_lse: "")
     monkeypatch.setattr(proof, "why_not", lambda backend, call: "proved nothing" if backend == "cuda" else "")
     for is_settled, checked in ((False, 5), (True, 7)):

@@ -5,6 +5,9 @@ float64 reference, at the family's first eager call or by `zinit check --gpu`. T
 folder. It holds for the chip, driver, libraries and kernels that it names. A family that was wrong is left out, with
 one warning. A backend that the caller names is never asked for a proof.
 
+`zinit tune` times the backends for classes of shapes on the chip and keeps the times beside the verdicts. auto then
+asks the fastest one first (`ordered`).
+
 ZINIT_PROOF=0: no trial is run and no verdict is read, so auto leaves these families out. ZINIT_PROOF=force: families
 are tried again, whatever is kept.
 """
@@ -18,20 +21,35 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ..backends.fused import MAX_HEAD_DIM
 from ..call import AnyCall
 from ..values import has_values
 from . import calls as small_calls
 from . import chip, store
 from .families import FAMILIES, Subject, needed
-from .store import Store, Verdict, folder
+from .shape_classes import ShapeClass, class_of, classes, timed_arguments
+from .store import Busy, Store, Verdict, folder
 
-__all__ = ["FAMILIES", "Subject", "Verdict", "folder"]
+__all__ = [
+    "FAMILIES",
+    "MAX_HEAD_DIM",
+    "Busy",
+    "ShapeClass",
+    "Subject",
+    "Verdict",
+    "class_of",
+    "classes",
+    "folder",
+    "timed_arguments",
+]
 MODES = ("1", "0", "force")
 MODE = os.environ.get("ZINIT_PROOF") or "1"
+LEAST_GAIN = 0.05  # of the time: a backend that is faster by less stays behind the written order
 MOST_ATTEMPTS = 2  # trials that did not end, before a family counts as one that kills its process
 SECONDS_TO_RETRY = 30.0  # after a trial that proved nothing
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -102,6 +120,49 @@ def describe(backend: str, call: AnyCall) -> str:
         else:
             said.append(f"{family} {reason or 'not tried yet ' + where + ': the first call tries it'}")
     return "; ".join(said)
+
+
+def ordered(call: AnyCall, written: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends in the order that auto asks them for a call: the written one, but the fastest first.
+
+    Only where `zinit tune` has timed the call's class on this chip. torch.compile keeps the written order.
+    """
+    if MODE == "0" or torch.compiler.is_compiling():
+        return written
+    return fastest_first(_times_of(call), written)
+
+
+def fastest_first(milliseconds: Mapping[str, float], written: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends by their times, those without one behind; the written order where little would be gained."""
+    timed = [name for name in written if name in milliseconds]
+    ranked = sorted(timed, key=milliseconds.__getitem__)
+    if not timed or milliseconds[ranked[0]] > (1.0 - LEAST_GAIN) * milliseconds[timed[0]]:
+        return written
+    return (*ranked, *(name for name in written if name not in milliseconds))
+
+
+def describe_time(backend: str, call: AnyCall) -> str:
+    """What `zinit tune` has measured of a backend for calls like this one, for `explain`; '' where nothing is kept."""
+    milliseconds = {} if MODE == "0" else _times_of(call)
+    return f"{milliseconds[backend]:.3g} ms in zinit tune" if backend in milliseconds else ""
+
+
+def keep_times(shape_class: ShapeClass, device: torch.device, milliseconds: Mapping[str, float]) -> None:
+    """Keeps what `zinit tune` has measured; calls from now on follow it. Raises `store.Busy`."""
+    with _lock:
+        _store_of(device).keep_times(shape_class.key, milliseconds)
+        _forget_taken()
+
+
+def _times_of(call: AnyCall) -> Mapping[str, float]:
+    """Backend -> milliseconds, for the call's class on its chip."""
+    if not has_values(call.query):  # fake tensors may be on a device that is not there
+        return {}
+    with _lock:
+        times = _store_of(call.query.device).times
+    if not times or (shape_class := class_of(call)) is None:
+        return {}
+    return times.get(shape_class.key, {})
 
 
 def known_why_not(backend: str, call: AnyCall) -> str:

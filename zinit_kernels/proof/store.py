@@ -1,4 +1,4 @@
-"""The file that keeps the verdicts of one chip and one installation, in the user's cache folder.
+"""The file that keeps the verdicts and times of one chip and one installation, in the user's cache folder.
 
     $ZINIT_CACHE or $XDG_CACHE_HOME/zinit_kernels or ~/.cache/zinit_kernels, in it proof-1/<hash of the facts>.json
 
@@ -36,6 +36,9 @@ class Verdict(NamedTuple):
     date: str
 
 
+Times = dict[str, dict[str, float]]  # shape class -> backend -> milliseconds
+
+
 class Busy(Exception):
     """Another process has tried kernels of the same chip for longer than LONGEST_WAIT."""
 
@@ -63,7 +66,7 @@ def remove_all() -> int:
 
 
 class Store:
-    """The verdicts of one chip and installation. Safe among processes; among threads the caller's lock is."""
+    """The verdicts and times of one chip and installation. Safe among processes; among threads the caller's lock is."""
 
     def __init__(self, facts: Mapping[str, str]) -> None:
         self.facts = dict(facts)
@@ -73,6 +76,7 @@ class Store:
         self.path = None if base is None else base / _FORM / f"{name}.json"
         self._attempts: dict[str, int] = {}
         self.verdicts: dict[str, Verdict] = {}
+        self.times: Times = {}
         self.read()
 
     def read(self) -> None:
@@ -81,6 +85,7 @@ class Store:
         for key, value in content.get("verdicts", {}).items():
             self.verdicts[key] = Verdict(**value)
         self._attempts = content.get("attempts", {})
+        self.times.update(content.get("times", {}))
 
     def begin(self, key: str) -> int:
         """Notes that a trial begins; the number of trials before it that did not end."""
@@ -95,6 +100,12 @@ class Store:
         if verdict is not None:
             self.verdicts[key] = verdict
         self._write()
+
+    def keep_times(self, shape_class: str, times: Mapping[str, float]) -> None:
+        """Keeps the milliseconds of each backend in the place of those that were kept for the class."""
+        with self.locked():
+            self.times[shape_class] = dict(times)
+            self._write()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -136,6 +147,7 @@ class Store:
             "facts": self.facts,
             "verdicts": {key: verdict._asdict() for key, verdict in sorted(self.verdicts.items())},
             "attempts": self._attempts,
+            "times": self.times,
         }
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +185,18 @@ def _is_ours(content: Any, facts: Mapping[str, str]) -> bool:
     verdicts, attempts = content.get("verdicts"), content.get("attempts")
     if not (isinstance(verdicts, dict) and isinstance(attempts, dict)):
         return False
-    return all(_is_verdict(value) for value in verdicts.values()) and all(
-        type(count) is int for count in attempts.values()
+    times = content.get("times", {})  # files that nothing was timed for may lack it
+    return (
+        all(_is_verdict(value) for value in verdicts.values())
+        and all(type(count) is int for count in attempts.values())
+        and isinstance(times, dict)
+        and all(_is_times(value) for value in times.values())
+    )
+
+
+def _is_times(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(time) is float and 0.0 < time < float("inf") for time in value.values()
     )
 
 

@@ -112,7 +112,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: 
 
     if tokenizer.chat_template is None:
         raise UserError(
-            "the tokenizer has no chat template: pass one by --chat-template, or ask with --instruction or --prompt."
+            "the tokenizer has no chat template: add one to its tokenizer_config.json (zinit train takes one by "
+            "--chat-template), or ask with --instruction or --prompt."
         )
     names = {id: name for name, id in tokenizer.special_ids.items()}
     special = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}

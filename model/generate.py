@@ -213,7 +213,7 @@ def _named(path: Path) -> tuple[str, Path]:
     """NAME=FILE, or FILE, whose name is the adapter's."""
     name, equals, file = str(path).partition("=")
     if not equals or path.exists():
-        return path.stem or str(path), path
+        return (path.name if path.is_dir() else path.stem) or str(path), path
     if not name or not file:
         raise UserError(f"--adapter must be FILE or NAME=FILE, got {str(path)!r}.")
     return name, Path(file)
@@ -300,6 +300,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
     if arguments.lookup < 0:
         raise UserError(f"--lookup must not be negative, got {arguments.lookup}.")
+    if arguments.chat:
+        _check_chat(arguments)
     check_options(arguments)
     if arguments.image and arguments.encoder is None:
         raise UserError(
@@ -315,9 +317,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError("--stop must not be empty: every answer would end at once.")
     if len(arguments.adapter) > 1 and not arguments.chat:
         raise UserError("--adapter is given twice, and only one can count without --chat.")
-    if arguments.chat and (arguments.encoder is not None or arguments.input or arguments.lookup):
-        option = "--lookup" if arguments.lookup else "--input" if arguments.input else "--encoder"
-        raise UserError(f"{option} belongs to a single prompt: a conversation of --chat takes none.")
     if not arguments.adapter:
         for option, value in (
             ("--prompt-length", arguments.prompt_length),
@@ -325,6 +324,16 @@ def _check_options(arguments: argparse.Namespace) -> None:
         ):
             if value is not None:
                 raise UserError(f"{option} belongs to --adapter, which was not given.")
+
+
+def _check_chat(arguments: argparse.Namespace) -> None:
+    """Refuses what a conversation has no use for."""
+    for option in ("lookup", "input", "encoder", "image", "images"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option} belongs to a single prompt: a conversation of --chat takes none.")
+    for stream in ("stdin", "stdout"):
+        if getattr(sys, stream) is None:
+            raise UserError(f"--chat needs {stream}, which is closed.")
 
 
 def _show(watcher: Watcher, prompt: str, answer: str, many: bool) -> None:

@@ -123,14 +123,15 @@ def refuse_several_processes(torchrun: bool = False) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[Event]:
-    """An event that the first Ctrl-C sets, or SIGTERM, or SIGHUP when the terminal goes. A second one ends the program
-    as usual. What is ignored stays so: SIGHUP under nohup, Ctrl-C in the background of a shell script.
+def interruptible(*numbers: signal.Signals) -> Iterator[Event]:
+    """An event that the first of these signals sets: unless told Ctrl-C, SIGTERM, or SIGHUP when the terminal goes. A
+    second one ends the program as usual. What is ignored stays so: SIGHUP under nohup, Ctrl-C in the background of a
+    shell script.
 
     Only the main thread can take signals; in another one the event is never set.
     """
     event = Event()
-    taken = _ENDINGS if current_thread() is main_thread() else ()
+    taken = (numbers or _ENDINGS) if current_thread() is main_thread() else ()
     handlers = {number: signal.getsignal(number) for number in taken}
     previous = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 

@@ -56,6 +56,12 @@ DEFAULT_CACHE_BYTES = 2 << 30
 _log = logging.getLogger(__name__)
 
 
+def bytes_a_token(model: Llama) -> int:
+    """What the keys and values of one token take in the cache."""
+    config = model.config
+    return 2 * config.num_layers * config.num_heads_kv * config.head_dim * model.dtype.itemsize
+
+
 class Engine:
     """Answers requests for a base and its adapters.
 
@@ -78,9 +84,8 @@ class Engine:
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}.")
         config = model.config
-        bytes_a_token = 2 * config.num_layers * config.num_heads_kv * config.head_dim * model.dtype.itemsize
         if cache_tokens is None:
-            cache_tokens = max(DEFAULT_CACHE_BYTES // bytes_a_token, config.max_seq_len)
+            cache_tokens = max(DEFAULT_CACHE_BYTES // bytes_a_token(model), config.max_seq_len)
         if cache_tokens < PAGE_SIZE:
             raise UserError(f"the cache must hold at least {PAGE_SIZE} tokens, got {cache_tokens}.")
         self.model, self.max_waiting = model, max_waiting

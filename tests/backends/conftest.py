@@ -19,7 +19,7 @@ import tempfile
 import pytest
 import torch
 from emulated import cuda, emulator, register  # noqa: F401 (fixtures)
-from repository import ROOT
+from repository import ROOT, search_path
 
 
 @pytest.fixture
@@ -55,9 +55,6 @@ class InterpreterProcess:
     def __init__(self, files):
         ours, theirs = socket.socketpair()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        path = os.pathsep.join(
-            (str(ROOT / "tests" / "support"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
-        )
         self.printed = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "interpreter_process", "-p", "no:cacheprovider", *files],
@@ -66,7 +63,7 @@ class InterpreterProcess:
             | {
                 "TRITON_INTERPRET": "1",
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": path,
+                "PYTHONPATH": search_path(ROOT / "tests" / "support", ROOT),
                 "ZINIT_INTERPRETER_SOCKET": str(theirs.fileno()),
             },
             pass_fds=(theirs.fileno(),),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from repository import ROOT
+from repository import ROOT, search_path
 
 from zinit_kernels import explain, zero_init_attention
 
@@ -24,8 +24,9 @@ CHIPS = (80, 90, 100)
 def run(*command, interpret, **environment):
     """A process of its own: the interpreter replaces triton's functions for all that runs beside it."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT)} | (
+        {"TRITON_INTERPRET": "1"} if interpret else {}
+    )
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=env)
 
 
@@ -55,7 +56,8 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
 def test_large_tiles_fit_chips_with_99_kilobytes(chip, tmp_path):
     """RTX 40 and Blackwell RTX, whose shared memory is the smallest: not the safe tile, and without spills.
 
-    The forward of sm_120 keeps a few registers in memory (14 loads and stores); no tile that was tried has none.
+    The forward of sm_120 has 14 spill instructions outside its loops, which a program executes once. The tiles without
+    them, 128 x 16 and 32 x 32 in two stages, take 1.4 and 1.7 times the instructions in the loop.
     """
     from zinit_kernels.backends.triton import configs
 
@@ -67,9 +69,8 @@ def test_large_tiles_fit_chips_with_99_kilobytes(chip, tmp_path):
     assert [kernel["kernel"] for kernel in kernels] == ["forward", "grad_key_value"]
     for kernel in kernels:
         few = 16 if (chip, kernel["kernel"]) == (120, "forward") else 0
-        assert kernel["shared"] <= kernel["limit"] and kernel["spills"] <= few and kernel["local"] == 0, (
-            kernel
-        )
+        assert kernel["shared"] <= kernel["limit"] and kernel["spills"] <= few, kernel
+        assert kernel["loop_spills"] == kernel["local"] == 0, kernel
         assert tuple(kernel["config"]) != configs.SAFE, kernel
 
 

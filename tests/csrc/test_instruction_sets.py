@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import special_numbers
+from repository import search_path
 
 pytestmark = pytest.mark.native
 PROGRAM = """
@@ -41,7 +42,7 @@ print(torch.ops.zinit.cpu_capability(), len(failed), "failed", *failed, sep="\\n
 def test_every_case(capability):
     environment = {
         **os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(special_numbers.__file__).parent),
+        "PYTHONPATH": search_path(Path(special_numbers.__file__).parent),
     }  # fmt: skip
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr

@@ -6,13 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from repository import ROOT
+from repository import ROOT, search_path
 
 pytest.importorskip("peft")
 
 
 def test_peft_trainer():
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ZINIT_POISON_OUTPUTS": "0"}
+    environment = os.environ | {
+        "PYTHONPATH": search_path(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ZINIT_POISON_OUTPUTS": "0",
+    }
     command = [sys.executable, ROOT / "examples" / "peft_trainer.py", "--fast"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr

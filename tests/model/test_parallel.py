@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from parallel_steps import steps
-from repository import ROOT
+from repository import ROOT, search_path
 from tiny_runs import CONFIG, arguments, losses_of, run
 
 from model import program
@@ -23,7 +23,7 @@ from model.parallel.world import World, open_world
 
 def torchrun(number, *words, **options):
     """Starts so many processes with one thread each."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    paths = search_path(ROOT, ROOT / "tests" / "support")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
     return subprocess.Popen(
@@ -139,7 +139,7 @@ def test_a_process_that_finds_no_other_ends(tmp_path):
     """In a process of its own: the second one never comes."""
     code = "import model.parallel.world as world; world._JOIN = 0.5; world.open_world('cpu')"
     place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = os.environ | place | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | place | {"PYTHONPATH": search_path(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )

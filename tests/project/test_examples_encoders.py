@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from repository import ROOT
+from repository import ROOT, search_path
 
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -15,7 +15,8 @@ pytest.importorskip("sklearn")
 def table(script: str) -> dict[str, list[float]]:
     """The rows that the script prints: name -> numbers, shares as fractions."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ZINIT_POISON_OUTPUTS": "0", "PYTHONIOENCODING": "utf-8",
+        "PYTHONPATH": search_path(ROOT), "OMP_NUM_THREADS": "1", "ZINIT_POISON_OUTPUTS": "0",
+        "PYTHONIOENCODING": "utf-8",
     }  # fmt: skip
     command = [sys.executable, ROOT / "examples" / script, "--quick"]
     done = subprocess.run(

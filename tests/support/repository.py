@@ -1,5 +1,15 @@
 """Where the checkout is, for tests that read its files or start its programs."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def search_path(*folders):
+    """PYTHONPATH for a program that a test starts: the folders before what is there already.
+
+    `make test-oldest` and `make test-transformers` put other versions there, and the programs must take them too.
+    """
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, folders), *([given] if given else [])])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter_files import ours
-from repository import ROOT
+from repository import ROOT, search_path
 
 from zinit_kernels import check, convert, inspect
 from zinit_kernels.checkpoints import CheckpointError, save_adapter
@@ -110,7 +110,7 @@ def test_an_output_that_takes_nothing(tmp_path):
     full = os.open("/dev/full", os.O_WRONLY)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAMS, json.dumps(programs), str(pipe), str(full)],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}, pass_fds=(pipe, full),
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": search_path(ROOT), "PYTHONUNBUFFERED": ""}, pass_fds=(pipe, full),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120,
     )  # fmt: skip
     os.close(pipe)

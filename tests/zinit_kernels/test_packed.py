@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from repository import search_path
 from small_linear import DTYPES, SCHEMES, SIZES, check_plain, check_scheme
 
 from zinit_kernels.packed import PackedEmbedding, PackedLinear, PackedWeight, Scheme, linear, pack, quantise
@@ -37,7 +38,7 @@ print(torch.ops.zinit.cpu_capability())
 def test_every_instruction_set(capability):
     folder = os.path.dirname(sys.modules["small_linear"].__file__)
     environment = {
-        **os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": folder, "ZINIT_POISON_OUTPUTS": "1",
+        **os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": search_path(folder), "ZINIT_POISON_OUTPUTS": "1",
     }  # fmt: skip
     ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr

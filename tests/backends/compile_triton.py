@@ -117,7 +117,8 @@ def compile_kernel(
 def read_binary(cubin: bytes) -> dict[str, object]:
     """Registers, local memory in bytes, loads and stores of it, all instructions, and the loops with products.
 
-    A loop is "instructions / tensor core instructions / instructions of the exponential's unit" of one warp.
+    A loop is "instructions / tensor core instructions / instructions of the exponential's unit" of one warp. `loop_spills` are the
+    loads and stores of local memory in these loops.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -134,17 +135,19 @@ def read_binary(cubin: bytes) -> dict[str, object]:
         for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", listing)
     ]
     operations = [(address, text.split()[0].split(".")[0]) for address, text in code]
-    loops = []
+    loops: list[str] = []
+    loop_spills = 0
     for address, text in code:
         target = re.search(r"0x([0-9a-f]+)\)?$", text) if text.startswith("BRA") else None
         if target and int(target[1], 16) < address:
             count = collections.Counter(op for at, op in operations if int(target[1], 16) <= at <= address)
             products = sum(number for op, number in count.items() if "MMA" in op)
             if products:
+                loop_spills += count["LDL"] + count["STL"]
                 loops.append(f"{count.total()}/{products}/{count['MUFU']}")
     return {
         "registers": int(found[1]), "local": int(found[2]), "spills": sum(op in ("LDL", "STL") for _, op in operations),
-        "instructions": len(code), "loops": loops,
+        "loop_spills": loop_spills, "instructions": len(code), "loops": loops,
     }  # fmt: skip
 
 

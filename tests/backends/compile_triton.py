@@ -117,8 +117,8 @@ def compile_kernel(
 def read_binary(cubin: bytes) -> dict[str, object]:
     """Registers, local memory in bytes, loads and stores of it, all instructions, and the loops with products.
 
-    A loop is "instructions / tensor core instructions / instructions of the exponential's unit" of one warp. `loop_spills`
-    are the loads and stores of local memory in these loops.
+    A loop is "instructions / tensor core instructions / instructions of the exponential's unit" of one warp.
+    `loop_spills` are the loads and stores of local memory in these loops.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

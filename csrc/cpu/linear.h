@@ -55,7 +55,9 @@ struct LinearScratch {
 
   LinearScratch(const LinearWork& w, void* memory) : floats(nullptr), halves(nullptr), ints{}, sums(nullptr) {
     const int64_t K = w.weights[0].columns, M = w.num_rows;
-    padded = round_up(K, 128);
+    // not a power of two: a column of all rows would lie in one set of the level 1 cache, which holds 8 lines. 4096
+    // columns of bfloat16 took 1.3 times as long with 16 rows.
+    padded = round_up(K, 128) + 32;
     Arena arena{static_cast<char*>(memory)};
     row = arena.take<float>(padded);
     normed = arena.take<char>(padded * 4);
@@ -68,9 +70,10 @@ struct LinearScratch {
         if (wanted[of_group(weight.scheme)]) continue;
         wanted[of_group(weight.scheme)] = true;
         const int64_t groups = weight.scheme.groups(K);
-        x.numbers = arena.take<int16_t>(M * groups * weight.scheme.group());
+        x.width = padded;
+        x.numbers = arena.take<uint8_t>(2 * M * padded);
         x.steps = arena.take<float>(M * groups), x.sums = arena.take<float>(M * groups);
-        x.totals = arena.take<int32_t>(M * groups);
+        x.starts = arena.take<int32_t>(M * groups);
       } else if (multiplies_bfloat16(weight.dtype)) {
         if (!wants_halves) halves = arena.take<BFloat16>(M * padded);
         wants_halves = true;
@@ -134,8 +137,8 @@ void linear_prepare(const LinearWork& w, void* memory) {
         if (!s.wanted[i]) continue;
         const int64_t group = 32 << i, groups = ceil_div(K, group);
         const IntOperand& x = s.ints[i];
-        quantise_row(s.row, K, group, x.numbers + m * groups * group, x.steps + m * groups,
-                     x.sums + m * groups, x.totals + m * groups);
+        quantise_row(s.row, K, group, x.numbers + 2 * m * x.width, x.steps + m * groups, x.sums + m * groups,
+                     x.starts + m * groups);
       }
     }
   });

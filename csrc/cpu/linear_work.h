@@ -11,7 +11,7 @@ namespace zinit::cpu {
 // How a weight [N, K] lies in memory. 0 is a plain tensor of rows. Otherwise the number is
 // bits + 16 * has_min + 256 * group:
 //
-//   bits 8              w = scale * code, code in -128 .. 127
+//   bits 8              w = scale * code, code in -128 .. 127, stored as code + 128
 //   bits 4              w = scale * (code - 8), code in 0 .. 15
 //   bits 4 with a min   w = scale * code + min, code in 0 .. 15
 //
@@ -20,11 +20,10 @@ namespace zinit::cpu {
 // have codes that meet activations of 0. A panel holds
 //
 //   scales    [groups][16] float16, or [groups][2][16] with mins (scales first), padded to 64 bytes
-//   codes     8 bits: [K / 2][16][2], the two columns of a pair side by side
-//             4 bits: [K / 8][16] words of 32 bits: column 2 j of the 8 in bits 4 j .. 4 j + 3, column 2 j + 1
-//                     in bits 4 j + 16 .. 4 j + 19
+//   codes     8 bits: [K / 4][16][4] bytes
+//             4 bits: [K / 8][16][4] bytes: columns 0 .. 3 of the 8 in the low halves, 4 .. 7 in the high ones
 //
-// so that one multiply-add instruction takes a pair of columns of 16 rows, and the codes are read in order.
+// so that one instruction multiplies 4 columns of 16 rows, and the codes are read in order.
 // Always inlined: isa_*.cpp must have no weak symbols (kernels.h).
 struct Scheme {
   int64_t number = 0;

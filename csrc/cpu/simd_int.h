@@ -1,123 +1,129 @@
-// 16 lanes of 32-bit integers for packed weights, whatever the vectors of the instruction set: `Pairs` holds a
-// pair of 16-bit numbers in each lane, and `dot` adds to each lane the product of its pair with a pair of
-// activations. Exact in integers, so every instruction set finds the same sums.
+// 16 lanes of 32-bit integers for packed weights, whatever the vectors of the instruction set. `Quads` holds 4
+// codes of 0 .. 255 in each lane, and `Sums::add` adds to each lane the products of its codes with 4
+// activations of 16 bits. Exact in integers, so every instruction set finds the same sums.
+//
+// 4 activations take 8 bytes, in the order that the instructions want:
+//   VNNI     x = 256 high + low, both signed bytes: the 4 high ones, then the 4 low ones
+//   others   16-bit integers 0, 2, 1, 3: products of pairs, the even codes and the odd ones apart
 #pragma once
 #include "tiles.h"
 
 namespace zinit::cpu {
 namespace {
 
-constexpr int kParts = 16 / Vec::kLanes;  // vectors that 16 floats take
+constexpr int kParts = 16 / Vec::kLanes;         // vectors that 16 floats take
+constexpr int32_t kMostSteps = 127 * 256 + 127;  // of an activation: 256 high + low reaches no further
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
-struct Ints {
+struct Quads {
   __m512i v;
 };
-using Pairs = Ints;
+using Ints = Quads;
 
-inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
+inline Quads load_quads(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Quads low_halves(Quads a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline Quads high_halves(Quads a) {
+  return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
+}
 inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints subtract(Ints a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
-inline Pairs load_bytes(const int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-inline Ints load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
-// Nibbles j and j + 4 of each word.
-template <int J>
-inline Pairs nibbles(Ints words) {
-  return {
-      _mm512_and_si512(J == 0 ? words.v : _mm512_srli_epi32(words.v, 4 * J), _mm512_set1_epi32(0x000f000f))};
-}
-inline Ints dot(Ints sum, Pairs a, const int16_t* pair) {
-  int32_t both;
-  __builtin_memcpy(&both, pair, 4);
-#if defined(__AVX512VNNI__)
-  return {_mm512_dpwssd_epi32(sum.v, a.v, _mm512_set1_epi32(both))};
-#else
-  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, _mm512_set1_epi32(both)))};
-#endif
-}
 inline Vec to_floats(Ints a, int) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+inline __m512i broadcast_4_bytes(const uint8_t* x) {
+  int32_t all;
+  __builtin_memcpy(&all, x, 4);
+  return _mm512_set1_epi32(all);
+}
+
+#if defined(__AVX512VNNI__)
+struct Sums {
+  __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+  [[gnu::always_inline]] void start(int32_t value) { low = _mm512_set1_epi32(value); }
+  [[gnu::always_inline]] void add(Quads codes, const uint8_t* x) {
+    high = _mm512_dpbusd_epi32(high, codes.v, broadcast_4_bytes(x));
+    low = _mm512_dpbusd_epi32(low, codes.v, broadcast_4_bytes(x + 4));
+  }
+  [[gnu::always_inline]] Ints total() const { return {_mm512_add_epi32(_mm512_slli_epi32(high, 8), low)}; }
+};
+#else
+struct Sums {
+  __m512i sum = _mm512_setzero_si512();
+  [[gnu::always_inline]] void start(int32_t value) { sum = _mm512_set1_epi32(value); }
+  [[gnu::always_inline]] void add(Quads codes, const uint8_t* x) {
+    const __m512i even = _mm512_and_si512(codes.v, _mm512_set1_epi16(255)),
+                  odd = _mm512_srli_epi16(codes.v, 8);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even, broadcast_4_bytes(x)));
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(odd, broadcast_4_bytes(x + 4)));
+  }
+  [[gnu::always_inline]] Ints total() const { return {sum}; }
+};
+#endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-struct Ints {
+struct Quads {
   __m256i v[2];
 };
-using Pairs = Ints;
+using Ints = Quads;
 
-inline Ints zero_ints() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-inline Ints add(Ints a, Ints b) {
-  return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}};
-}
-inline Ints subtract(Ints a, int32_t b) {
-  const __m256i all = _mm256_set1_epi32(b);
-  return {{_mm256_sub_epi32(a.v[0], all), _mm256_sub_epi32(a.v[1], all)}};
-}
-inline Pairs load_bytes(const int8_t* p) {
-  const auto* at = reinterpret_cast<const __m128i*>(p);
-  return {{_mm256_cvtepi8_epi16(_mm_loadu_si128(at)), _mm256_cvtepi8_epi16(_mm_loadu_si128(at + 1))}};
-}
-inline Ints load_words(const void* p) {
+inline Quads load_quads(const void* p) {
   const auto* at = static_cast<const __m256i*>(p);
   return {{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
 }
-template <int J>
-inline Pairs nibbles(Ints words) {
-  const __m256i mask = _mm256_set1_epi32(0x000f000f);
-  return {{_mm256_and_si256(_mm256_srli_epi32(words.v[0], 4 * J), mask),
-           _mm256_and_si256(_mm256_srli_epi32(words.v[1], 4 * J), mask)}};
+inline Quads low_halves(Quads a) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {{_mm256_and_si256(a.v[0], mask), _mm256_and_si256(a.v[1], mask)}};
 }
-inline Ints dot(Ints sum, Pairs a, const int16_t* pair) {
-  int32_t both;
-  __builtin_memcpy(&both, pair, 4);
-  const __m256i x = _mm256_set1_epi32(both);
-  return {{_mm256_add_epi32(sum.v[0], _mm256_madd_epi16(a.v[0], x)),
-           _mm256_add_epi32(sum.v[1], _mm256_madd_epi16(a.v[1], x))}};
+inline Quads high_halves(Quads a) {
+  return low_halves({{_mm256_srli_epi32(a.v[0], 4), _mm256_srli_epi32(a.v[1], 4)}});
+}
+inline Ints add(Ints a, Ints b) {
+  return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}};
 }
 inline Vec to_floats(Ints a, int part) { return {_mm256_cvtepi32_ps(a.v[part])}; }
 
+struct Sums {
+  __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  [[gnu::always_inline]] void start(int32_t value) { sum[0] = sum[1] = _mm256_set1_epi32(value); }
+  [[gnu::always_inline]] void add(Quads codes, const uint8_t* x) {
+    int32_t pairs[2];
+    __builtin_memcpy(pairs, x, 8);
+    const __m256i x_even = _mm256_set1_epi32(pairs[0]), x_odd = _mm256_set1_epi32(pairs[1]);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i even = _mm256_and_si256(codes.v[i], _mm256_set1_epi16(255));
+      const __m256i odd = _mm256_srli_epi16(codes.v[i], 8);
+      sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(even, x_even));
+      sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(odd, x_odd));
+    }
+  }
+  [[gnu::always_inline]] Ints total() const { return {{sum[0], sum[1]}}; }
+};
+
 #else
 
+struct Quads {
+  uint8_t v[16][4];
+};
 struct Ints {
   int32_t v[16];
 };
-struct Pairs {
-  int16_t low[16], high[16];
-};
 
-inline Ints zero_ints() { return {}; }
-inline Ints add(Ints a, const Ints& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
-  return a;
-}
-inline Ints subtract(Ints a, int32_t b) {
-  for (int i = 0; i < 16; ++i) a.v[i] -= b;
-  return a;
-}
-inline Pairs load_bytes(const int8_t* p) {
-  Pairs a;
-  for (int i = 0; i < 16; ++i) a.low[i] = p[2 * i], a.high[i] = p[2 * i + 1];
-  return a;
-}
-inline Ints load_words(const void* p) {
-  Ints a;
+inline Quads load_quads(const void* p) {
+  Quads a;
   __builtin_memcpy(&a, p, sizeof(a));
   return a;
 }
-template <int J>
-inline Pairs nibbles(const Ints& words) {
-  Pairs a;
-  for (int i = 0; i < 16; ++i) {
-    const uint32_t word = static_cast<uint32_t>(words.v[i]) >> (4 * J);
-    a.low[i] = static_cast<int16_t>(word & 15), a.high[i] = static_cast<int16_t>(word >> 16 & 15);
-  }
+inline Quads low_halves(Quads a) {
+  for (int i = 0; i < 64; ++i) a.v[i / 4][i % 4] &= 15;
   return a;
 }
-inline Ints dot(Ints sum, const Pairs& a, const int16_t* pair) {
-  for (int i = 0; i < 16; ++i) sum.v[i] += a.low[i] * pair[0] + a.high[i] * pair[1];
-  return sum;
+inline Quads high_halves(Quads a) {
+  for (int i = 0; i < 64; ++i) a.v[i / 4][i % 4] >>= 4;
+  return a;
+}
+inline Ints add(Ints a, const Ints& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
 }
 inline Vec to_floats(const Ints& a, int part) {
   const int32_t* p = a.v + part * 4;
@@ -125,7 +131,36 @@ inline Vec to_floats(const Ints& a, int part) {
                      static_cast<float>(p[3])}};
 }
 
+struct Sums {
+  Ints sum = {};
+  [[gnu::always_inline]] void start(int32_t value) {
+    for (int32_t& lane : sum.v) lane = value;
+  }
+  [[gnu::always_inline]] void add(const Quads& codes, const uint8_t* x) {
+    int16_t n[4];
+    __builtin_memcpy(n, x, 8);
+    for (int i = 0; i < 16; ++i) {
+      sum.v[i] += codes.v[i][0] * n[0] + codes.v[i][2] * n[1] + codes.v[i][1] * n[2] + codes.v[i][3] * n[3];
+    }
+  }
+  [[gnu::always_inline]] Ints total() const { return sum; }
+};
+
 #endif
+
+// 4 activations in `Sums::add`'s order.
+inline void store_activations(const int32_t* n, uint8_t* to) {
+#if defined(__AVX512VNNI__)
+  for (int i = 0; i < 4; ++i) {
+    const int32_t high = (n[i] + 128) >> 8;  // rounded: low is then in -128 .. 127
+    to[i] = static_cast<uint8_t>(high), to[4 + i] = static_cast<uint8_t>(n[i] - 256 * high);
+  }
+#else
+  const int16_t ordered[4] = {static_cast<int16_t>(n[0]), static_cast<int16_t>(n[2]),
+                              static_cast<int16_t>(n[1]), static_cast<int16_t>(n[3])};
+  __builtin_memcpy(to, ordered, 8);
+#endif
+}
 
 }  // namespace
 }  // namespace zinit::cpu

@@ -60,7 +60,7 @@ def some_packed(scheme, rows, columns, generator):
 
 
 def check_scheme(scheme, rows, columns) -> tuple[torch.Tensor, PackedWeight]:
-    """Activations of 16 bits lose 1 / 65534 of a group's largest; the weights take part with their exact values."""
+    """Activations of 16 bits lose 1 / 65278 of a group's largest; the weights take part with their exact values."""
     generator = torch.Generator().manual_seed(0)
     packed = some_packed(scheme, rows, columns, generator)
     weight = packed.unpack(torch.float32)
@@ -69,7 +69,7 @@ def check_scheme(scheme, rows, columns) -> tuple[torch.Tensor, PackedWeight]:
             x = guarded(torch.randn(count, columns, generator=generator).to(dtype))
             expected, size = exactly(x, weight)
             out = torch.ops.zinit.linear_cpu(x, packed.data, rows, packed.scheme.number)
-            rounded = x.double().abs().amax(-1, keepdim=True) / 65534 * weight.double().abs().sum(-1)
+            rounded = x.double().abs().amax(-1, keepdim=True) / 65278 * weight.double().abs().sum(-1)
             bound = 1.01 * rounded + ROUNDING[dtype] * size
             assert ((out.double() - expected).abs() <= bound).all(), (scheme, rows, columns, count, dtype)
     return weight, packed

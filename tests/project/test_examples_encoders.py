@@ -1,7 +1,11 @@
 """The encoder examples, the quick way; each asserts by itself that at step 0 the adapted model is the frozen one."""
 
+import gzip
+import json
 import os
+import random
 import re
+import runpy
 import subprocess
 import sys
 
@@ -55,3 +59,30 @@ def test_clip_base_to_novel():
     base, novel, mean = adapted
     assert base > before[0] and mean > before[2] + 0.1
     assert abs(mean - 2 * base * novel / (base + novel)) < 0.01
+
+
+def test_small_clip_can_be_adapted(tmp_path):
+    """The example's checkpoint and data are what base-to-novel reads."""
+    data, out = tmp_path / "fashion-mnist", tmp_path / "out"
+    data.mkdir()
+    chance = random.Random(0)
+    for part, count in (("train", 240), ("t10k", 40)):
+        pictures = chance.randbytes(count * 28 * 28)
+        labels = bytes(place % 10 for place in range(count))
+        for kind, content, shape in (
+            ("images-idx3", pictures, (2051, count, 28, 28)),
+            ("labels-idx1", labels, (2049, count)),
+        ):
+            head = b"".join(number.to_bytes(4, "big") for number in shape)
+            (data / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + content))
+    runpy.run_path(str(ROOT / "examples" / "small_clip.py"))["main"](data, out, 140)
+    command = [
+        "--base", str(out / "clip"), "--data", str(out / "fashion-mnist"), "--out", str(tmp_path / "run"),
+        "--methods", "frozen,zero-init", "--steps", "1", "--seeds", "1", "--shots", "2", "--image-size", "28",
+        "--learning-rates", "zero-init=0.01",
+    ]  # fmt: skip
+    from evaluate.finetune import base_to_novel
+
+    base_to_novel.main(command)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["tables"][-1]["rows"][0][0] == "frozen" and len(result["tables"][-1]["rows"]) == 2

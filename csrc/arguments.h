@@ -48,8 +48,10 @@ inline Footprint footprint_of(const Tensor& tensor, const void* data) {
   return f;
 }
 
-// New keys and values are written at places of their own.
-inline void check_apart(const DecodeParams& w, const Tensor& key_cache, const Tensor& value_cache) {
+// New keys and values are written at places of their own, where nothing else that the call reads lies.
+inline void check_apart(const DecodeParams& w, const Tensor& key_cache, const Tensor& value_cache,
+                        const Tensor& query, const OptionalTensor& new_key, const OptionalTensor& new_value,
+                        const OptionalTensor& prompt_key, const OptionalTensor& prompt_value) {
   if (!w.new_key.given) return;
   const Footprint keys = footprint_of(key_cache, w.key_cache.data);
   const Footprint values = footprint_of(value_cache, w.value_cache.data);
@@ -57,6 +59,16 @@ inline void check_apart(const DecodeParams& w, const Tensor& key_cache, const Te
       !share_memory(keys, values) && !overlaps_itself(keys) && !overlaps_itself(values),
       "key_cache and value_cache must share no memory, and have a place for each element, where new_key "
       "is given");
+  const auto check = [&](const Tensor& tensor, const char* name, const void* data) {
+    const Footprint read = footprint_of(tensor, data);
+    ZINIT_CHECK(!share_memory(keys, read) && !share_memory(values, read), name,
+                " must share no memory with key_cache and value_cache, where new_key is given");
+  };
+  check(query, "query", w.query.data);
+  check(*new_key, "new_key", w.new_key.data), check(*new_value, "new_value", w.new_value.data);
+  if (!prompt_key.has_value()) return;
+  check(*prompt_key, "prompt_key", w.prompt_key.data);
+  check(*prompt_value, "prompt_value", w.prompt_value.data);
 }
 
 inline void set_sinks(AttentionParams& w, const Device& device, const OptionalTensor& sinks) {

@@ -305,6 +305,11 @@ def from_cache(
             hint=f"; it seems that {CACHED.swap('k and v')}" if swapped else "",
         )
         checks.check_shape("v", v, k.shape)
+        for name, read in (("q", q), ("k", k), ("v", v), ("prompt_k", prompt_k), ("prompt_v", prompt_v)):
+            if isinstance(read, Tensor) and any(checks.share_memory(c, read) for c in (k_cache, v_cache)):
+                raise ValueError(
+                    f"{name} shares memory with k_cache or v_cache, which this call writes: pass {name}.clone()"
+                )
         k, v = dense_rows(k), dense_rows(v)
     elif k is not None or v is not None:
         raise ValueError(

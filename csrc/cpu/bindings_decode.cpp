@@ -50,7 +50,6 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
     ZINIT_CHECK(w.new_key.dtype == w.query.dtype && w.new_value.dtype == w.query.dtype,
                 "new_key and new_value must have the query's dtype ", query.scalar_type());
   }
-  check_apart(w, key_cache, value_cache);
   w.cache_seqlens = device.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {B});
   w.cache_leftpad = device.array<int32_t>(cache_leftpad, "cache_leftpad", ScalarType::Int, {B});
   w.block_table = device.array<int32_t>(block_table, "block_table", ScalarType::Int, {B, -1});
@@ -60,6 +59,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& query, const Tensor& key_cache, 
   }
   set_mask(w, scale, softcap, window_left, window_right, tanh_gate);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
+  check_apart(w, key_cache, value_cache, query, new_key, new_value, prompt_key, prompt_value);
   copy_prompt_index(w, copies);
   set_sinks(w, device, sinks);
   set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);

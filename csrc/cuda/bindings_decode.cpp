@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor> decode_cuda(Tensor query, Tensor key_cache, Tensor va
   w.window_left = window_left, w.window_right = window_right;
   set_cache(w, device, key_cache, value_cache, cache_seqlens, cache_leftpad, block_table);
   set_new_tokens(w, device, new_key, new_value);
-  check_apart(w, key_cache, value_cache);
   set_prompt(w, device, Layout::kTokenMajor, prompt_key, prompt_value, gate, prompt_index);
+  check_apart(w, key_cache, value_cache, query, new_key, new_value, prompt_key, prompt_value);
   set_sinks(w, device, sinks);
   set_rotary(w, device, rotary_cos, rotary_sin, rotary_interleaved, window_left >= 0 || window_right >= 0);
   ZINIT_CHECK(!w.rotary.given || w.rotary.positions > 0, "rotary_cos must have a position");

@@ -191,6 +191,22 @@ def test_caches_that_share_memory_are_no_place_to_append_to(name, backend):
         assert torch.equal(key[:, 3], new[:, 0]) and torch.equal(value[:, 3], new[:, 0])
 
 
+@pytest.mark.parametrize("backend", ["auto", *backends("cpu", "composed", "reference")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "prompt_k", "prompt_v"])
+def test_what_is_read_may_not_lie_in_the_caches(name, backend):
+    """An append would write over it before it is read."""
+    given = make_cache_arguments(CacheCase("aliased"), torch.float32)
+    cache, old = "v_cache" if name == "v" else "k_cache", given[name]
+    expected = zero_init_attention_with_kvcache(**given | {cache: given[cache].clone()}, backend=backend)
+    buffer = torch.zeros(3, 160, 4, 64)
+    given[cache] = buffer[:, :128].copy_(given[cache])
+    apart = buffer[: len(old), 130 : 130 + old.shape[1]].copy_(old)
+    within = given[cache][: len(old), 5 : 5 + old.shape[1]]
+    with pytest.raises(ValueError, match=rf"{name} shares memory with k_cache or v_cache.* {name}.clone\(\)"):
+        zero_init_attention_with_kvcache(**given | {name: within}, backend=backend)
+    assert torch.equal(zero_init_attention_with_kvcache(**given | {name: apart}, backend=backend), expected)
+
+
 def test_an_index_without_prompts_is_refused():
     given = make_cache_arguments(CacheCase("aliased"), torch.float32)
     index = {

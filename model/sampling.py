@@ -13,6 +13,7 @@ from .llama import Adapter, KVCache, Llama, select_sequences
 from .lookup import Lookup
 
 NUM_SEEDS = 1 << 63  # a seed is below this
+MOST_LIKELY = 256  # tokens among which a nucleus is looked for first
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
 Watch = Callable[[int, list[int]], bool | None]
 
@@ -116,20 +117,19 @@ class _Drafts:
 
 def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
     """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers."""
-    largest = logits.amax(-1, keepdim=True)
+    # one pass for both: in bfloat16 argmax alone takes 4 times as long
+    largest, likeliest = logits.max(-1, keepdim=True)
     if not largest.isfinite().all():
         raise UserError(
             "the model's logits are not numbers: damaged weights, or a dtype too narrow for them (float16 ends at "
             "65504: try bfloat16 or float32)."
         )
     if temperature == 0:
-        return logits.argmax(-1)
+        return likeliest[..., 0]
     smallest = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
     scaled = (logits.float() - largest) / max(temperature, smallest)  # at most 0: no temperature overflows
     probabilities = scaled.softmax(-1)
-    ordered, order = probabilities.sort(-1, descending=True)
-    kept = ordered.cumsum(-1) - ordered <= top_p
-    nucleus = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(~kept, 0))
+    nucleus = _nucleus(probabilities, top_p)
     # A race: a token with probability p comes in after a time that is exponential with rate p, and the first one wins.
     # Rounding changes the winner of one token in 100 in bfloat16. Looking up one random number in the cumulative
     # probabilities changes one in 18: every token behind a change of them is shifted.
@@ -137,6 +137,32 @@ def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequenc
     times = torch.stack([torch.empty(shape).exponential_(generator=generator) for generator in generators])
     times = times.clamp_min_(smallest).to(nucleus.device)  # torch may draw a 0, and 0 / 0 would win
     return (nucleus / times).argmax(-1)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities [B, vocab_size], with 0 for the tokens outside of each row's smallest set that reaches top_p.
+
+    The set rarely holds more than a few tokens. Sorting 49,152 probabilities takes 3.6 ms on one core, finding the
+    largest 256 takes 0.1. Only rows whose largest do not reach top_p are sorted. Each row is decided by itself: so a
+    sequence's tokens do not depend on the others.
+    """
+    count = probabilities.shape[-1]
+    ordered, order = probabilities.topk(min(MOST_LIKELY, count), -1)
+    nucleus, reached = _kept(probabilities, ordered, order, top_p)
+    # sums of probabilities are off by rounding: near top_p, let all tokens decide
+    short = reached <= top_p + 1e-6
+    if count > MOST_LIKELY and short.any():
+        nucleus[short] = _kept(probabilities[short], *probabilities[short].sort(-1, descending=True), top_p)[
+            0
+        ]
+    return nucleus
+
+
+def _kept(probabilities: Tensor, ordered: Tensor, order: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The nucleus among the tokens `order`, whose probabilities fall, and the probability [B] of all of `order`."""
+    sums = ordered.cumsum(-1)
+    outside = sums - ordered > top_p
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0)), sums[..., -1]
 
 
 def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:

@@ -20,7 +20,7 @@ from model.errors import UserError, run_program
 from model.generate import Watcher, main
 from model.llama import Llama
 from model.loading import load_base
-from model.sampling import choose, generate
+from model.sampling import _nucleus, choose, generate
 from model.tokenizer import Tokenizer, load_tokenizer
 
 LENGTHS = (7, 1, 19, 5)
@@ -132,6 +132,29 @@ def test_top_p_keeps_the_smallest_sufficient_set():
     assert choose(probabilities.log(), 1.0, 0.05, generators).eq(1).all()
     for temperature in (1e-40, 1e-300):
         assert choose(probabilities.log(), temperature, 1.0, generators).eq(1).all()
+
+
+@pytest.mark.parametrize("top_p", [1e-3, 0.5, 0.75, 0.999, 1.0])
+def test_a_nucleus_is_what_sorting_all_tokens_finds(top_p):
+    """Rows with a nucleus of one token and of thousands, together and alone."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([[0.01], [0.3], [1.0], [3.0], [10.0]])
+    probabilities = (spread * torch.randn(5, 5000, generator=generator)).softmax(-1)
+    ordered, order = probabilities.sort(-1, descending=True)
+    kept = ordered.cumsum(-1) - ordered <= top_p
+    expected = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(~kept, 0))
+    assert torch.equal(_nucleus(probabilities, top_p), expected)
+    assert all(
+        torch.equal(_nucleus(row[None], top_p)[0], own)
+        for row, own in zip(probabilities, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_taken(dtype):
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, [4000, 70, 900]] = 9.0
+    assert choose(logits, 0, 1.0, []).eq(70).all()
 
 
 def test_rounding_changes_few_draws():

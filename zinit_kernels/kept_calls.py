@@ -27,6 +27,7 @@ from .call_keys import Key, autocast_dtype, is_plain_state, key_function
 MOST = 1024  # keys of each function
 _SEEN = object()  # once; or what came of it may change
 _NEVER = object()
+_READ = (0, 3, 4, 5, 6)  # places of the tensors that a call with a cache reads beside the caches
 _EXACT = frozenset((int, float, bool, str, type(None)))
 
 
@@ -45,6 +46,9 @@ class Kept(NamedTuple):
     numbers: tuple[Any, ...]
     records_grad: bool
     reach: tuple[int, int]
+    reads: tuple[
+        tuple[int, int], ...
+    ]  # of a call that appends: (place of a tensor that is read, the bytes it spans)
 
 
 def is_on_gpu(query: Any) -> bool:
@@ -133,11 +137,13 @@ class Door:
         plan = None
         if name == "triton" and (plan := triton.plan_of(call)) is None:
             return _SEEN
-        reach = 0, 0
+        reach: tuple[int, int] = (0, 0)
+        reads: tuple[tuple[int, int], ...] = ()
         if isinstance(call, CacheCall) and call.new_key is not None:
             reach = max(_reach(call.key_cache), _reach(call.value_cache)), _distance(call)
+            reads = tuple((i, _reach(tensors[i])) for i in _READ if tensors[i] is not None)
         records = not isinstance(call, CacheCall) and fused.requires_grad(call)
-        return Kept(name, plan, tuple(unsqueezed), numbers, records, reach)
+        return Kept(name, plan, tuple(unsqueezed), numbers, records, reach, reads)
 
     def operands(self, kept: Kept, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """The operator's arguments."""
@@ -230,6 +236,11 @@ def attention_with_cache(backend: str, given: tuple[Any, ...]) -> Found:
         distance = addresses[_VALUE_CACHE] - addresses[_KEY_CACHE]
         if distance != kept.reach[1] and abs(distance) < kept.reach[0]:
             return None, None
+        for place, size in kept.reads:
+            first = addresses[place]
+            for cache in (addresses[_KEY_CACHE], addresses[_VALUE_CACHE]):
+                if first < cache + kept.reach[0] and cache < first + size:  # the long way looks closer
+                    return None, None
     plan = kept.plan
     if plan is None:
         return fused.attention_with_cache(CacheCall(*_CACHED.operands(kept, given)), kept.backend), None

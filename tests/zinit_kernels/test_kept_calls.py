@@ -298,6 +298,18 @@ def test_caches_that_overlap_at_another_distance_are_refused(on_gpu):
     assert on_gpu.checked == checked, "caches that are far from each other were checked again"
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "prompt_k", "prompt_v"])
+def test_inputs_that_lie_in_the_caches_are_refused(name, on_gpu):
+    """As above: a call with the same key, whose input was a tensor of its own, was kept before."""
+    given = cached()
+    for _ in range(3):
+        with_kvcache(**given)
+    shape = given[name].shape
+    inside = given["v_cache"].view(-1)[64 : 64 + given[name].numel()].view(shape)
+    with pytest.raises(ValueError, match="shares memory"):
+        with_kvcache(**given | {name: inside})
+
+
 def test_autograd_learns_which_caches_were_written(on_gpu):
     given = cached() | {
         "k_cache": numbers(2, 48, 2, 64),

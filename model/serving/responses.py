@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,13 +59,6 @@ class _Told:
             return self.text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.content)
 
-    @property
-    def characters(self) -> int:
-        """How many characters begin in it: bytes 10xxxxxx go on with one."""
-        if self.content is None:
-            return len(self.text)
-        return sum(byte & 0xC0 != 0x80 for byte in self.content)
-
     def entry(self) -> dict[str, Any]:
         content = None if self.content is None else list(self.content)
         return {"token": self.name, "logprob": self.logprob, "bytes": content}
@@ -76,9 +71,12 @@ class Responses:
         self.model, self.is_chat, self._tokenizer = model, is_chat, tokenizer
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(
+            lambda: codecs.getincrementaldecoder("utf-8")("replace")
+        )
         self._offsets: dict[
             int, int
-        ] = {}  # characters of each answer's tokens so far; none yet: its first one is to come
+        ] = {}  # characters of each answer so far; none: its first token is to come
 
     def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
         """The answers together."""
@@ -158,7 +156,14 @@ class Responses:
 
         chosen = told(piece.token, piece.logprobs.chosen)
         offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + chosen.characters
+        # a part of a character counts with its last byte; broken bytes are a U+FFFD each, as in the text
+        decoder, content = self._decoders[index], chosen.content
+        if content is None:
+            self._offsets[index] = offset + len(chosen.text)
+        else:
+            if content and content[0] & 0xC0 != 0x80:  # it does not go on with what was begun
+                offset += len(decoder.decode(b"", final=True))
+            self._offsets[index] = offset + len(decoder.decode(content))
         return chosen, list(starmap(told, piece.logprobs.likeliest)), offset
 
     @cached_property

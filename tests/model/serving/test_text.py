@@ -136,3 +136,14 @@ def test_of_tokens_with_one_text_the_likeliest_counts(tmp_path):
     answer.told = [Piece(0, "", 1, TokenLogprobs(-0.5, [(0, -0.5), (1, -3.0)]))]  # <s>, </s>: no text
     (choice,) = Responses("x", False, tokenizer).whole([answer], 1)["choices"]
     assert choice["logprobs"]["top_logprobs"] == [{"": -0.5}]
+
+
+def test_offsets_count_broken_bytes_as_the_text_does(tmp_path):
+    byte_level(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = tokenizer.encode("ü", False, False) + tokenizer.encode("the", False, False)
+    tokens = [tokens[1], tokens[0], *tokens[2:]]  # a character's second byte, then its first
+    answer = Answer(tokenizer.decode(tokens), len(tokens))
+    answer.told = [Piece(0, "", token, TokenLogprobs(-1.0, [])) for token in tokens]
+    (choice,) = Responses("x", False, tokenizer).whole([answer], 1)["choices"]
+    assert answer.text.startswith("\ufffd\ufffdt") and choice["logprobs"]["text_offset"][:3] == [0, 1, 2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import search_path
+from repository import ROOT, search_path
 
 from zinit_kernels import zero_init_attention, zero_init_attention_with_kvcache
 from zinit_kernels.backends import extension
@@ -186,7 +186,7 @@ for stage, name, at in CALLS:
 
 
 def test_another_thread_that_changes_lengths_during_a_call_moves_no_access():
-    environment = {**os.environ, "PYTHONPATH": search_path(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": search_path(Path(__file__).parent, ROOT / "tests" / "support")}
     ran = subprocess.run(
         [sys.executable, "-c", OTHER_THREAD], capture_output=True, text=True, env=environment
     )

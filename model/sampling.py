@@ -152,9 +152,8 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     # sums of probabilities are off by rounding: near top_p, let all tokens decide
     short = reached <= top_p + 1e-6
     if count > MOST_LIKELY and short.any():
-        nucleus[short] = _kept(probabilities[short], *probabilities[short].sort(-1, descending=True), top_p)[
-            0
-        ]
+        rows = probabilities[short]
+        nucleus[short], _ = _kept(rows, *rows.sort(-1, descending=True), top_p)
     return nucleus
 
 

@@ -122,9 +122,8 @@ def _is_number(value: object) -> bool:
 def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises ApiError for anything else."""
     for what, (signs, most) in _MOST.items():
-        if (
-            sum(body.count(sign) for sign in signs) > most
-        ):  # iterating bytes gives numbers, which count() takes
+        # iterating bytes gives numbers, which count() takes
+        if sum(body.count(sign) for sign in signs) > most:
             raise ApiError(413, f"the body has more than {most} {what}.")
     try:
         return parse_object(body, "the body of the request")

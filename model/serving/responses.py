@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,6 +63,26 @@ class _Told:
         return {"token": self.name, "logprob": self.logprob, "bytes": content}
 
 
+class _Position:
+    """Where the next token of an answer begins, in characters of its text.
+
+    A part of a character counts with the character's last byte. Broken bytes are a U+FFFD each, as in the text.
+    """
+
+    def __init__(self) -> None:
+        self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_by(self, token: _Told) -> int:
+        """Where this token begins; the next one begins behind it."""
+        content = token.content
+        if content and content[0] & 0xC0 != 0x80:  # it does not go on with what was begun
+            self._offset += len(self._decoder.decode(b"", final=True))
+        begins = self._offset
+        self._offset += len(token.text if content is None else self._decoder.decode(content))
+        return begins
+
+
 class Responses:
     """The JSON of one request's answers."""
 
@@ -71,12 +90,7 @@ class Responses:
         self.model, self.is_chat, self._tokenizer = model, is_chat, tokenizer
         self._id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._decoders: dict[int, codecs.IncrementalDecoder] = defaultdict(
-            lambda: codecs.getincrementaldecoder("utf-8")("replace")
-        )
-        self._offsets: dict[
-            int, int
-        ] = {}  # characters of each answer so far; none: its first token is to come
+        self._positions: dict[int, _Position] = {}  # of each answer whose first token has come
 
     def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> dict[str, Any]:
         """The answers together."""
@@ -146,24 +160,15 @@ class Responses:
     def _told(self, piece: Piece, index: int) -> tuple[_Told, list[_Told], int]:
         """A token, the likeliest ones in its place, and where its text begins."""
         assert piece.token is not None and piece.logprobs is not None
-        before, skipped = self._before if index in self._offsets else ([], 0)
+        before, skipped = self._before if index in self._positions else ([], 0)
 
         def told(token: int, value: float) -> _Told:
             text = self._text(token, before, skipped)
-            return _Told(
-                text, value, self._tokenizer.token_bytes(token) if _BROKEN in text else text.encode()
-            )
+            content = self._tokenizer.token_bytes(token) if _BROKEN in text else text.encode()
+            return _Told(text, value, content)
 
         chosen = told(piece.token, piece.logprobs.chosen)
-        offset = self._offsets.get(index, 0)
-        # a part of a character counts with its last byte; broken bytes are a U+FFFD each, as in the text
-        decoder, content = self._decoders[index], chosen.content
-        if content is None:
-            self._offsets[index] = offset + len(chosen.text)
-        else:
-            if content and content[0] & 0xC0 != 0x80:  # it does not go on with what was begun
-                offset += len(decoder.decode(b"", final=True))
-            self._offsets[index] = offset + len(decoder.decode(content))
+        offset = self._positions.setdefault(index, _Position()).pass_by(chosen)
         return chosen, list(starmap(told, piece.logprobs.likeliest)), offset
 
     @cached_property

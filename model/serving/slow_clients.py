@@ -17,9 +17,8 @@ _LOOK = 1.0
 async def end_slow_clients(connections: Iterable[Any]) -> None:
     """Looks at uvicorn's connections until it is cancelled."""
     clock = asyncio.get_running_loop().time
-    since: dict[
-        Any, tuple[Any, float]
-    ] = {}  # connection -> its last request, and when it was seen to wait after that
+    # connection -> its last request, and when it was seen to wait after that
+    since: dict[Any, tuple[Any, float]] = {}
     while True:
         now, before = clock(), since
         since = {}

@@ -34,7 +34,8 @@ from .call import (
     TensorSpec,
 )
 
-_FORWARD, _DECODE = fused.OPERATORS["forward", "cpu"], fused.OPERATORS["decode", "cpu"]
+# What OpOverload.__call__ calls: it packs the 22 arguments of a decode call anew, 0.5 of 10.5 us.
+_FORWARD, _DECODE = fused.OPERATORS["forward", "cpu"]._op, fused.OPERATORS["decode", "cpu"]._op
 _ALL_KEYS = (-1, -1)
 
 

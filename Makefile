@@ -16,7 +16,9 @@ DROPINS := tests/integrations tests/zinit_kernels/test_projected.py tests/checkp
   $(wildcard tests/model/test_vision_*.py) tests/evaluate/test_finetune_methods.py
 CPP := $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo demo-vision test test-triton test-transformers test-oldest lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
+# the chips for which test-ptx compiles the Triton kernels
+CHIPS ?= 80 90
+.PHONY: build demo demo-vision test test-ptx test-triton test-transformers test-oldest lint docs format wheel bench gpu-check sanitize sanitize-cpu clean
 
 build: $(VENV)/.ready
 	@$(PYTHON) setup.py --quiet build_ext --inplace
@@ -31,6 +33,10 @@ demo-vision: build $(VENV)/.vision
 # a process for each core, and one thread in each: what is about threads sets its own number
 test: build sanitize-cpu
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses=8
+
+# all named cases through the code that Triton writes for these chips, interpreted on the CPU
+test-ptx: build
+	OMP_NUM_THREADS=1 ZINIT_PTX_CHIPS="$(CHIPS)" $(PYTHON) -m pytest -n auto --maxprocesses=8 tests/ptx/test_triton_ptx.py
 
 test-triton: build $(TRITONS:%=$(VENV)/triton-%/.ready)
 	@for version in $(TRITONS); do \

@@ -1,0 +1,114 @@
+"""What Triton compiles for sm_80 and sm_90, as it chooses tiles there, against the float64 reference.
+
+A few small cases of every kernel. `make test-ptx` runs all named cases, in bfloat16 and float16. Nothing here has run
+on a GPU.
+"""
+
+import importlib.util
+import os
+import re
+
+import pytest
+import torch
+from ptx_memory import Fault
+
+from zinit_kernels.testing import (
+    CACHE_CASES,
+    CASES,
+    SINK_CACHE_CASES,
+    SINK_CASES,
+    CacheCase,
+    Case,
+    check_cache_case,
+    check_case,
+)
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CHIPS = (80, 90)
+WHOLE_LIST_OF = [int(chip) for chip in os.environ.get("ZINIT_PTX_CHIPS", "").split()]
+HALVES = (torch.bfloat16, torch.float16)
+TRAINING = Case("training", batch=1, heads_q=2, heads_kv=1, seqlens_q=(150,))
+ONE_TOKEN = CacheCase("one_token", heads_q=8, heads_kv=2, seqlens=(60, 200), capacity=256, num_splits=2)
+CHUNK = CacheCase("chunk", heads_q=2, heads_kv=1, seqlens=(0, 100), seqlen_q=19, rotary_dim=64, page_size=16)
+TRAINING_KERNELS = [
+    "zinit_forward_kernel", "zinit_partial_sums_kernel", "zinit_add_partials_kernel", "zinit_grad_key_value_kernel",
+    "zinit_grad_query_kernel",
+]  # fmt: skip
+
+
+def check(case, dtype):
+    run = check_cache_case if isinstance(case, CacheCase) else check_case
+    run(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize(
+    ("case", "dtype", "kernels"),
+    [
+        (TRAINING, torch.bfloat16, TRAINING_KERNELS),
+        (ONE_TOKEN, torch.float16, ["zinit_decode_kernel", "zinit_combine_kernel"]),
+        (CHUNK, torch.bfloat16, ["zinit_append_kernel", "zinit_decode_kernel"]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Case | CacheCase) else "",
+)
+def test_against_the_reference(chip, case, dtype, kernels, arch):
+    launches = chip(arch)
+    check(case, dtype)
+    assert launches.launched == kernels
+
+
+if WHOLE_LIST_OF:
+
+    @pytest.mark.parametrize("arch", WHOLE_LIST_OF)
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize(
+        "case",
+        [*CASES, *SINK_CASES, *CACHE_CASES, *SINK_CACHE_CASES],
+        ids=lambda case: f"cache_{case}" if isinstance(case, CacheCase) else str(case),
+    )
+    def test_every_named_case(chip, case, dtype, arch):
+        chip(arch)
+        check(case, dtype)
+
+
+# Bugs in the code: (chip, kernel, pattern, replacement, how many of its occurrences are wrong)
+HOPPER = 4611686018427387904 + (1024 >> 4 << 32)  # a descriptor's mode and stride offset
+SWAPPED = 4611686018427387904 + (1024 >> 4 << 16)
+NARROWER = HOPPER + 4611686018427387904  # the mode of 64 bytes
+BUGS = {
+    "copies_not_waited_for": (80, "forward", r"cp.async.wait_group\s+2", "cp.async.wait_group 4", 1),
+    "no_barrier_after_the_wait": (80, "forward", r"(wait_group\s+2;\s+)bar.sync\s+0;", r"\1", 1),
+    "matrix_not_transposed": (80, "forward", r"x4\.trans", "x4", 1),
+    "words_of_a_matrix_swapped": (80, "grad_query", r"(ldmatrix\S+ \{)(%r\d+), (%r\d+)", r"\1\3, \2", 1),
+    "shuffle_of_another_lane": (80, "forward", r"bfly.b32(\s+%r\d+, %r\d+), 2", r"bfly.b32\1, 4", 1),
+    "sum_over_half_of_the_keys": (80, "partial_sums", r"(add.f32\s+(%r\d+), (%r\d+)), %r\d+", r"\1, \3", 1),
+    "products_not_waited_for": (90, "forward", r"(wgmma.wait_group.sync.aligned) 0", r"\1 1", 1),
+    "no_fence_of_the_registers": (90, "grad_query", r"wgmma.fence.sync.aligned;", "", 1),
+    "no_fence_of_the_proxy": (90, "grad_key_value", r"fence.proxy.async.shared::cta;", "", 2),
+    "descriptor_with_its_offsets_swapped": (90, "forward", rf"\b{HOPPER}\b", str(SWAPPED), 1),
+    "descriptor_of_another_swizzle": (90, "forward", rf"\b{HOPPER}\b", str(NARROWER), 1),
+    "descriptor_not_advanced": (90, "grad_query", rf"\b{HOPPER + 2}\b", str(HOPPER), 1),
+    "operand_not_transposed": (90, "forward", r"(%p\d+, 1, 1), 1;", r"\1, 0;", 1),
+    "words_of_a_stored_matrix_swapped": (
+        90, "partial_sums", r"(stmatrix\S+ \[\S+\]), \{(%r\d+), (%r\d+)", r"\1, {\3, \2", 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_the_code_is_caught(chip, name):
+    arch, kernel, pattern, replacement, count = BUGS[name]
+    planted = []
+
+    def plant(text):
+        if f"zinit_{kernel}_kernel" not in text:
+            return text
+        changed, found = re.subn(pattern, replacement, text, count=count)
+        planted.append(found)
+        return changed
+
+    chip(arch, change=plant)
+    with pytest.raises((AssertionError, Fault)) as caught:
+        check(TRAINING, torch.bfloat16)
+    print(caught.value)
+    assert planted == [count], "the pattern is not in the code: plant the bug elsewhere"

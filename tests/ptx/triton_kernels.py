@@ -1,0 +1,87 @@
+"""The Triton backend on CPU tensors by way of what Triton compiles for a chip: its PTX, interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import ptx_machine
+import ptx_module
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from zinit_kernels.backends import triton as backend
+from zinit_kernels.backends.triton import launch
+
+PROCESSORS = 8  # as many as Triton's own interpreter is told
+
+
+class Chip:
+    """Launches of Triton kernels, compiled for sm_`arch` and interpreted.
+
+    change: PTX -> PTX, to plant a bug. launched: the names of the kernels that have run.
+    """
+
+    def __init__(self, arch: int, change: Callable[[str], str] = lambda text: text) -> None:
+        self.arch, self.change = arch, change
+        self.tensors: list[torch.Tensor] = []
+        self.launched: list[str] = []
+        self._entries: dict[str, ptx_module.Entry] = {}
+
+    def run(self, compiled, grid: tuple[int, ...], arguments) -> None:
+        text = compiled.asm["ptx"]
+        if text not in self._entries:
+            (self._entries[text],) = ptx_module.parse(self.change(text)).values()
+        entry = self._entries[text]
+        memory = ptx_machine.Buffers()
+        values: list[int | float] = []
+        for kind, argument in zip(compiled.src.signature.values(), arguments, strict=True):
+            _flatten(kind, argument, values, memory)
+        values += [0] * (
+            len(entry.parameter_types) - len(values)
+        )  # scratch memory, which these kernels do not use
+        grid = (*grid, 1, 1)[:3]
+        self.launched.append(entry.name)
+        ptx_machine.run(
+            entry,
+            grid,
+            32 * compiled.metadata.num_warps,
+            compiled.metadata.shared,
+            entry.pack(values),
+            memory,
+        )
+
+
+def _flatten(kind, argument, values: list[int | float], memory: ptx_machine.Buffers) -> None:
+    """Adds a kernel's argument as the compiled kernel takes it; what is compiled in, it does not take."""
+    if isinstance(kind, tuple):
+        for one, part in zip(kind, argument, strict=True):
+            _flatten(one, part, values, memory)
+    elif kind != "constexpr":
+        if isinstance(argument, torch.Tensor):
+            memory.add(argument.untyped_storage().data_ptr(), argument.untyped_storage().nbytes())
+            argument = argument.data_ptr()
+        values.append(argument)
+
+
+def install(monkeypatch, chip: Chip) -> None:
+    """backend="triton" compiles for the chip and interprets, until the test ends."""
+    compile_only = triton.runtime.jit.JITFunction.run
+
+    def run(kernel, *args, grid, warmup, **named):
+        compiled = compile_only(kernel, *args, grid=grid, warmup=True, **named)
+        given = dict(zip(kernel.arg_names, args, strict=False)) | named
+        chip.run(compiled, grid, [given[name] for name in kernel.arg_names])
+        return compiled
+
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", chip.arch, 32),
+        get_current_device=lambda: chip.arch,  # Triton keeps what it has compiled by device
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(launch, "arch_of", lambda tensor: chip.arch)
+    monkeypatch.setattr(launch, "num_processors", lambda tensor: PROCESSORS)
+    monkeypatch.setattr(backend, "_why_not_here", lambda call: "")

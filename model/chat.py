@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .errors import UserError
 from .tokenizer import Tokenizer
+from .tokenizer_libraries import Encoded
 
 
 class ChatTokens(NamedTuple):
@@ -47,16 +49,7 @@ def encode_chat(
         {**message, "content": _marked(message["content"], tokenizer.special_ids, mark)}
         for message in messages
     ]
-    ids: list[int] = []
-    for part in _parts(tokenizer, render(tokenizer, marked)):
-        if plain := part.replace(mark, ""):
-            # a name that holds the mark is a message's, and text: without it, it would be the token
-            ids += (
-                _encode_part(tokenizer, part, limit)
-                if plain == part
-                else _encode_text(tokenizer, plain, limit)
-            )
-    return ids[:limit]
+    return tokenizer.encode_template(render(tokenizer, marked), mark, limit).ids
 
 
 def encode_answers(
@@ -85,20 +78,16 @@ def encode_answers(
                     "--chat-template."
                 )
             borders.append((len(before), len(whole)))
-    ids, starts, position = [], {}, 0
-    offsets = sorted({border for pair in borders for border in pair})
-    for part in _parts(tokenizer, text):
-        inner = _encode_part(tokenizer, part, None if limit is None else limit + 1)
-        for border in offsets:
-            if position <= border < position + len(part):
-                starts[border] = len(ids) + _border(tokenizer, part[: border - position], inner)
-        ids += inner
-        position += len(part)
-    starts[len(text)] = len(ids)
+    found = tokenizer.encode_template(text, limit=None if limit is None else limit + 1)
+    ids = found.ids
+    starts = _borders(tokenizer, text, found, sorted({border for pair in borders for border in pair}))
     special = set(tokenizer.special_ids.values())
     answers, ended = [], True
     for first, end in borders:
         start, stop = starts[first], starts[end]
+        if limit is not None and stop == len(ids) > limit:
+            answers.append((max(start, 1), stop + 1))  # it goes on behind what was encoded
+            continue
         ends = [place for place in range(start, stop) if ids[place] in special]
         ended = ended and bool(ends)
         # what follows the last special token is the template's, as the line end after ChatML's <|im_end|>
@@ -115,12 +104,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], answer: 
             "the tokenizer has no chat template: add one to its tokenizer_config.json (zinit train takes one by "
             "--chat-template), or ask with --instruction or --prompt."
         )
-    names = {id: name for name, id in tokenizer.special_ids.items()}
-    special = {"bos_token": names.get(tokenizer.bos_id, ""), "eos_token": names.get(tokenizer.eos_id, "")}
     try:
         template = _compiled(tokenizer.chat_template)
-        values = {"messages": list(messages), "add_generation_prompt": answer, **special}
-        text: str = template.environment.render(template, values)
+        values = {
+            "messages": list(messages),
+            "add_generation_prompt": answer,
+            "tools": None,
+            "documents": None,
+        }
+        text: str = template.environment.render(template, dict(tokenizer.named) | values)
         return text
     except (
         TemplateError,
@@ -164,31 +156,24 @@ def _compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def _parts(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The text, cut at the names of special tokens."""
-    names = sorted(tokenizer.special_ids, key=len, reverse=True)
-    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-    return [part for part in parts if part]
+def _borders(tokenizer: Tokenizer, text: str, whole: Encoded, borders: Iterable[int]) -> dict[int, int]:
+    """How many of a text's tokens belong to its first so many characters, for each of these numbers.
 
-
-def _encode_part(tokenizer: Tokenizer, part: str, limit: int | None) -> list[int]:
-    if part in tokenizer.special_ids:
-        return [tokenizer.special_ids[part]]
-    return _encode_text(tokenizer, part, limit)
-
-
-def _encode_text(tokenizer: Tokenizer, text: str, limit: int | None) -> list[int]:
-    return tokenizer.encode(text, bos=False, eos=False, limit=limit)
-
-
-def _border(tokenizer: Tokenizer, before: str, ids: list[int]) -> int:
-    """How many of a part's tokens belong to its beginning: where that, encoded alone, parts from them. A tokenizer may
-    merge across the border."""
-    if not before:
-        return 0
-    alone = tokenizer.encode(before, bos=False, eos=False, limit=len(ids) + 1)
-    pairs = enumerate(zip(alone, ids, strict=False))
-    return next((index for index, (ours, whole) in pairs if ours != whole), min(len(alone), len(ids)))
+    It is where the tokens of the beginning, encoded alone, part from those of the text: a tokenizer may merge across
+    the border. The beginning is encoded from the last special token before the border on.
+    """
+    special = set(tokenizer.special_ids.values())
+    tokens = [place for place, id in enumerate(whole.ids) if id in special]
+    counts = {}
+    for border in borders:
+        before = bisect_right(tokens, border, key=lambda place: whole.spans[place][1])
+        first = tokens[before - 1] if before else 0
+        start = whole.spans[first][0] if before else 0
+        alone = tokenizer.encode_template(text[start:border], limit=len(whole.ids) - first + 1).ids
+        pairs = enumerate(zip(alone, whole.ids[first:], strict=False))
+        shorter = min(len(alone), len(whole.ids) - first)
+        counts[border] = first + next((index for index, (ours, other) in pairs if ours != other), shorter)
+    return counts
 
 
 def _unused_character(messages: Sequence[Mapping[str, str]]) -> str:
@@ -253,9 +238,17 @@ def roles_named(template: str) -> list[str]:
     return sorted(set(found))
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as it is; Jinja's own filter writes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is, with transformers' options; Jinja's own filter writes <, > and & for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _refuse(message: str) -> NoReturn:

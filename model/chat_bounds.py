@@ -118,9 +118,17 @@ def _urlize(most: int, text: Any, *rest: Any, **named: Any) -> int:
     return len(str(text)) + (len(str(text)) // 4 + 1) * (added + _LINK)
 
 
-def _to_json(most: int, value: Any, indent: Any = None) -> int:
-    length = printed_length(value, most)
+def _to_json(
+    most: int,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> int:
+    length = printed_length(value, most) * (6 if ensure_ascii else 1)  # \u0000
     step = len(indent) if isinstance(indent, str) else int(indent or 0)
+    step += sum(len(text) for text in separators or () if isinstance(text, str))
     return length + length // 4 * step
 
 

@@ -2,14 +2,17 @@
 sentencepiece.
 
 The ids are those of transformers' AutoTokenizer for the same folder, beginning- and end-of-sequence tokens included,
-with one difference: the name of a special token inside a text ("</s>") is text and never becomes the token, as under
-AutoTokenizer's `split_special_tokens=True`. So a record cannot end its own answer.
+with two differences. The name of a special token inside a text ("</s>") is text and never becomes the token, as under
+AutoTokenizer's `split_special_tokens=True`, so a record cannot end its own answer. And a folder with a tokenizer.model
+alone gets the pieces that sentencepiece finds, after a beginning-of-sequence token unless a file says otherwise: the
+model was trained on these. transformers 5 makes a tokenizer of its own of the file, which loses leading spaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from .errors import UserError, warn
 from .gguf_file import find_gguf, read_gguf
 from .gguf_tokenizer import describe_tokenizer
 from .token_bytes import ByteLevel
-from .tokenizer_config import TokenizerConfig, read_tokenizer_config
+from .tokenizer_config import AddedToken, TokenizerConfig, read_tokenizer_config
+from .tokenizer_libraries import Encoded, Library, SentencePiece, guarded, without_prefix, without_template
 
 # The special tokens of the LLaMA family, for a tokenizer whose files name none
 _BOS_TOKENS = ("<|begin_of_text|>", "<s>")
 _EOS_TOKENS = ("<|end_of_text|>", "</s>")
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}  # of the class LlamaTokenizer
 # Rows that an embedding may have beyond the tokenizer's ids. More rows mean another model's tokenizer.
 _MAX_PADDING = 1024
 # How a long text is encoded up to a limit: the characters of the first window for each id that is wanted, and the
@@ -50,8 +55,12 @@ class Tokenizer:
     local: bool = True  # the ids of a text's beginning do not depend on its end
     rows: int | None = None  # of the model's embedding, once `check_vocabulary` has seen it
     special_ids: Mapping[str, int] = field(default_factory=dict)  # of the tokens that no text holds, by name
+    named: Mapping[str, str] = field(default_factory=dict)  # unk_token, pad_token, ... -> the token's name
+    unlisted: frozenset[int] = frozenset()  # of tokens that are named, but that no file gives an id
     chat_template: str | None = None  # Jinja: how a conversation becomes a text; chat.py renders it
     byte_level: ByteLevel | None = None  # of a vocabulary whose tokens are bytes
+    # of a text with special tokens in it, and a character that keeps names from being tokens
+    _encode_template: Callable[..., Encoded] = field(default=without_template)
 
     def encode(
         self, text: str, bos: bool | None = None, eos: bool | None = None, limit: int | None = None
@@ -70,12 +79,26 @@ class Tokenizer:
                 around[:] = [other for other in around if other != id]
             elif wanted and id is not None and id not in around:
                 around.insert(0 if around is before else len(around), id)
-        inner = self._encode(text) if limit is None else self._encode_start(text, limit)
-        ids = (before + inner + after)[:limit]
+        inner = self._encode_start(text, limit, lambda part: Encoded(self._encode(part), []))
+        return self._with_rows((before + inner.ids + after)[:limit])
+
+    def encode_template(self, text: str, mark: str = "", limit: int | None = None) -> Encoded:
+        """The tokens of a text that a chat template made, where the names of special tokens are these tokens.
+
+        mark: a character that keeps a name from being the token, and that is no part of the text itself. limit: as in
+        `encode`; nothing is put around the text. Raises UserError as `encode` does.
+        """
+        found = self._encode_start(text, limit, partial(self._encode_template, mark=mark))
+        return Encoded(self._with_rows(found.ids[:limit]), found.spans[:limit])
+
+    def _with_rows(self, ids: list[int]) -> list[int]:
+        """The ids, none of which lies beyond the model's vocabulary."""
         if self.rows is not None and max(ids, default=0) >= self.rows:
+            names = {id: name for name, id in self.special_ids.items()}
+            name = names.get(max(ids)) or self.decode([max(ids)])
             raise UserError(
-                f"a text holds the token {self.decode([max(ids)])!r} (id {max(ids)}), and the model's vocabulary ends "
-                f"at {self.rows - 1}: take it out of the text."
+                f"a text holds the token {name!r} (id {max(ids)}), and the model's vocabulary ends at {self.rows - 1}: "
+                "take it out of the text."
             )
         return ids
 
@@ -103,7 +126,11 @@ class Tokenizer:
                 f"the tokenizer has ids below {own} and the model a vocabulary of {rows}: "
                 "they belong to different models."
             )
-        for id in (*self.prefix, *self.suffix, self.eos_id):
+        eos_id = self.eos_id
+        if eos_id in self.unlisted and eos_id >= rows and eos_id not in self.suffix:
+            warn(f"the tokenizer's files name the eos_token {self.named['eos_token']!r}, which has no id.")
+            eos_id = None
+        for id in (*self.prefix, *self.suffix, eos_id):
             if id is not None and id >= rows:
                 raise UserError(
                     f"the tokenizer puts id {id} around a text and the model has a vocabulary of {rows}: "
@@ -114,24 +141,25 @@ class Tokenizer:
                 f"the tokenizer has ids up to {self.vocab_size - 1} and the model a vocabulary of {rows}: a text that "
                 "holds one of the added tokens without a row is refused."
             )
-        return replace(self, rows=rows)
+        return replace(self, rows=rows, eos_id=eos_id)
 
-    def _encode_start(self, text: str, limit: int) -> list[int]:
-        """At least the first `limit` ids of a text, from as few of its characters as that takes.
+    def _encode_start(self, text: str, limit: int | None, encode: Callable[[str], Encoded]) -> Encoded:
+        """At least the first `limit` tokens of a text, from as few of its characters as that takes.
 
         A cut changes the ids near it, and only these. So a window counts only if it gives `_MARGIN` ids more than are
         wanted, and if the window of half its size gives the same ones. Unigram models read the whole text: they look
         for the best division of all of it, and of "abab..." either phase may be the best.
         """
-        size, before = max(_WINDOW * limit, 1024), None
-        while self.local and size < len(text):
-            ids = self._encode(text[:size])
-            if len(ids) >= limit + _MARGIN:
-                if before == ids[:limit]:
+        before: Encoded | None = None
+        size = len(text) if limit is None or not self.local else max(_WINDOW * limit, 1024)
+        while limit is not None and size < len(text):
+            found = encode(text[:size])
+            if len(found.ids) >= limit + _MARGIN:
+                if before is not None and before.ids[:limit] == found.ids[:limit]:
                     return before
-                before = ids[:limit]
+                before = found
             size *= 2
-        return self._encode(text)
+        return encode(text)
 
     def _whole_characters(self, ids: list[int]) -> list[int]:
         """The ids, with the bytes of broken characters replaced by those of U+FFFD.
@@ -154,59 +182,6 @@ class Tokenizer:
             if id >= 0:
                 whole.append(id)
         return whole
-
-
-@dataclass(frozen=True)
-class _Library:
-    """A tokenizer of the tokenizers library. Its methods can be sent to another process, which a closure cannot."""
-
-    tokenizer: Any
-    folder: Path
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = _guarded(
-            lambda: self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
-            f"the tokenizer of {self.folder} cannot encode a text",
-        )
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def __reduce__(self) -> tuple[Callable[[str, Path], _Library], tuple[str, Path]]:
-        return _read_library, (self.tokenizer.to_str(), self.folder)
-
-
-def _read_library(content: str, folder: Path) -> _Library:
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_str(content)
-    tokenizer.encode_special_tokens = True  # no part of the library's file format, nor of its own pickles
-    return _Library(tokenizer, folder)
-
-
-@dataclass(frozen=True)
-class _SentencePiece:
-    """A model of the sentencepiece library. Its methods can be sent to another process."""
-
-    processor: Any
-    size: int
-    ordinary: tuple[str, ...]  # added tokens that a text may hold, and that the model does not know
-    path: Path
-
-    def encode(self, text: str) -> list[int]:
-        if found := next((token for token in self.ordinary if token in text), None):
-            raise UserError(
-                f"a text holds the added token {found!r}, which {self.path} does not have: write a tokenizer.json "
-                "with transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
-            )
-        ids: list[int] = self.processor.encode(text)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.processor.decode([int(id) for id in ids if id < self.size])
-        return text
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -238,7 +213,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 def _from_json(path: Path, config: TokenizerConfig) -> Tokenizer:
     import tokenizers
 
-    tokenizer = _guarded(
+    tokenizer = guarded(
         lambda: tokenizers.Tokenizer.from_file(str(path)), f"{path} is not a readable tokenizer.json"
     )
     # Truncation and padding that the file asks for would cut a sample, or fill it up, without a word: the length of
@@ -247,26 +222,52 @@ def _from_json(path: Path, config: TokenizerConfig) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "</s>" in a text is text
     own_size = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-    known = tokenizer.get_vocab()
     content = path.read_text(encoding="utf-8")
-    if config.is_llama_tokenizer and '"ByteLevel"' not in content:
+    is_llama_tokenizer = config.is_llama_tokenizer and '"ByteLevel"' not in content
+    if is_llama_tokenizer:
         _rebuild_as_llama_tokenizer(tokenizer, config)
-    for token in config.added_tokens:
-        if token.content not in known:
-            flags = {"special": token.special, "normalized": token.normalized}
-            tokenizer.add_tokens([tokenizers.AddedToken(token.content, **flags)])
-    tokenizer.add_special_tokens([name for name in config.special_names if name in known])
+    listed = {token.content: token for token in config.added_tokens if token.content}
+    tokenizer.add_tokens([_as_added(token) for token in listed.values()])
+    missing = [name for name in config.special_names if tokenizer.token_to_id(name) is None]
+    _mark_special(tokenizer, config.special_names)
     known = tokenizer.get_vocab()
     bos_id, eos_id = (
         next((known[name] for name in ([named] if given else usual) if name in known), None)
         for (given, named), usual in ((config.bos, _BOS_TOKENS), (config.eos, _EOS_TOKENS))
     )
-    byte_fallback = '"ByteFallback"' in content or config.is_llama_tokenizer
-    return _wrapped(tokenizer, path, bos_id, eos_id, own_size, byte_fallback, config.chat_template)
+    byte_fallback = '"ByteFallback"' in content or is_llama_tokenizer
+    wrapped = _wrapped(tokenizer, path, bos_id, eos_id, own_size, byte_fallback, config.chat_template)
+    unlisted = frozenset(known[name] for name in missing)
+    return replace(
+        wrapped,
+        vocab_size=max((id for id in known.values() if id not in unlisted), default=-1) + 1,
+        unlisted=unlisted,
+        named=_named(_LLAMA_TOKENS if is_llama_tokenizer else {}, config),
+    )
+
+
+def _as_added(token: AddedToken) -> Any:
+    import tokenizers
+
+    _, content, *flags = token
+    return tokenizers.AddedToken(content, **dict(zip(AddedToken._fields[2:], flags, strict=True)))
+
+
+def _mark_special(tokenizer: Any, names: Iterable[str]) -> None:
+    """Makes these tokens special; those that the vocabulary lacks get the next ids, as from AutoTokenizer."""
+    import tokenizers
+
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for name in names:
+        token = known.get(name) or tokenizers.AddedToken(name, special=True)
+        if not token.special:  # what it does with spaces stays
+            flags = {flag: getattr(token, flag) for flag in AddedToken._fields[3:]}
+            token = tokenizers.AddedToken(name, special=True, **flags)
+        tokenizer.add_special_tokens([token])
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    described = _guarded(
+    described = guarded(
         lambda: describe_tokenizer(read_gguf(path)), f"{path} describes a tokenizer that cannot be made"
     )
     tokenizer, *ids, byte_fallback, chat_template = described
@@ -286,10 +287,11 @@ def _wrapped(
     """A tokenizer of the tokenizers library as a `Tokenizer`."""
     import tokenizers
 
-    library = _Library(tokenizer, path.parent)
+    library = Library(tokenizer, path.parent)
     known = tokenizer.get_vocab()
     prefix, suffix = _around(tokenizer, path)
     added = tokenizer.get_added_tokens_decoder()
+    special_ids = {token.content: id for id, token in added.items() if token.special and token.content}
     return Tokenizer(
         max(known.values(), default=-1) + 1,
         bos_id,
@@ -301,9 +303,11 @@ def _wrapped(
         own_size,
         _byte_ids(known) if byte_fallback else {},
         not isinstance(tokenizer.model, tokenizers.models.Unigram),
-        special_ids={token.content: id for id, token in added.items() if token.special and token.content},
+        special_ids=special_ids,
         chat_template=chat_template,
+        named=_names_of(bos_id, eos_id, special_ids),
         byte_level=ByteLevel.of(tokenizer),
+        _encode_template=library.encode_template,
     )
 
 
@@ -328,7 +332,7 @@ def _around(tokenizer: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...
     import tokenizers
 
     word = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0}, unk_token="x")).encode("x")
-    done = _guarded(lambda: tokenizer.post_process(word), f"the post-processor of {path} cannot be run")
+    done = guarded(lambda: tokenizer.post_process(word), f"the post-processor of {path} cannot be run")
     if done.special_tokens_mask.count(0) != 1:
         raise UserError(f"the post-processor of {path} does not put tokens around a text but repeats it.")
     place = done.special_tokens_mask.index(0)
@@ -345,6 +349,8 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
             f"{path} is not a sentencepiece model; LLaMA 3's tokenizer.model is another format, so put its "
             "tokenizer.json there instead."
         ) from error
+    if not config.add_prefix_space:
+        processor = without_prefix(processor)
     size = processor.vocab_size()
     known = {processor.id_to_piece(id): id for id in range(size)}
     added = {token.content: token.id for token in config.added_tokens if token.content not in known}
@@ -356,7 +362,13 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
         for (given, name), usual in ((config.bos, processor.bos_id()), (config.eos, processor.eos_id()))
     )
 
-    pieces = _SentencePiece(processor, size, tuple(ordinary), path)
+    special_ids = {
+        name: id
+        for name, id in (known | added).items()
+        if (processor.is_control(id) or processor.is_unknown(id) if id < size else name not in ordinary)
+    }
+    inner = processor if config.legacy else without_prefix(processor)
+    pieces = SentencePiece(processor, size, tuple(ordinary), path, special_ids, inner)
     return Tokenizer(
         max([size - 1, *added.values()]) + 1,
         bos_id,
@@ -369,28 +381,25 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
         _byte_ids({piece: id for piece, id in known.items() if processor.is_byte(id)}),
         # BPE's scores are ranks, Unigram's logarithms
         all(processor.get_score(id).is_integer() for id in range(size)),
-        special_ids={
-            name: id
-            for name, id in (known | added).items()
-            if (processor.is_control(id) if id < size else name not in ordinary)
-        },
+        special_ids=special_ids,
         chat_template=config.chat_template,
+        named=_named(_LLAMA_TOKENS | _names_of(bos_id, eos_id, special_ids), config),
+        _encode_template=pieces.encode_template,
     )
+
+
+def _names_of(bos_id: int | None, eos_id: int | None, special_ids: Mapping[str, int]) -> dict[str, str]:
+    names = {id: name for name, id in special_ids.items()}
+    ids = {"bos_token": bos_id, "eos_token": eos_id}
+    return {kind: names[id] for kind, id in ids.items() if id is not None and id in names}
+
+
+def _named(own: dict[str, str], config: TokenizerConfig) -> dict[str, str]:
+    """The tokens by what they are for: the tokenizer's own ones, unless the files say otherwise."""
+    return {kind: name for kind, name in (own | config.named).items() if name is not None}
 
 
 def _byte_ids(vocabulary: Mapping[str, int]) -> dict[int, int]:
     """byte -> id of the 256 tokens <0x00> to <0xFF>; {} for a vocabulary without them all."""
     found = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
     return {} if None in found.values() else found  # type: ignore[return-value]
-
-
-def _guarded(call: Callable[[], Any], sentence: str) -> Any:
-    """The call's result; whatever the tokenizers library raises, plain Exception or Rust's panic, as a UserError."""
-    try:
-        return call()
-    except UserError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{sentence}: {' '.join(str(error).split()).rstrip('.')}.") from None

@@ -13,6 +13,9 @@ from zinit_kernels.console import shown
 
 from .errors import UserError
 
+# Tokens that the vocabulary lacks get ids in this order
+_KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class AddedToken(NamedTuple):
     """A token that was added to a trained vocabulary."""
@@ -21,6 +24,9 @@ class AddedToken(NamedTuple):
     content: str
     special: bool
     normalized: bool
+    lstrip: bool = False  # these take the spaces before or behind the token with it
+    rstrip: bool = False
+    single_word: bool = False  # only where no letter stands beside it
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class TokenizerConfig:
     add_bos: bool  # these two count for tokenizer.model; a tokenizer.json has them in its post-processor
     add_eos: bool
     special_names: tuple[str, ...]
+    named: dict[
+        str, str | None
+    ]  # the name of the unk_token, pad_token, image_token, ..., where a file says it
     added_tokens: tuple[AddedToken, ...]  # by id
     is_llama_tokenizer: bool  # the class LlamaTokenizer makes the normaliser and the decoder itself
     legacy: bool
@@ -46,13 +55,14 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     stated = told.get("added_tokens_decoder")
     if stated is None:  # only then do the older files count
         told |= _read_object(directory / "special_tokens_map.json")
-    names = {kind: _name(value, kind, directory) for kind, value in told.items() if kind.endswith("_token")}
+    more = told.get("extra_special_tokens") or told.get("additional_special_tokens")
+    own_kinds = more if isinstance(more, dict) else {}  # tokens with a meaning of their own, as image_token
+    kinds = dict.fromkeys(_KINDS) | {kind: None for kind in told if kind.endswith("_token")} | own_kinds
+    values = {kind: (told | own_kinds)[kind] for kind in kinds if kind in told or kind in own_kinds}
+    names = {kind: _name(value, kind, directory) for kind, value in values.items()}
     names = {kind: name for kind, name in names.items() if not isinstance(name, bool)}
-    lists = (told.get(kind) for kind in ("additional_special_tokens", "extra_special_tokens"))
-    more = [_name(token, "special token", directory) for tokens in lists for token in _as_list(tokens)]
-    special = tuple(
-        dict.fromkeys(name for name in (*names.values(), *more) if isinstance(name, str) and name)
-    )
+    others = [_name(token, "special token", directory) for token in more] if isinstance(more, list) else []
+    special = tuple(dict.fromkeys(name for name in (*names.values(), *others) if isinstance(name, str)))
     if stated is None:
         found = _read_object(directory / "added_tokens.json")
         added = [
@@ -71,6 +81,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         add_bos=bool(told.get("add_bos_token", True)),
         add_eos=bool(told.get("add_eos_token", False)),
         special_names=special,
+        named=names,
         added_tokens=tuple(sorted(added)),
         is_llama_tokenizer=is_llama and model.get("model_type") != "mistral",
         legacy=bool(told.get("legacy", False)),
@@ -110,11 +121,8 @@ def _added(id: Any, token: Any, directory: Path) -> AddedToken:
             f"{directory} lists an added token that is no id with a text: {shown(id)}: {shown(token)}."
         )
     special = bool(token.get("special", False))
-    return AddedToken(int(id), content, special, bool(token.get("normalized", not special)))
-
-
-def _as_list(tokens: Any) -> list[Any]:
-    return list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+    flags = (bool(token.get(name, False)) for name in ("lstrip", "rstrip", "single_word"))
+    return AddedToken(int(id), content, special, bool(token.get("normalized", not special)), *flags)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

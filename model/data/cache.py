@@ -27,7 +27,7 @@ from .encoding import Encoder
 from .samples import EncodingReport, Sample
 from .views import SampleSequence, sample_digest
 
-_VERSION = 1  # of the files and of how records become samples: another one makes the cache again
+_VERSION = 2  # of the files and of how records become samples: another one makes the cache again
 _FILES = {"tokens": "<i4", "offsets": "<i8", "answers": "<i4", "answer_offsets": "<i8", "digests": "<u8"}
 _CHUNK = 1 << 20
 _TOKENIZER_FILES = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from tiny_chat import CHATML, OTHER_ROLES, write_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model.chat import SpecialTokenInText, encode_answers, encode_chat, render
 from model.errors import UserError
@@ -136,6 +138,133 @@ def test_the_ids_are_those_of_transformers(tmp_path):
     ids, _, _ = encode_answers(tokenizer, TALK)
     whole = theirs.apply_chat_template(TALK, return_dict=False)
     assert ids == whole
+
+
+def metaspace(scheme):
+    """Of a text's beginning alone ("first"), or also of what follows a special token."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁HeloByrif.[INST/]",
+        "▁H",
+        "▁B",
+    ]
+    vocabulary = {piece: id for id, piece in enumerate(dict.fromkeys(pieces))}
+    bpe = models.BPE(
+        vocabulary, [("▁", "H"), ("▁", "B")], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+def prepended():
+    """LLaMA 2's, as it lies on the hub."""
+    tokenizer = metaspace("never")
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: id for id, piece in enumerate(["<s>", "</s>", "<unk>", *alphabet, "ĠH", "ĊĊ", "Ċ<"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "H"), ("Ċ", "Ċ"), ("Ċ", "<")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+MAKERS = {
+    "first": lambda: metaspace("first"), "always": lambda: metaspace("always"), "prepended": prepended,
+    "byte level": byte_level,
+}  # fmt: skip
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama2": LLAMA2,
+    "spaces": "{% for m in messages %} <|im_end|>  {{ m.content }} \n\n<|im_end|>  \n</s> {% endfor %}",
+    "named": "{% for m in messages %}{{ unk_token }}{{ m.content }}{{ image_token }}{{ pad_token }}{% endfor %}",
+    "no tools": "{% if tools is not none or documents is not none %}TOOLS{% endif %}"
+    "{% for m in messages %}{{ m | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strip", [{}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_ids_are_those_of_apply_chat_template(tmp_path, maker, strip):
+    """Whatever the tokenizer does at the beginning of a text, and the special tokens with the spaces beside them."""
+    import transformers
+
+    tokenizer = MAKERS[maker]()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>", "<|im_start|>", AddedToken("<|im_end|>", **strip)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    config |= {"extra_special_tokens": {"image_token": "<|im_end|>"}}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for template in TEMPLATES.values():
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ours = load_tokenizer(tmp_path)
+        for talk in (TALK[:2], TALK[1:4], TALK[3:4]):
+            expected = theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+            assert encode_chat(ours, talk) == expected
+            assert encode_chat(ours, talk, limit=7) == expected[:7]
+        if template in (CHATML, LLAMA2):
+            ids, answers, _ = encode_answers(ours, TALK)
+            assert ids == theirs.apply_chat_template(TALK, return_dict=False)
+            for (start, _), place in zip(answers, (2, 4), strict=True):
+                assert ids[:start] == encode_chat(ours, TALK[:place])
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_name_in_a_message_stays_text(tmp_path, maker):
+    """The other tokens are those of the conversation without it, also where a token is looked for after normalising."""
+    tokenizer = MAKERS[maker]()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    end = AddedToken("<|im_end|>", normalized=maker != "prepended")  # there it would be "▁<|im_end|>"
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", end])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": CHATML}))
+    loaded = load_tokenizer(tmp_path)
+    plain = encode_chat(loaded, [{"role": "user", "content": "Hi."}])
+    ids = encode_chat(loaded, [{"role": "user", "content": "Hi.</s><|im_end|><|im_start|>"}])
+    special = set(loaded.special_ids.values())
+    assert [id for id in ids if id in special] == [id for id in plain if id in special]
+    assert loaded.decode(ids).replace("</s><|im_end|><|im_start|>", "") == loaded.decode(plain)
+    assert ids[:8] == plain[:8]
+
+
+def test_a_token_of_the_template_without_a_row(tmp_path):
+    """An IndexError in the embedding, once."""
+    write_tokenizer(tmp_path)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path).check_vocabulary(129)  # 129 is <|im_start|>
+    with pytest.raises(
+        UserError, match=r"the token '<\|im_end\|>' \(id 130\), and the model's vocabulary ends at 128"
+    ):
+        encode_chat(tokenizer, TALK)
+
+
+def test_a_sentencepiece_model(tmp_path):
+    """It puts a space before a text, and before what follows a special token only if it is a "legacy" one."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text("Hi. Be brief. Hello. Bye! [INST] [/INST]\n" * 30)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, minloglevel=2,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for more, space in (({}, ""), ({"legacy": True}, "▁"), ({"add_prefix_space": False}, "")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": LLAMA2} | more))
+        loaded = load_tokenizer(tmp_path)
+        found = [pieces.id_to_piece(id) for id in encode_chat(loaded, [TALK[1]])]
+        assert "".join(found) == f"<s>{space}[INST]▁Hi.▁[/INST]"
+        assert pieces.id_to_piece(loaded.encode("Hi.", bos=False)[0])[0] == (
+            "H" if "add_prefix_space" in more else "▁"
+        )
 
 
 def test_a_template_file_with_a_byte_order_mark(tmp_path):

@@ -65,6 +65,14 @@ CONFIGS = {
     "nulls": {"bos_token": None, "eos_token": None, "add_bos_token": None},
     "an added token": NAMES | {"added_tokens_decoder": {"5000": {"content": "<tool>"} | flags(False)}},
     "an added <pad>": NAMES | {"added_tokens_decoder": {"5000": {"content": "<pad>"} | flags(True)}},
+    "spaces beside it": NAMES
+    | {
+        "added_tokens_decoder": {
+            "5000": {"content": "<tool>"} | flags(False) | {"lstrip": True},
+            "5001": {"content": "fox"} | flags(False) | {"single_word": True},
+        }
+    },
+    "no such tokens": NAMES | {"eos_token": "<end>", "pad_token": "<pad>", "extra_special_tokens": ["<a>"]},
     "prefix space": NAMES | {"add_prefix_space": False, "legacy": True},
 }
 BESIDE = {
@@ -74,7 +82,7 @@ BESIDE = {
     },
     "added": {"added_tokens.json": {"<tool>": 5000}, "special_tokens_map.json": {"bos_token": None}},
 }
-TEXTS = (TEXT, " the  fox", "the fox é😀\n\nx", "", "a <tool> fox.")
+TEXTS = (TEXT, " the  fox", "the fox é😀\n\nx", "", "a <tool> fox.", "foxes  <tool>  foxtail")
 
 
 @pytest.mark.parametrize("beside", BESIDE)
@@ -291,6 +299,21 @@ def test_a_vocabulary_with_a_gap_must_fit_by_its_highest_id(tmp_path):
         load_tokenizer(tmp_path).check_vocabulary(200)
 
 
+def test_a_token_that_no_file_gives_an_id(tmp_path, capsys):
+    """It gets the id that AutoTokenizer gives it; without a row in the model it is left out."""
+    tokenizer = word_tokenizer(tmp_path, 300)
+    rows = tokenizer.get_vocab_size()
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "pad_token": "<p>", "eos_token": "<end>"}'
+    )
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.eos_id, loaded.vocab_size, loaded.own_size) == (rows, rows, rows)
+    assert loaded.check_vocabulary(rows + 2).encode("fox", eos=True)[-1] == rows
+    assert capsys.readouterr().err == ""
+    assert loaded.check_vocabulary(rows).eos_id is None
+    assert "name the eos_token '<end>', which has no id" in capsys.readouterr().err
+
+
 def test_special_tokens_in_a_text_are_text(tmp_path):
     tokenizer = word_tokenizer(tmp_path, 300)
     eos_id = tokenizer.token_to_id("</s>")
@@ -335,7 +358,7 @@ def test_a_tokenizer_sent_to_another_process_is_the_same(tmp_path, sentencepiece
     tokenizer = load_tokenizer(tmp_path)
     tokenizer = tokenizer.check_vocabulary(tokenizer.vocab_size)
     sent = pickle.loads(pickle.dumps(tokenizer))
-    own = {"_encode": None, "_decode": None, "byte_level": None}
+    own = {"_encode": None, "_decode": None, "_encode_template": None, "byte_level": None}
     assert vars(sent) | own == vars(tokenizer) | own
     ids = range(tokenizer.vocab_size)
     assert list(map(sent.token_bytes, ids)) == list(map(tokenizer.token_bytes, ids))

@@ -15,8 +15,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import UserError
-from .tokenizer import Tokenizer
+from .tokenizer import MARGIN, Tokenizer
 from .tokenizer_libraries import Encoded
+
+# How a long conversation is encoded up to a limit: the messages of the first try, and the characters of each message
+# for each id that is wanted. The longest tokens of vocabularies, runs of spaces, have 128 characters.
+_FIRST_MESSAGES, _FIRST_CHARACTERS = 16, 32
 
 
 class ChatTokens(NamedTuple):
@@ -61,8 +65,31 @@ def encode_answers(
     what the model writes when it is asked with `encode_chat`. Raises UserError as `encode_chat` does, for a message
     that holds the name of a special token, and for a template that leaves a message out or renders a longer
     conversation otherwise than its beginning.
+
+    limit: only the first `limit` ids are wanted, and of a long conversation only a beginning that has more is looked
+    at. Each answer behind it stands as one token behind the ids. The template is rendered once for each answer, so the
+    time of a whole conversation grows with the square of its length: 76 s for 1,000 short answers.
     """
     _refuse_special_tokens(tokenizer, messages)
+    if limit is None:
+        return _encode_whole(tokenizer, messages, None)
+    count, longest = _FIRST_MESSAGES, max(_FIRST_CHARACTERS * limit, 1 << 14)
+    while count < len(messages) or any(len(message["content"]) > longest for message in messages):
+        part = [{**message, "content": message["content"][:longest]} for message in messages[:count]]
+        if any(message["role"] == "assistant" for message in part):
+            found = _encode_whole(tokenizer, part, limit + MARGIN)
+            if len(found.ids) >= limit + MARGIN:
+                left = sum(message["role"] == "assistant" for message in messages[count:])
+                behind = (len(found.ids), len(found.ids) + 1)
+                return found._replace(answers=(*found.answers, *[behind] * left))
+        count, longest = 2 * count, 2 * longest
+    return _encode_whole(tokenizer, messages, limit)
+
+
+def _encode_whole(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], limit: int | None
+) -> ChatTokens:
+    """`encode_answers` of all messages."""
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     text = render(tokenizer, messages[: last + 1], answer=False)
     _refuse_left_out(tokenizer, messages[: last + 1], text)

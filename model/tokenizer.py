@@ -31,7 +31,7 @@ _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} 
 _MAX_PADDING = 1024
 # How a long text is encoded up to a limit: the characters of the first window for each id that is wanted, and the
 # ids that are never taken from a window's end, where the cut may have split a token
-_WINDOW, _MARGIN = 8, 32
+_WINDOW, MARGIN = 8, 32
 _OTHER_FORMATS = {
     "tekken.json": "Mistral's own format",
     "tiktoken.model": "tiktoken's format",
@@ -146,7 +146,7 @@ class Tokenizer:
     def _encode_start(self, text: str, limit: int | None, encode: Callable[[str], Encoded]) -> Encoded:
         """At least the first `limit` tokens of a text, from as few of its characters as that takes.
 
-        A cut changes the ids near it, and only these. So a window counts only if it gives `_MARGIN` ids more than are
+        A cut changes the ids near it, and only these. So a window counts only if it gives `MARGIN` ids more than are
         wanted, and if the window of half its size gives the same ones. Unigram models read the whole text: they look
         for the best division of all of it, and of "abab..." either phase may be the best.
         """
@@ -154,7 +154,7 @@ class Tokenizer:
         size = len(text) if limit is None or not self.local else max(_WINDOW * limit, 1024)
         while limit is not None and size < len(text):
             found = encode(text[:size])
-            if len(found.ids) >= limit + _MARGIN:
+            if len(found.ids) >= limit + MARGIN:
                 if before is not None and before.ids[:limit] == found.ids[:limit]:
                     return before
                 before = found

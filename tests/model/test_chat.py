@@ -9,6 +9,7 @@ import pytest
 from tiny_chat import CHATML, OTHER_ROLES, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from model import chat
 from model.chat import SpecialTokenInText, encode_answers, encode_chat, render
 from model.errors import UserError
 from model.tokenizer import load_tokenizer
@@ -48,6 +49,34 @@ def test_each_answer_is_what_the_model_is_asked_for(tmp_path, template):
         assert ids[end - 1] in tokenizer.special_ids.values()
     text = render(tokenizer, TALK, answer=False)
     assert tokenizer.decode(ids) == re.sub("<s>|</s>|<.im_start.>|<.im_end.>", "", text)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
+@pytest.mark.parametrize("turns, length", [(60, 1), (1, 40_000), (3, 20_000)])
+def test_of_a_long_conversation_only_the_beginning_is_looked_at(
+    tmp_path, monkeypatch, template, turns, length
+):
+    """The ids up to the limit, and the answers in them, are those of the whole conversation."""
+    tokenizer, limit = tokenizer_with(tmp_path, template), 100
+    talk = [
+        {"role": role, "content": f"{role} {turn} {'long ' * length}".strip()}
+        for turn in range(turns)
+        for role in ("user", "assistant")
+    ]
+    ids, answers, _ = encode_answers(tokenizer, talk)
+    rendered = []
+    real = chat.render
+    monkeypatch.setattr(
+        chat, "render", lambda *args, **more: rendered.append(real(*args, **more)) or rendered[-1]
+    )
+    short = encode_answers(tokenizer, talk, limit)
+
+    def within(answers):
+        return [(start, min(end, limit)) for start, end in answers if start < limit]
+
+    assert short.ids[:limit] == ids[:limit] and within(short.answers) == within(answers)
+    assert len(short.answers) == turns and all(end > start for start, end in short.answers)
+    assert len(rendered) < 20 and sum(map(len, rendered)) < 500_000
 
 
 BIG = "{% set big = 'a' * 9999999 %}"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -177,6 +178,25 @@ def test_an_archive_with_two_records_of_one_name_is_refused(tmp_path, name):
         warnings.simplefilter("ignore")  # zipfile's own, of the name
         file.writestr(f"a/{name}", file.read("a/data/0") if "0" in name else file.read("a/data.pkl"))
     assert "holds two records of one name" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("where", ["behind", "two files"])
+def test_bytes_behind_a_file_before_torch_1_6_are_refused(tmp_path, where):
+    """torch reads what it needs, and not to the file's end."""
+    torch.save(official_v1(), tmp_path / "a", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(content + (b"\0" if where == "behind" else content))
+    assert "has more bytes behind what torch.save wrote" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_another_protocol_before_torch_1_6_is_named(tmp_path, protocol):
+    """These were called truncated. A pickle of another program still is none of torch.save's."""
+    options = {"_use_new_zipfile_serialization": False, "pickle_protocol": protocol}
+    torch.save(official_v1(), tmp_path / "a", **options)
+    assert f"was saved with pickle protocol {protocol}" in refusal(tmp_path / "a")
+    (tmp_path / "a").write_bytes(pickle.dumps(list(range(100)), protocol))
+    assert "neither safetensors nor a file of torch.save" in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize("where", ["behind", "two files", "before"])

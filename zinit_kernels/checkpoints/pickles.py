@@ -11,6 +11,7 @@ import io
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -119,9 +120,12 @@ def _check_sums(archive: zipfile.ZipFile, records: list[zipfile.ZipInfo]) -> Non
 def check_legacy(path: Path) -> None:
     """As `check_zip`, for the format before torch 1.6: the magic number, a version, the system, the content, ..."""
     with open(path, "rb") as file:
-        magic = _instructions(file)
+        beginning = io.BytesIO(file.read(64))  # another pickle may be one object of gigabytes
+        magic = _instructions(beginning)
+        file.seek(beginning.tell())
         if [argument for name, argument in magic if name.startswith("LONG")] != [_MAGIC]:
             raise Truncated("it does not begin as torch.save's files do")
+        _check_protocol(magic, path)
         for _ in ("version", "system", "content", "storage keys"):
             if "torch.storage UntypedStorage" in _check_pickle(file, path):
                 raise CheckpointError(
@@ -141,11 +145,7 @@ def _check_pickle(pickle: IO[bytes], path: Path) -> set[str]:
     extents, wanted = _Extents(), set()
     try:
         for opcode, argument, _ in pickletools.genops(pickle):
-            if opcode.name == "PROTO" and argument != 2:
-                raise CheckpointError(
-                    f"{path} was saved with pickle protocol {argument}, which torch reads only by running what the "
-                    "file says: save it again with torch.save's own protocol, 2"
-                )
+            _check_protocol([(opcode.name, argument)], path)
             if opcode.name in ("GLOBAL", "INST"):
                 _check_global(str(argument), path)
                 wanted.add(str(argument))
@@ -159,6 +159,15 @@ def _check_pickle(pickle: IO[bytes], path: Path) -> set[str]:
     except Exception as error:
         raise Truncated(str(error)) from error
     return wanted
+
+
+def _check_protocol(instructions: Iterable[tuple[str, object]], path: Path) -> None:
+    for name, argument in instructions:
+        if name == "PROTO" and argument != 2:
+            raise CheckpointError(
+                f"{path} was saved with pickle protocol {argument}, which torch reads only by running what the "
+                "file says: save it again with torch.save's own protocol, 2"
+            )
 
 
 def _check_global(name: str, path: Path) -> None:

@@ -25,7 +25,7 @@ from .json_files import parse_object
 
 _HEADER = 1 << 20  # bytes: larger ones are of base models with 10,000 tensors, and are left to the library
 _ZIP = b"PK\x03\x04"
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLE = b"\x80"  # of torch.save before 1.6, as of any other pickle
 
 # What a file often is instead: its first bytes, and what to do
 _STRANGERS = {
@@ -126,18 +126,27 @@ def read_torch(path: Path) -> Any:
     """What torch.save wrote, of this or the format before torch 1.6, with tensors not yet looked at."""
     with _damage_is(f"{path} is truncated, or neither safetensors nor a file of torch.save"):
         with open(path, "rb") as file:
-            head = file.read(len(_LEGACY))
+            head = file.read(len(_ZIP))
         mapped = head.startswith(_ZIP)
         if mapped:
             pickles.check_zip(path)
-        elif head == _LEGACY:
+        elif head.startswith(_PICKLE):
             pickles.check_legacy(path)
         else:
             raise pickles.Truncated("another beginning")
         # a training file keeps its arguments in a Namespace, which is no more than a dictionary
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecated storages
-            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+            if mapped:
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                if file.read(1):
+                    raise CheckpointError(
+                        f"{path} has more bytes behind what torch.save wrote: something was appended, or two files "
+                        "were joined; download or save it again"
+                    )
+                return content
 
 
 def tensors_of(content: object, path: Path) -> Tensors:

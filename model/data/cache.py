@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class CachedSamples(SampleSequence):
             if (directory / name).stat().st_size != size * np.dtype(dtype).itemsize:
                 raise ValueError(f"{name} has another size than it was written with")
             self._arrays[name] = np.memmap(directory / name, dtype, "r") if size else np.zeros(0, dtype)
+        _check_sums(about, self._arrays)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -122,14 +124,39 @@ def cached(
         return CachedSamples(place)
 
 
+def _check_sums(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError where the content is not what was written. Caches of before November 2026 have no sums.
+
+    A changed token would be trained on without a word. CRC-32 reads 4 GB a second; the SHA-256 of the data file, which
+    finds the cache, takes longer.
+    """
+    sums = about.pop("sums", None)
+    if sums is None:
+        return
+    for name, array in arrays.items():
+        if _sum(memoryview(array).cast("B") if len(array) else b"") != sums[name]:
+            raise ValueError(f"{name} has another content than it was written with")
+    if _sum(json.dumps(about).encode()) != sums["about"]:
+        raise ValueError("about.json has another content than it was written with")
+
+
+def _sum(content: bytes | memoryview, before: int = 0) -> int:
+    """CRC-32, a piece at a time: what is mapped is then never in memory as a whole."""
+    for first in range(0, len(content), _CHUNK):
+        before = zlib.crc32(content[first : first + _CHUNK], before)
+    return before
+
+
 def _write(directory: Path, samples: Iterable[Sample | None], encoder: Encoder) -> int:
-    sizes = dict.fromkeys(_FILES, 0)
+    sizes, sums = dict.fromkeys(_FILES, 0), dict.fromkeys(_FILES, 0)
     num_records = 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(directory / name, "wb")) for name in _FILES}
 
         def add(name: str, values: Sequence[int]) -> None:
-            files[name].write(np.asarray(values, _FILES[name]).tobytes())
+            content = np.asarray(values, _FILES[name]).tobytes()
+            files[name].write(content)
+            sums[name] = _sum(content, sums[name])
             sizes[name] += len(values)
 
         add("offsets", [0])
@@ -155,7 +182,8 @@ def _write(directory: Path, samples: Iterable[Sample | None], encoder: Encoder) 
         "report": list(encoder.report),
         "unended": encoder.unended,
     }
-    write_file(directory / "about.json", (json.dumps(facts) + "\n").encode())
+    sums["about"] = _sum(json.dumps(facts).encode())
+    write_file(directory / "about.json", (json.dumps(facts | {"sums": sums}) + "\n").encode())
     return sizes["offsets"] - 1
 
 

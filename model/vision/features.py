@@ -18,9 +18,10 @@ from pathlib import Path
 from torch import Tensor
 
 from zinit_kernels.checkpoints import CheckpointError, write_atomically
-from zinit_kernels.checkpoints.tensor_files import open_tensors
+from zinit_kernels.checkpoints.tensor_files import read_safetensors
 from zinit_kernels.checkpoints.writing import safetensors_bytes
 
+from ..fingerprint import checksum
 from .config import FeatureConfig, to_json
 from .encoders import Encoder
 from .images import read_bytes, read_image
@@ -97,8 +98,12 @@ class Features:
         if path is None or not path.is_file():
             return None
         try:
-            feature = open_tensors(path)["features"]
+            tensors, metadata = read_safetensors(path)
+            feature = tensors["features"]
         except (CheckpointError, KeyError):  # a damaged file of the cache is made again
+            return None
+        # files of before November 2026 have no sum
+        if metadata.get("sum", f"{checksum(feature):08x}") != f"{checksum(feature):08x}":
             return None
         fits = feature.dim() == 2 and feature.shape[1] == self.feature_size and feature.is_floating_point()
         return feature if fits else None
@@ -108,4 +113,5 @@ class Features:
             self._kept[name] = feature
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / f"{name}.safetensors", safetensors_bytes({"features": feature}, {}))
+        content = safetensors_bytes({"features": feature}, {"sum": f"{checksum(feature):08x}"})
+        write_atomically(self._folder / f"{name}.safetensors", content)

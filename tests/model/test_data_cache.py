@@ -70,13 +70,20 @@ def test_what_a_sample_depends_on_makes_another_cache(chats, tmp_path, encoded):
     assert folders() == 5
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "no json"])
+FLIPPED = ("tokens", "answers", "about.json")
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing", "no json", *FLIPPED])
 def test_a_damaged_cache_is_made_again(chats, tmp_path, encoded, capsys, damage):
     cache = tmp_path / "cache"
     assert run(*words(chats, tmp_path / "out", "--cache", str(cache))) == 0
     (place,) = cache.iterdir()
     if damage == "shorter":
         (place / "tokens").write_bytes((place / "tokens").read_bytes()[:-4])
+    elif damage in FLIPPED:  # one bit, in the middle: it was trained on without a word
+        content = bytearray((place / damage).read_bytes())
+        content[len(content) // 2] ^= 1
+        (place / damage).write_bytes(content)
     elif damage == "missing":
         (place / "offsets").unlink()
     else:

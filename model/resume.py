@@ -18,7 +18,9 @@ from .run_folder import write_file
 
 # What a group of AdamW cannot do without; torch adds others in newer versions
 _HYPERPARAMETERS = {"params", "lr", "betas", "eps", "weight_decay"}
-_ONE_PROCESS = {"processes": 1, "tensor parallel": 1, "sharded": False}
+# of a run that names nothing else
+_USUAL = {"compile": False, "processes": 1, "tensor parallel": 1, "sharded": False}
+_LATER = {"validation data"}  # checkpoints of before December 2026 do not say
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -93,7 +95,8 @@ def load_checkpoint(path: str | Path, run: dict[str, Any], num_steps: int) -> Ch
     except Exception as error:  # in a damaged pickle whatever the next instruction stumbles over
         raise _damaged(path, error) from None
     for name, value in run.items():
-        if name == "conditions" or (digest is None and name not in state.run):
+        is_new = digest is None or name in _LATER
+        if name == "conditions" or (is_new and name not in state.run):
             continue
         if state.run.get(name) != value:
             raise UserError(
@@ -161,8 +164,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -
 def _say_conditions(path: str | Path, before: Any, now: dict[str, Any]) -> None:
     if not isinstance(before, dict) or before == now:
         return
-    # a run in one process names no world, and neither do checkpoints from before there were several
-    before, now = ({**_ONE_PROCESS, **conditions} for conditions in (before, now))
+    # what is usual is not named, and checkpoints from before there was anything else do not name it either
+    before, now = ({**_USUAL, **conditions} for conditions in (before, now))
     changed = [name for name in now if before.get(name) != now[name]]
     then, today = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
     warn(

@@ -135,7 +135,8 @@ class MetricsLog:
     """metrics.jsonl: one object per line, each with its "step". A line is in the file as soon as it is written.
 
     Training lines have the step, from 0; validation lines have the number of steps done. A run that resumes after
-    `steps_done` steps drops the lines of later steps and writes them again. A new run, with 0, starts an empty file.
+    `steps_done` steps drops the lines of later steps and writes them again, and warns of steps before that have no
+    line. A new run, with 0, starts an empty file.
     writes: False for a process that only keeps the entries, because another one writes them.
     """
 
@@ -149,6 +150,12 @@ class MetricsLog:
         self.path, self.also = Path(path), also
         before = read_metrics(self.path) if steps_done else []
         self.entries = [entry for entry in before if entry["step"] + ("loss" in entry) <= steps_done]
+        known = {entry["step"] for entry in self.entries if "loss" in entry}
+        if missing := steps_done - len(known):
+            warn(
+                f"{self.path} lacks the lines of {missing} of the {steps_done} steps that are done: the pictures will "
+                "not show them, and a validation among them no longer counts as the best."
+            )
         self._file = None
         if writes:
             write_file(self.path, "".join(map(_line, self.entries)).encode())

@@ -214,6 +214,7 @@ def run_identity(
     base: Llama,
     adapter: LlamaAdapter | Lora,
     training: Sequence[Sample],
+    validation: Sequence[Sample],
     mixture: Mixture,
     world: World,
     device: torch.device,
@@ -222,6 +223,7 @@ def run_identity(
     choices = asdict(recipe)
     # how a step is cut into passes changes its rounding alone, and is what one changes where memory ends
     conditions = machine(device) | {"max_tokens": choices.pop("max_tokens")} | world.describe()
+    conditions |= {"compile": True} if options.compile else {}
     # checkpoints from before there were images have none of these, and text alone must go on with them
     choices |= {"projection_lr": None, "visual": None, "stage": options.stage}
     source = None
@@ -230,13 +232,15 @@ def run_identity(
         choices["projection_lr"] = recipe.projection_lr
         choices["visual"] = asdict(adapter.visual_config) | asdict(adapter.feature_config)
         choices["visual"] |= {"encoder": adapter.encoder_fingerprint, "source": source and source.fingerprint}
+    digests = {} if source is None else source.digests
     return {
         "quantise": kept_as(base, options.quantise),  # first: packed weights have other fingerprints, too
         **run_fingerprints(base),
         "dtype": str(base.dtype),
         "device": device.type,
         "backend": options.backend,
-        "data": data_fingerprint(training, {} if source is None else source.digests),
+        "data": data_fingerprint(training, digests),
+        "validation data": data_fingerprint(validation, digests),
         "mixture": None if mixture == Mixture.of(mixture.available) else list(mixture.counts),
         "adapter": asdict(adapter.config) | {"init": str(options.init)},
         "conditions": conditions,

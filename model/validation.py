@@ -13,7 +13,7 @@ import torch
 
 from .adapter import LlamaAdapter
 from .data import Sample
-from .errors import UserError
+from .errors import UserError, warn
 from .llama import Llama, about_images
 from .records import read_prompts
 from .run_folder import append, write_file, writing
@@ -105,14 +105,21 @@ class Previews:
 
 
 def drop_later(path: Path, steps_done: int) -> None:
-    """Drops the previews of later steps, which a resumed run writes again; a new run begins without any."""
+    """Drops the previews of later steps, which a resumed run writes again; a new run begins without any.
+
+    A line that cannot be read is left out, with a warning that names it; without one if it is the last, which a crash
+    may have cut short.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    kept, broken = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if steps_done else []
+    for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["step"] <= steps_done:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # cut short by a crash
-    write_file(path, b"".join(kept) if steps_done else b"")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken.append(number)
+    if broken and broken != [len(lines)]:
+        warn(f"{path}: what is in line {', '.join(map(str, broken))} cannot be read and is left out.")
+    write_file(path, b"".join(kept))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from model import run_output
 from model import train as program
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
+from model.data.samples import split_indices
 from model.errors import UserError
 from model.fingerprint import adapter_metadata, base_fingerprint, first_fingerprint
+from model.llama import Llama
 from model.loading import load_base, save_base
 from model.recipe import Recipe
 from model.resume import Checkpoint, load_checkpoint, restore, save_checkpoint
@@ -202,6 +206,46 @@ def test_other_conditions_are_warned_of(folder, whole_run, tmp_path, capsys, mon
     assert run(*arguments(folder, output, *words, "--resume")) == 0
     warning = f"this run has {changed} 77: its numbers will differ in their last digits from those of a run without a"
     assert warning in capsys.readouterr().err
+
+
+def test_compiled_layers_are_a_condition(folder, whole_run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    monkeypatch.setattr(Llama, "compile_layers", lambda self: None)
+    assert run(*arguments(folder, output, "--resume"), "--compile") == 0
+    assert "was written with compile False, this run has compile True" in capsys.readouterr().err
+
+
+def test_other_validation_data_are_refused(folder, whole_run, tmp_path, capsys):
+    """The training data are the same; the best adapter would be chosen by losses of two kinds."""
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    _, held_back = split_indices(len(records), 0.2, 0)
+    records[held_back[0]]["output"] = "another"
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    words = arguments(folder, output, "--data", str(tmp_path / "data.jsonl"), "--resume")
+    assert run(*words) == 2
+    assert "checkpoint.pt was written with validation data = " in capsys.readouterr().err
+    path = output / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["run"]["validation data"]  # as before that was asked
+    parts = (SimpleNamespace(state_dict=lambda name=name: state[name]) for name in ("adapter", "optimizer"))
+    save_checkpoint(path, state["step"], *parts, state["run"])
+    assert run(*words) == 0
+
+
+def test_lost_metrics_are_told(folder, whole_run, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join(lines[:2] + lines[5:]))
+    left = sum('"loss"' in line for line in lines[:2] + lines[5:])
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert f"metrics.jsonl lacks the lines of {6 - left} of the 6 steps" in capsys.readouterr().err
+    (output / "metrics.jsonl").write_text("".join(lines))
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert "lacks the lines" not in capsys.readouterr().err
 
 
 def damaged_base(folder, directory):

@@ -90,6 +90,16 @@ def test_previews_that_a_crash_cut_short_are_dropped(tmp_path, tail):
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
+def test_previews_that_cannot_be_read_are_named(tmp_path, capsys):
+    """A broken line in the middle went without a word."""
+    path = tmp_path / "previews.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step: 1}\n[1]\n' + b"[" * 5000 + b'\n{"step": 2}\n')
+    drop_later(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    said = f"warning: {path}: what is in line 2, 3, 4 cannot be read and is left out.\n"
+    assert capsys.readouterr().err == said
+
+
 def test_previews_survive_a_full_disk(tmp_path):
     path = tmp_path / "previews.jsonl"
     path.write_bytes(LINES)

@@ -32,7 +32,7 @@ from .resume import load_checkpoint, restore
 from .run_folder import held, make_directory
 from .run_output import RunOutput
 from .train_loop import evaluate, make_optimizer, train
-from .train_options import check_folder, read_options, recipe_of
+from .train_options import check_folder, never_due, read_options, recipe_of
 from .train_setup import make_adapter, make_samples, read_file, run_identity, run_summary, try_backend
 from .validation import Previews
 
@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         try_backend(options.backend, base, adapter, training[0], recipe)
     lengths = token_lengths(training)[mixture.order(recipe.seed, 0)].tolist()
     for sentence in recipe_warnings(recipe, lengths, options.init is None and options.method == "adapter"):
+        warn(f"{sentence}.")
+    for sentence in never_due(options, recipe, mixture.size):
         warn(f"{sentence}.")
     check_division(base.config, world, recipe.batch_size, mixture.size)
     base.recompute = options.checkpoint_activations

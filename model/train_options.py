@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from zinit_kernels.console import Parser
@@ -25,6 +25,7 @@ from .vision.options import add_training_options, check_options
 _OF_ONE_START = {"config", "resume", "auto_resume", "overwrite", "dry_run", "paths", "shares", "trackers"}
 ADAPTER_FILES = {"zinit": "adapter.safetensors", "official-v1": "adapter.pth"}
 LORA_FOLDER = "lora"
+_MANY = 1 << 20  # steps: a run of more is not counted one by one
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +82,24 @@ def _check_method(options: argparse.Namespace) -> None:
             )
     if unused:
         raise UserError(f"--{unused[0].replace('_', '-')} has no effect with --method {options.method}.")
+
+
+def never_due(options: argparse.Namespace, recipe: Recipe, num_samples: int) -> Iterator[str]:
+    """What the options ask for during the run, and what so short a run never comes to: a sentence each."""
+    steps, every = recipe.num_steps(num_samples), recipe.steps_per_epoch(num_samples)
+    for name in ("validate_every", "sample_every", "save_every"):
+        wanted = getattr(options, name)
+        if wanted is not None and wanted > steps:
+            option = f"--{name.replace('_', '-')} {wanted}"
+            yield f"{option} never comes: the run has {steps} steps, {every} an epoch. Lower it"
+    if options.patience is not None:
+        due = {step for step in (options.validate_every, every) if step}
+        validations = sum(any(step % one == 0 for one in due) for step in range(1, min(steps, _MANY) + 1))
+        if options.patience > validations:
+            yield (
+                f"--patience {options.patience} never ends the run, which validates {validations} times after its "
+                "beginning: lower it, or validate more often by --validate-every"
+            )
 
 
 def lora_of(options: argparse.Namespace) -> LoraChoice:

@@ -16,6 +16,7 @@ from model.errors import UserError
 from model.llama import Llama
 from model.recipe import Recipe, recipe_warnings
 from model.train_loop import batch_loss, evaluate, make_optimizer, train
+from model.train_options import never_due, read_options, recipe_of
 
 
 def samples(count: int = 9) -> list[Sample]:
@@ -92,6 +93,27 @@ def test_a_recipe_that_reaches_all_it_says_is_not_talked_about():
 def test_gates_that_do_not_start_at_0_need_not_come_far():
     recipe = Recipe(batch_size=8)
     assert list(recipe_warnings(recipe, [300] * 100, fresh=False)) == []
+
+
+NEVER = {
+    "--validate-every 16": "--validate-every 16 never comes: the run has 15 steps, 5 an epoch",
+    "--save-every 99": "--save-every 99 never comes",
+    "--sample-every 99": "--sample-every 99 never comes",
+    "--patience 4": "--patience 4 never ends the run, which validates 3 times",
+    "--patience 8 --validate-every 2": "which validates 9 times after",
+    "--patience 3 --validate-every 15 --save-every 15 --sample-every 15": "",
+}
+
+
+@pytest.mark.parametrize("words", NEVER)
+def test_what_a_run_never_comes_to_is_said(words):
+    options = read_options(f"--base b --data d --out o --epochs 3 --batch-size 20 {words}".split())
+    told = list(never_due(options, recipe_of(options), 100))
+    if words.startswith("--patience 8"):
+        assert told == []
+        options.patience = 10
+        told = list(never_due(options, recipe_of(options), 100))
+    assert len(told) == bool(NEVER[words]) and NEVER[words] in " ".join(told)
 
 
 def test_a_run_that_learns_nothing_is_refused():

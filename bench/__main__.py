@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from model.program import refuse_several_processes
 from zinit_kernels.console import Parser, refuse
 from zinit_kernels.console import run as run_program
 
@@ -142,6 +143,7 @@ def measure_parser() -> Parser:
 
 def measure_command(command: list[str], console: Console) -> int:
     arguments = measure_parser().parse_args(command)
+    refuse_several_processes()  # they would slow each other down
     if arguments.base:
         if arguments.smoke:
             raise BenchError("--base compares figures, and --smoke keeps none: leave one of them out.")
@@ -265,6 +267,7 @@ def profile_command(command: list[str], console: Console) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/profile"), help="folder of the trace")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one step")
     arguments = parser.parse_args(command)
+    refuse_several_processes()
     dtype = DTYPES[arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")]
     options = Options(arguments.device, (dtype,), smoke=arguments.smoke)
     profiled = suites()[arguments.what].profiled

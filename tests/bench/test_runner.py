@@ -26,6 +26,7 @@ from bench.products import products_of
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
 from bench.suites import attention, compare, generate, serve, seven_billion, targets, train, vision
+from zinit_kernels.console import InputError
 
 CPU = torch.device("cpu")
 QUICK = runner.Options(CPU, (torch.float32,), seconds=0.0, compiled="none")
@@ -432,6 +433,15 @@ def test_a_fault_of_the_user_is_one_sentence(command, message, capsys):
         code = stop.code
     captured = capsys.readouterr()
     assert code == 2 and message in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("command", [["attention", "--smoke"], ["profile", "train", "--smoke"]], ids="-".join)
+def test_processes_that_would_slow_each_other_down_are_refused(monkeypatch, command):
+    """torchrun started two, whose figures were both taken."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="was started as 2 processes .* and runs in one"):
+        main(command)
 
 
 def test_a_target_is_judged_by_every_row():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__ == "evaluate":
     from model.adapter import LlamaAdapter
-    from model.errors import UserError, note, run_program, warn
+    from model.errors import UserError, is_out_of_memory, note, run_program, warn
     from model.llama import Llama, about_images
     from model.loading import DTYPES, default_device, load_base, open_device
     from model.program import interruptible, program
@@ -32,7 +32,7 @@ if TYPE_CHECKING or __package__ == "evaluate":
     from model.vision.options import open_source
 else:
     from ..model.adapter import LlamaAdapter
-    from ..model.errors import UserError, note, run_program, warn
+    from ..model.errors import UserError, is_out_of_memory, note, run_program, warn
     from ..model.llama import Llama, about_images
     from ..model.loading import DTYPES, default_device, load_base, open_device
     from ..model.program import interruptible, program
@@ -55,7 +55,7 @@ else:
 
 __all__ = [
     "DTYPES", "Llama", "LlamaAdapter", "Show", "Tokenizer", "UserError", "VisualAdapter", "about_images", "append",
-    "command_name", "default_device", "format_prompt", "generate", "held", "interruptible",
+    "command_name", "default_device", "format_prompt", "generate", "held", "interruptible", "is_out_of_memory",
     "json_values", "load_base", "load_tokenizer", "make_directory", "messages", "note",
     "open_adapter", "open_device", "open_source", "program", "progress", "read_records", "read_text",
     "refuse_unwritable", "remove_leftovers", "run_program", "warn", "write_file", "writing",

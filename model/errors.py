@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from zinit_kernels.console import InputError, note, run, warn
+from zinit_kernels.console import InputError, is_out_of_memory, note, run, warn
 
-__all__ = ["UserError", "note", "program_name", "run_program", "warn"]
+__all__ = ["UserError", "is_out_of_memory", "note", "program_name", "run_program", "warn"]
 
 
 class UserError(InputError):

@@ -23,7 +23,7 @@ from zinit_kernels.packed import PackedWeight
 
 from . import gguf_weights, hf_weights, meta_weights
 from .config import LlamaConfig
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .llama import Llama
 from .quantised import PACKED, is_quantised, put_packed
 from .quantised import quantise as quantise_base
@@ -45,6 +45,8 @@ def open_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).cpu()  # fails on meta, where tensors have no values
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was built without
+        if is_out_of_memory(error):
+            raise
         # only the first sentence: the next one is about torch's internals
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"--device {name}: {reason}.") from error

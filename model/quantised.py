@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zinit_kernels.packed import Packed, PackedEmbedding, PackedLinear, PackedWeight
 from zinit_kernels.packed import quantise as packed_codes
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 from .fingerprint import adapter_metadata, run_fingerprints
 from .llama import Llama
 
@@ -170,6 +170,8 @@ def _quantise_by_torchao(base: Llama, format: str) -> None:
             quantize_(linear, config(linear.weight))
             base.layers.set_submodule(path, QuantisedLinear(linear.weight))
     except (ImportError, RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
         raise UserError(f"--quantise {format} cannot be done on {base.device.type}: {reason}.") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zinit_kernels.checkpoints.tensor_files import read_torch, regular_file
 
-from .errors import UserError, warn
+from .errors import UserError, is_out_of_memory, warn
 from .run_folder import write_file
 
 # What a group of AdamW cannot do without; torch adds others in newer versions
@@ -93,6 +93,8 @@ def load_checkpoint(path: str | Path, run: dict[str, Any], num_steps: int) -> Ch
         if not all(isinstance(part, dict) for part in state[1:]):
             raise ValueError("a part of it is no dictionary")
     except Exception as error:  # in a damaged pickle whatever the next instruction stumbles over
+        if is_out_of_memory(error):
+            raise
         raise _damaged(path, error) from None
     for name, value in run.items():
         is_new = digest is None or name in _LATER
@@ -117,6 +119,8 @@ def restore(path: Path, checkpoint: Checkpoint, adapter: nn.Module, optimizer: t
         adapter.load_state_dict(checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _damaged(path, error) from None
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, warn
+from .errors import UserError, is_out_of_memory, warn
 from .gguf_file import find_gguf, read_gguf
 from .gguf_tokenizer import describe_tokenizer
 from .token_bytes import ByteLevel
@@ -345,6 +345,8 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{path} is not a sentencepiece model; LLaMA 3's tokenizer.model is another format, so put its "
             "tokenizer.json there instead."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 
 class Encoded(NamedTuple):
@@ -156,6 +156,8 @@ def guarded(call: Callable[[], Any], sentence: str) -> Any:
     except UserError:
         raise
     except BaseException as error:
+        if is_out_of_memory(error):
+            raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{sentence}: {' '.join(str(error).split()).rstrip('.')}.") from None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..shared import UserError
+from ..shared import UserError, is_out_of_memory
 
 # transformers makes an empty tokenizer, without a word, where none of these is there
 _VOCABULARIES = (
@@ -35,6 +35,8 @@ def load_model(auto: Any, folder: Path, dtype: torch.dtype = torch.float32, **op
                 setattr(config, name, 0.0)
         return auto.from_pretrained(folder, config=config, dtype=dtype, ignore_mismatched_sizes=True).eval()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder} cannot be loaded as {auto.__name__}: {_first_line(error)}.") from error
 
 
@@ -46,6 +48,8 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder} has no tokenizer that loads: {_first_line(error)}.") from error
     if not tokenizer.is_fast:
         raise UserError(

@@ -107,7 +107,12 @@ def cached(
         if place.exists():
             try:
                 return CachedSamples(place)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (
+                FileNotFoundError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ) as error:  # no other OSError is damage
                 warn(f"the cache of {about} in {place} is damaged ({error}): it is made again.")
                 shutil.rmtree(place)
         part = directory / f".{key.name}.part"

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..records import LeftOut, Record, is_record, json_values, read_text, say_unused, to_record
 from .messages import Conversation, is_conversation, read_conversation
 
@@ -141,6 +141,8 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the library stumbles over in a broken folder
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{path} cannot be read by datasets.load_from_disk ({reason}).") from None
     if isinstance(found, dict):

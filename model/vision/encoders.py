@@ -21,7 +21,7 @@ from zinit_kernels.checkpoints import CheckpointError
 from zinit_kernels.checkpoints.json_files import read_json
 from zinit_kernels.console import shortened, shown
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..fingerprint import checksum
 from .config import FeatureConfig
 
@@ -184,6 +184,8 @@ def load_encoder(
     except (
         Exception
     ) as error:  # damaged weights, a processor with values of the wrong kind: whatever is raised
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(f"{directory} cannot be read as an encoder ({reason}).") from None
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
 from tiny_chat import CHATML, OTHER_ROLES, chat_folder
 from tiny_runs import arguments, losses_of, run
@@ -91,6 +94,23 @@ def test_a_damaged_cache_is_made_again(chats, tmp_path, encoded, capsys, damage)
     assert run(*words(chats, tmp_path / "again", "--cache", str(cache))) == 0
     assert "is damaged" in capsys.readouterr().err and len(encoded) == 16
     assert losses_of(tmp_path / "out") == losses_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EACCES, errno.EMFILE])
+def test_a_cache_that_cannot_be_opened_stays(chats, tmp_path, monkeypatch, capsys, code):
+    """It was called damaged and removed."""
+    cache = tmp_path / "cache"
+    assert run(*words(chats, tmp_path / "out", "--cache", str(cache))) == 0
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+
+    def fail(path, *_):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(np, "memmap", fail)
+    capsys.readouterr()
+    assert run(*words(chats, tmp_path / "again", "--cache", str(cache))) == 2
+    assert capsys.readouterr().err.count(os.strerror(code)) == 1
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_that_fails_leaves_no_half_cache(chats, tmp_path):

@@ -6,7 +6,9 @@ import errno
 import io
 import json
 import os
+import pickletools
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +20,11 @@ import torch
 from repository import ROOT
 from rich.console import Console
 from tiny_runs import RECORDS, arguments, contents, losses_of, run
+from tiny_vision import encoder_folder
 
-from model import demo, generate, pictures, train, train_loop
+from model import demo, generate, pictures, resume, tokenizer_libraries, train, train_loop
 from model import program as shared
+from model.errors import UserError
 from model.progress import EVERY, messages, progress
 from zinit_kernels.checkpoints import tensor_files
 
@@ -146,6 +150,50 @@ def test_no_memory_left_is_one_sentence(folder, whole_run, tmp_path, capsys, mon
         patched.setattr(generate, "generate", lambda *_, **__: fail())
         assert run(*commands(folder, tmp_path)["generate"][1], main=generate.main) == 2
     assert "not enough memory" in (error := capsys.readouterr().err) and "lower --batch-size" in error
+
+
+DOORS = {  # what reads a file -> what it calls, and the program that does
+    "checkpoint": (torch, "load", ["--resume"]),
+    "digest": (resume, "_digest", ["--resume"]),
+    "optimizer": (torch.optim.AdamW, "load_state_dict", ["--resume"]),
+    "pickle": (pickletools, "genops", ["--resume"]),
+    "device": (torch, "ones", []),
+    "safetensors": (tensor_files, "safe_open", []),
+}
+
+
+FAILURES = [(door, no_memory_of_python) for door in DOORS]
+FAILURES += [(door, no_memory_of_torch) for door in DOORS if door != "pickle"]  # read by Python alone
+
+
+@pytest.mark.parametrize("door, fail", FAILURES)
+def test_no_memory_to_read_a_file_is_no_damage(folder, whole_run, tmp_path, capsys, monkeypatch, door, fail):
+    """The file was called damaged, or the device wrong, where there was no memory for it."""
+    place, name, words = DOORS[door]
+    output = tmp_path / "out"
+    if words:
+        shutil.copytree(whole_run, output)
+    monkeypatch.setattr(place, name, lambda *_, **__: fail())
+    assert run(*arguments(folder, output), *words) == 2
+    assert re.search(r"error: there is not enough memory.*\.\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("fail", [no_memory_of_torch, no_memory_of_python])
+def test_no_memory_in_a_library_is_no_damage(tmp_path, monkeypatch, fail):
+    from transformers import AutoModel, ViTModel
+
+    from evaluate.finetune.checkpoint import load_model
+    from model.vision.encoders import load_encoder
+
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        tokenizer_libraries.guarded(fail, "the tokenizer cannot be read")
+    assert not isinstance(error.value, UserError)
+    encoder_folder(tmp_path / "vit", "vit")
+    for automatic in (AutoModel, ViTModel):
+        monkeypatch.setattr(automatic, "from_pretrained", lambda *_, **__: fail())
+    for read in (lambda: load_model(AutoModel, tmp_path / "vit"), lambda: load_encoder(tmp_path / "vit")):
+        with pytest.raises((RuntimeError, MemoryError)):
+            read()
 
 
 def test_a_file_that_cannot_be_mapped_is_not_called_damaged(folder, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_gpu import gpu  # noqa: F401 (fixture)
 
-from zinit_kernels import check, proof
+from zinit_kernels import check, console, proof
 from zinit_kernels.backends import composed, reference
 from zinit_kernels.console import InputError
 
@@ -42,6 +42,21 @@ def test_an_exception_is_a_wrong_answer(monkeypatch, capsys, error):
     monkeypatch.setattr(composed, "attention", fail)
     assert check.main() == 1
     assert f"WRONG: {type(error).__name__}: {error}" in capsys.readouterr().out
+
+
+def test_no_memory_is_no_wrong_answer(monkeypatch, capsys):
+    """Ten backends were called wrong where an allocation had failed."""
+
+    def fail(call):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 133120 bytes.")
+
+    monkeypatch.setattr(composed, "attention", fail)
+    with pytest.raises(SystemExit) as end:
+        console.run(lambda: check.main([]))
+    said = capsys.readouterr()
+    assert (
+        end.value.code == 2 and said.err == "error: there is not enough memory.\n" and "WRONG" not in said.out
+    )
 
 
 GPU = ["--gpu", "--dtype", "float32", "--head-dim", "16"]

@@ -136,6 +136,8 @@ def check_legacy(path: Path) -> None:
 def _instructions(pickle: IO[bytes]) -> list[tuple[str, object]]:
     try:
         return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(pickle)]
+    except MemoryError:
+        raise
     except Exception as error:  # in a damaged pickle whatever the reader stumbles over
         raise Truncated(str(error)) from error
 
@@ -154,7 +156,7 @@ def _check_pickle(pickle: IO[bytes], path: Path) -> set[str]:
                 raise CheckpointError(
                     f"{path} nests its content deeper or more often than any checkpoint does"
                 )
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         raise Truncated(str(error)) from error

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..console import shortened, shown
+from ..console import is_out_of_memory, shortened, shown
 from . import pickles
 from .adapter import CheckpointError
 from .json_files import parse_object
@@ -204,15 +204,16 @@ def _damage_is(sentence: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
+    except (RuntimeError, MemoryError, SafetensorError) as error:
+        if is_out_of_memory(error):  # the file may be whole, and there is no room to read or map it
+            raise MemoryError(str(error)) from error
+        reason = f" ({shortened(str(error))})" if isinstance(error, SafetensorError) else ""
+        raise CheckpointError(sentence + reason) from error
     except OSError as error:
         if error.filename is not None:  # the file cannot be opened; a seek to nowhere names none
             raise
         raise CheckpointError(sentence) from error
     except pickle.UnpicklingError as error:  # of torch: an instruction or a type that it does not take
         raise CheckpointError(f"{sentence}: {' '.join(str(error).split())[:200]}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{sentence} ({shortened(str(error))})") from error
     except Exception as error:
-        if "Cannot allocate memory" in str(error):  # the file is whole, and there is no room to map it
-            raise MemoryError(str(error)) from error
         raise CheckpointError(sentence) from error

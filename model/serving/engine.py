@@ -90,19 +90,22 @@ class Engine:
             raise UserError(f"the cache must hold at least {PAGE_SIZE} tokens, got {cache_tokens}.")
         self.model, self.max_waiting = model, max_waiting
         self.eos_ids = frozenset(config.eos_ids if eos_ids is None else eos_ids)
-        self.pool = PagePool(cache_tokens // PAGE_SIZE)
-        self.table = PromptTable(model)
-        self.scheduler = Scheduler(self.pool, max_running, chunk)
-        shape = (config.num_layers, self.pool.num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
+        num_pages = cache_tokens // PAGE_SIZE
+        shape = (config.num_layers, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
         try:  # head-major in memory, as in KVCache; what no token was written to is not read
             self._keys, self._values = (
                 torch.empty(shape, dtype=model.dtype, device=model.device).transpose(2, 3) for _ in range(2)
             )
         except RuntimeError as error:
             raise UserError(
-                f"there is no memory for a cache of {cache_tokens} tokens: ask for a smaller one."
+                f"there is no memory for a cache of {cache_tokens} tokens: ask for a smaller one (--cache-tokens)."
             ) from error
-        self._rotary = rotary_table(config, torch.arange(config.max_seq_len, device=model.device))
+        # what grows with the cache is made once there is memory for it: 10**12 tokens would be 500 GB of lists alone
+        self.pool = PagePool(num_pages)
+        self.table = PromptTable(model)
+        self.scheduler = Scheduler(self.pool, max_running, chunk)
+        # of no more positions than a sequence can have: contexts of 10**7 tokens would be 5 GB
+        self._rotary = rotary_table(config, torch.arange(self.room, device=model.device))
 
         self.counts: Counter[str] = Counter()  # steps, tokens and ends, since the start
         self.tokens_of: Counter[str | None] = Counter()  # new tokens by the adapter's name

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import make_base
 from tiny_serving import Listener, alone, make_adapter, make_engine, random_prompts, run
 
 from model.adapter import LlamaAdapter
 from model.config import AdapterConfig
 from model.errors import UserError
 from model.llama import Llama
+from model.serving import engine
 from model.serving.engine import Engine
 from model.serving.pages import PAGE_SIZE, PagePool
 from model.serving.request import QueueFull, Sampling, UnknownAdapter
@@ -395,3 +397,18 @@ def test_pages_are_counted_right_whatever_is_asked():
     for pages, _ in held:
         pool.give_back(pages)
     assert pool.available == 12
+
+
+def test_a_cache_that_no_memory_holds_is_refused_before_anything_grows_with_it(monkeypatch):
+    """The lists of its pages took all memory before the cache itself was asked for."""
+    monkeypatch.setattr(engine, "PagePool", lambda num_pages: pytest.fail(f"{num_pages} pages"))
+    with pytest.raises(UserError, match=r"no memory for a cache of 10{14} tokens: .*\(--cache-tokens\)"):
+        make_engine(cache_tokens=10**14)
+
+
+def test_positions_are_turned_as_far_as_a_sequence_can_reach():
+    """A context of 2**30 tokens took 3 GB and 10 s."""
+    base = make_base()
+    base.config = replace(base.config, max_seq_len=1 << 40)
+    found = Engine(base, cache_tokens=160)
+    assert found.room == len(found._rotary[0]) == 160

@@ -22,7 +22,7 @@ _READ = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
     "partial_rotary_factor", "original_max_position_embeddings", "max_position_embeddings", "tie_word_embeddings",
-    "sliding_window", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "hidden_act",
+    "sliding_window", "bos_token_id", "eos_token_id", "attention_bias", "mlp_bias", "hidden_act", "quantization_config",
 )  # fmt: skip
 # Fields that change nothing the frozen network computes
 _HARMLESS = (
@@ -59,11 +59,6 @@ def read_hf_config(config: Mapping[str, Any], generation: Mapping[str, Any] | No
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"config.json says model_type {shown(architecture)}, supported are {' and '.join(ARCHITECTURES)}."
-        )
-    if config.get("quantization_config") is not None:
-        raise UserError(
-            "config.json describes quantised weights (quantization_config): load a float32, bfloat16 or float16 "
-            "checkpoint."
         )
     for name, supported in (
         ("attention_bias", (False,)),

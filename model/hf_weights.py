@@ -12,9 +12,11 @@ from zinit_kernels.checkpoints.adapter import CheckpointError, some
 from zinit_kernels.checkpoints.files import read_index
 from zinit_kernels.checkpoints.json_files import read_json
 from zinit_kernels.checkpoints.tensor_files import open_tensors
+from zinit_kernels.packed import PackedWeight
 
 from .config import LlamaConfig
 from .errors import UserError
+from .hf_quantised import read_matrices
 
 _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq)$"
@@ -22,11 +24,22 @@ _DERIVED = re.compile(
 
 
 def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The configuration, and the weights by their names without "model.". They keep the files' dtype."""
+    """`read_packed` with every weight as numbers."""
+    config, weights, _ = read_packed(directory, dtype, keep=False)
+    return config, weights
+
+
+def read_packed(
+    directory: Path, dtype: torch.dtype | None = None, keep: bool = True
+) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, PackedWeight]]:
+    """The configuration, and the weights by their names without "model.". They keep the files' dtype.
+
+    keep: quantised matrices that can stay packed come apart from the others. The rest of them become `dtype` (None: the
+    embedding's).
+    """
     generation = directory / "generation_config.json"
-    config = LlamaConfig.from_hf(
-        read_json(directory / "config.json"), read_json(generation) if generation.is_file() else None
-    )
+    content = read_json(directory / "config.json")
+    config = LlamaConfig.from_hf(content, read_json(generation) if generation.is_file() else None)
     weights: dict[str, Tensor] = {}
     for shard, names in _shards(directory).items():
         tensors = open_tensors(shard)
@@ -39,6 +52,11 @@ def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig
             if ours in weights:
                 raise UserError(f"{directory} holds {some([ours])} twice.")
             weights[ours] = tensors[name]
+    kept: dict[str, PackedWeight] = {}
+    if (settings := content.get("quantization_config")) is not None:
+        embedding = weights.get("embed_tokens.weight")
+        dtype = dtype or (torch.bfloat16 if embedding is None else embedding.dtype)
+        weights, kept = read_matrices(settings, weights, str(directory / "config.json"), dtype, keep)
     if config.tie_embeddings and "lm_head.weight" in weights:
         output = weights.pop("lm_head.weight")
         if not torch.equal(output, weights.get("embed_tokens.weight", output)):
@@ -46,7 +64,7 @@ def read(directory: Path, dtype: torch.dtype | None = None) -> tuple[LlamaConfig
                 f"{directory} says tie_word_embeddings = true, and its lm_head.weight is not its embedding: versions "
                 "of transformers differ in which one they use. Write false, or take lm_head.weight out."
             )
-    return config, weights
+    return config, weights, kept
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:

@@ -31,6 +31,7 @@ from .quantised import quantise as quantise_base
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Read = Callable[[Path, torch.dtype | None], tuple[LlamaConfig, dict[str, Tensor]]]
 # The file that tells a format -> how such a folder is read
+_PACKED = {hf_weights.read: hf_weights.read_packed, gguf_weights.read: gguf_weights.read_packed}
 _FORMATS = {"config.json": hf_weights.read, "params.json": meta_weights.read, "*.gguf": gguf_weights.read}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # of the first two
 
@@ -61,11 +62,11 @@ def load_base(
 ) -> Llama:
     """The model of a checkpoint folder, Hugging Face's or Meta's, or of a GGUF file or a folder with one.
 
-    dtype None = the file's; float32 for the quantised weights of a GGUF file.
+    dtype None = the file's; for quantised weights float32 with a GGUF file, the embedding's with other files.
 
     quantise: one of `quantised.FORMATS`. The layers are quantised one after the other. With int8 and int4, matrices
-    that a GGUF file holds in blocks of Q8_0, Q4_0 or Q4_1 stay as they are, whichever of the two is asked for, and the
-    rest of a GGUF model is then bfloat16 unless dtype says otherwise.
+    that the files hold in 8 or 4 bits stay as they are, whichever of the two is asked for: GGUF's blocks of Q8_0, Q4_0
+    and Q4_1, and what `hf_quantised` reads. The rest of a GGUF model is then bfloat16 unless dtype says otherwise.
 
     On the CPU and in the file's dtype the weights stay memory-mapped: they are read as they are used, and the page
     cache may drop them again. Raises UserError; OSError if a file cannot be read.
@@ -86,9 +87,10 @@ def _load(
 ) -> Llama:
     read = _reader(directory)
     packed: dict[str, PackedWeight] = {}
-    if quantise in PACKED and read is gguf_weights.read:
-        dtype = dtype or torch.bfloat16
-        config, weights, packed = gguf_weights.read_packed(directory)
+    if quantise in PACKED and read in _PACKED:
+        config, weights, packed = _PACKED[read](directory)
+        if read is gguf_weights.read:
+            dtype = dtype or torch.bfloat16
     else:
         config, weights = read(directory, dtype)
     present = {name.split(".")[1] for name in (*weights, *packed) if name.startswith("layers.")}

@@ -202,7 +202,6 @@ def test_what_a_file_does_not_say_is_what_transformers_assumes():
         ({"num_local_experts": 8}, "says num_local_experts = 8"),
         ({"vision_config": {"hidden_size": 8}}, "says vision_config"),
         ({"compression_config": {"format": "int"}}, "says compression_config"),
-        ({"quantization_config": {}}, "quantised weights"),
         ({"tie_word_embeddings": "no"}, "must have true or false as tie_word_embeddings, it has 'no'"),
         ({"tie_word_embeddings": 0}, "must have true or false as tie_word_embeddings, it has 0"),
         ({"attention_bias": "false"}, "attention_bias = 'false', only False is supported"),

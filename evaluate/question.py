@@ -83,6 +83,11 @@ class Table:
     notes: Sequence[str] = ()
 
 
+def unread_note(share: float) -> str:
+    """The note below a table of multiple choice: the share of the answers that no rule could read."""
+    return f"{100 * share:.1f} % of the answers name no option that a rule could read; they count as wrong."
+
+
 @dataclass(frozen=True)
 class Quoted:
     """A row that was not measured here."""

@@ -53,10 +53,5 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="cvqa",
-    about="C-VQA: questions under a condition contrary to fact",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    brief=True,
+    "cvqa", "C-VQA: questions under a condition contrary to fact", LAYOUT, read, tables, brief=True
 )

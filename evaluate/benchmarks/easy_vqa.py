@@ -75,10 +75,5 @@ def _right(kind: str, answer: str, truth: str) -> float:
 
 
 BENCHMARK = Benchmark(
-    name="easy-vqa",
-    about="easy-VQA: questions about coloured shapes, on a CPU",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    max_new_tokens=8,
+    "easy-vqa", "easy-VQA: questions about coloured shapes, on a CPU", LAYOUT, read, tables, max_new_tokens=8
 )

@@ -67,12 +67,7 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="lvlm-ehub",
-    about="LVLM-eHub: many data sets in four dimensions",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    max_new_tokens=64,
+    "lvlm-ehub", "LVLM-eHub: many data sets in four dimensions", LAYOUT, read, tables, max_new_tokens=64,
     quoted=(
         Quoted(
             "LLaMA-Adapter (V2) 7B", "arXiv 2303.16199v3, supplement",

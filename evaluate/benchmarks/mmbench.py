@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zinit_kernels.console import shown
 
-from ..question import Benchmark, Cell, Item, Picture, Quoted, Table
+from ..question import Benchmark, Cell, Item, Picture, Quoted, Table, unread_note
 from ..reading import refuse_duplicates, table_rows
 from ..scorers import mmbench
 from ..shared import UserError
@@ -78,22 +78,13 @@ def _question(row: Mapping[str, str], options: Mapping[str, str]) -> str:
 
 def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
     found = mmbench.score(item.facts._replace(answer=answers[item.id]) for item in items)
-    row: list[Cell] = [
-        "measured",
-        found.overall,
-        *(found.abilities.get(column) for column in mmbench.ABILITIES.values()),
-    ]
-    note = f"{100 * found.unread:.1f} % of the answers name no option that a rule could read; they count as wrong."
-    columns = ("%, CircularEval", "overall", *mmbench.ABILITIES.values())
-    return [Table("MMBench", columns, [row], [note])]
+    names = mmbench.ABILITIES.values()
+    row: list[Cell] = ["measured", found.overall, *(found.abilities.get(name) for name in names)]
+    return [Table("MMBench", ("%, CircularEval", "overall", *names), [row], [unread_note(found.unread)])]
 
 
 BENCHMARK = Benchmark(
-    name="mmbench",
-    about="MMBench: multiple choice, every rotation of the options must be right",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
+    "mmbench", "MMBench: multiple choice, every rotation of the options must be right", LAYOUT, read, tables,
     quoted=(
         Quoted(
             "LLaMA-Adapter (V2) 7B", "arXiv 2303.16199v3, supplement",

@@ -116,13 +116,7 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="mme",
-    about="MME: two yes-or-no questions an image, 14 tasks",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    brief=True,
-    foreign=foreign,
+    "mme", "MME: two yes-or-no questions an image, 14 tasks", LAYOUT, read, tables, brief=True, foreign=foreign,
     quoted=(
         Quoted(
             "LLaMA-Adapter (V2) 7B", "arXiv 2303.16199v3, supplement",

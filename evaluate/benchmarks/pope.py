@@ -45,10 +45,5 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="pope",
-    about="POPE: is there an object in the image, three settings",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    brief=True,
+    "pope", "POPE: is there an object in the image, three settings", LAYOUT, read, tables, brief=True
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zinit_kernels.console import shown
 
-from ..question import Benchmark, Cell, Item, Quoted, Table
+from ..question import Benchmark, Cell, Item, Quoted, Table, unread_note
 from ..reading import check_fields, existing, json_object, refuse_duplicates
 from ..scorers import scienceqa
 from ..shared import UserError
@@ -66,22 +66,14 @@ def _item(folder: Path, path: Path, pid: str, problem: object) -> Item:
 
 def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
     found = scienceqa.score(item.facts._replace(answer=answers[item.id]) for item in items)
-    row: list[Cell] = [
-        "measured",
-        *(found.categories.get(name) for name in scienceqa.CATEGORIES),
-        found.average,
-    ]
-    note = f"{100 * found.unread:.1f} % of the answers name no option that a rule could read; they count as wrong."
-    return [Table("ScienceQA, test", ("%", *scienceqa.CATEGORIES, "average"), [row], [note])]
+    names = scienceqa.CATEGORIES
+    row: list[Cell] = ["measured", *(found.categories.get(name) for name in names), found.average]
+    return [Table("ScienceQA, test", ("%", *names, "average"), [row], [unread_note(found.unread)])]
 
 
 _SOURCE = "arXiv 2303.16199v3"
 BENCHMARK = Benchmark(
-    name="scienceqa",
-    about="ScienceQA: multiple choice with text and images, eight categories",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
+    "scienceqa", "ScienceQA: multiple choice with text and images, eight categories", LAYOUT, read, tables,
     quoted=(
         Quoted("LLaMA-Adapter, text only", _SOURCE, {"average": 78.31}),
         Quoted(

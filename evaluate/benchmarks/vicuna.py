@@ -24,10 +24,6 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="vicuna",
-    about="open questions (the 80 of Vicuna's authors), for the judge to compare",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
+    "vicuna", "open questions (the 80 of Vicuna's authors), for the judge to compare", LAYOUT, read, tables,
     max_new_tokens=512,
-)
+)  # fmt: skip

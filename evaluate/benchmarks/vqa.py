@@ -68,11 +68,6 @@ def tables(items: Sequence[Item], answers: Mapping[str, str]) -> list[Table]:
 
 
 BENCHMARK = Benchmark(
-    name="vqa",
-    about="VQAv2 and data sets of its form: agreement with ten people",
-    layout=LAYOUT,
-    read=read,
-    tables=tables,
-    max_new_tokens=16,
-    brief=True,
-)
+    "vqa", "VQAv2 and data sets of its form: agreement with ten people", LAYOUT, read, tables,
+    max_new_tokens=16, brief=True,
+)  # fmt: skip

@@ -161,6 +161,11 @@ class CacheCall(NamedTuple):
         }
         return CacheCall(**{**self._asdict(), **turned})
 
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """The attention of a rotated query to keys that are in the cache already, all three head-major."""
+        lengths = {"max_seqlen_q": query.shape[2], "max_seqlen_k": key.shape[2]}
+        return _attention(self.head_major(), query=query, key=key, value=value, **lengths)
+
 
 class PromptCall(NamedTuple):
     """The prompt branch alone, added onto `out`."""
@@ -181,21 +186,20 @@ class PromptCall(NamedTuple):
         """The attention call without keys, whose output is the prompt branch."""
         query, cu_seqlens = self.query, self.cu_seqlens
         no_keys = query.new_empty((query.shape[0], self.prompt_key.shape[1], 0, query.shape[3]))
-        return Call(
-            query=query,
+        return _attention(
+            self,
             key=no_keys,
             value=no_keys,
-            prompt_key=self.prompt_key,
-            prompt_value=self.prompt_value,
-            gate=self.gate,
-            prompt_index=self.prompt_index,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=None if cu_seqlens is None else torch.zeros_like(cu_seqlens),
             max_seqlen_q=self.max_seqlen,
-            scale=self.scale,
-            softcap=self.softcap,
-            tanh_gate=self.tanh_gate,
         )
+
+
+def _attention(call: CacheCall | PromptCall, **fields: Any) -> Call:
+    """The attention call with the fields that it has in common with another call, and with those given."""
+    shared = {name: value for name, value in call._asdict().items() if name in Call._fields}
+    return Call(**{**shared, **fields})
 
 
 AnyCall = Call | CacheCall | PromptCall

@@ -53,20 +53,7 @@ def attention_with_cache(call: CacheCall) -> tuple[Tensor, None]:
         piece, may_be_empty = whole_cache.append(call)
         query, out = piece.query, _token_branch(_grouped(piece), may_be_empty)
         out = out.unflatten(2, (-1, query.shape[2])).flatten(1, 2) if out.shape != query.shape else out
-    turned = call.head_major()
-    whole = Call(
-        query=query,
-        key=query,
-        value=query,
-        prompt_key=turned.prompt_key,
-        prompt_value=turned.prompt_value,
-        gate=call.gate,
-        prompt_index=call.prompt_index,
-        scale=call.scale,
-        softcap=call.softcap,
-        tanh_gate=call.tanh_gate,
-    )
-    return _add_prompt_branch(whole, out).transpose(1, 2), None
+    return _add_prompt_branch(call.attention(query, query, query), out).transpose(1, 2), None
 
 
 def _reads_lengths(call: CacheCall) -> bool:

@@ -122,24 +122,8 @@ def _append(call: CacheCall) -> tuple[Call, Tensor]:
         call.value_cache[owner, slot] = call.new_value
         seqlens = seqlens + new_key.shape[1]
     key, value = _gather_pages(call)
-    turned = call._replace(query=query, key_cache=key, value_cache=value).head_major()
-    return Call(
-        query=turned.query,
-        key=turned.key_cache,
-        value=turned.value_cache,
-        prompt_key=turned.prompt_key,
-        prompt_value=turned.prompt_value,
-        gate=call.gate,
-        sinks=call.sinks,
-        prompt_index=call.prompt_index,
-        max_seqlen_q=query.shape[1],
-        max_seqlen_k=key.shape[1],
-        scale=call.scale,
-        softcap=call.softcap,
-        window_left=call.window_left,
-        window_right=call.window_right,
-        tanh_gate=call.tanh_gate,
-    ), seqlens
+    turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return call.attention(*turned), seqlens
 
 
 def _gather_pages(call: CacheCall) -> tuple[Tensor, Tensor]:

@@ -81,19 +81,7 @@ def in_transformers(base: Llama) -> Any:
 def transformers_config(config: LlamaConfig) -> Any:
     from transformers import LlamaConfig as TransformersConfig
 
-    return TransformersConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads_q,
-        num_key_value_heads=config.num_heads_kv,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
-        use_cache=False,
-    )
+    return TransformersConfig.from_dict(config.to_hf() | {"use_cache": False})
 
 
 def with_liger(model: Any) -> Any:

@@ -102,9 +102,7 @@ def add_device(parser: Parser) -> None:
 
 
 def measure_parser() -> Parser:
-    parser = Parser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser.of_module("bench", __doc__)
     names = ", ".join((*suites(), "all"))
     parser.add_argument("suites", nargs="+", type=suite_name("all"), metavar="suite", help=names)
     add_device(parser)

@@ -19,7 +19,6 @@ only a few: the ledgers, the log, gpu-check.json and docs.zip.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -232,11 +231,7 @@ def said(text: str, log: TextIO, console: Console, style: str = "yellow") -> Non
 
 def main() -> int:
     known = dict.fromkeys(step.part for step in (*steps(Path()), tune(Path())))
-    parser = Parser(
-        prog="python -m bench.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser.of_module("bench.gpu_check", __doc__)
     parser.add_argument("--out", type=Path, help="ledgers, log, page and pictures go there")
     parser.add_argument(
         "--part", choices=known, metavar="PART", help=f"one instead of all: {', '.join(known)}"

@@ -9,7 +9,6 @@ verdicts: later programs then start without them. Triton compiles its kernels me
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 import time
@@ -172,11 +171,7 @@ def forget() -> int:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """The program; the exit status."""
-    parser = Parser(
-        prog="python -m zinit_kernels.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser.of_module("zinit_kernels.check", __doc__)
     parser.add_argument(
         "--gpu", action="store_true", help="try the kernels of NVIDIA GPUs, and keep the verdicts"
     )

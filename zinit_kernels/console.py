@@ -83,6 +83,12 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "store", _StoreOnce)
         self.register("action", "store_true", _StoreTrueOnce)
 
+    @classmethod
+    def of_module(cls, name: str, docstring: str | None) -> Parser:
+        """The parser of `python -m NAME`, whose --help shows the module's docstring as it is written."""
+        raw = argparse.RawDescriptionHelpFormatter
+        return cls(prog=f"python -m {name}", description=docstring, formatter_class=raw)
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; what an earlier call was given does not count."""
         self._given.clear()

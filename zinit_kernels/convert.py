@@ -6,7 +6,6 @@ and refused, unless --allow-loss.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +17,7 @@ from .inspect import source_arguments, told_by
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; the exit status."""
-    parser = Parser(
-        prog="python -m zinit_kernels.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser.of_module("zinit_kernels.convert", __doc__)
     source_arguments(parser)
     parser.add_argument(
         "destination", type=Path, metavar="DST", help="the file to write; with --to peft a folder"

@@ -9,7 +9,6 @@ the written order. `zinit check --forget` removes the times.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -93,11 +92,7 @@ def tune(device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequenc
 
 def main(arguments: Sequence[str] = ()) -> int:
     """The program; the exit status."""
-    parser = Parser(
-        prog="python -m zinit_kernels.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser.of_module("zinit_kernels.tune", __doc__)
     parser.add_argument(
         "--head-dim", type=int, nargs="+", metavar="D", help=f"(default: {' '.join(map(str, HEAD_DIMS))})"
     )

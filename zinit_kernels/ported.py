@@ -70,8 +70,18 @@ _ALIBI = (
 )
 _OF_PACKED = "it belongs to packed sequences: call zero_init_attention_varlen"
 _OF_CACHES = "it belongs to a cache: call zero_init_attention_with_kvcache"
+_SEQUENCES_OF_A_CACHE = dict.fromkeys(
+    ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "leftpad_k"), Keyword((), _OF_CACHES)
+)
+_ROTARY_INTERLEAVED = {"rotary_interleaved": Keyword(_BOOLS, "")}  # without tables it changes nothing
 
-_WHOLE = _EVERYWHERE | {
+
+def _rotary_tables(query: str, key: str) -> dict[str, Keyword]:
+    why = f"{_OF_CACHES}, or rotate {query} and {key} before the call"
+    return dict.fromkeys(("rotary_cos", "rotary_sin"), Keyword((), why))
+
+
+_WHOLE = _EVERYWHERE | _SEQUENCES_OF_A_CACHE | _rotary_tables("query", "key") | _ROTARY_INTERLEAVED | {
     "alibi_slopes": Keyword((), "it adds -slope * distance to the scores: pass that bias [B, Hq, T, S] as attn_mask"),
     "softmax_scale": Keyword((), "its name here is scale"),
     "causal": Keyword(_OFF, "its name here is is_causal; for flash-attn's alignment at the last key, where there are "
@@ -80,15 +90,8 @@ _WHOLE = _EVERYWHERE | {
     "cu_seqlens_k": Keyword((), _OF_PACKED),
     "max_seqlen_q": Keyword((), _OF_PACKED),
     "max_seqlen_k": Keyword((), _OF_PACKED),
-    "cache_seqlens": Keyword((), _OF_CACHES),
-    "cache_batch_idx": Keyword((), _OF_CACHES),
-    "cache_leftpad": Keyword((), _OF_CACHES),
-    "leftpad_k": Keyword((), _OF_CACHES),
     "block_table": Keyword((), _OF_CACHES + ", or zero_init_attention_varlen"),
     "page_table": Keyword((), _OF_CACHES + ", where its name is block_table"),
-    "rotary_cos": Keyword((), _OF_CACHES + ", or rotate query and key before the call"),
-    "rotary_sin": Keyword((), _OF_CACHES + ", or rotate query and key before the call"),
-    "rotary_interleaved": Keyword(_BOOLS, ""),  # without tables it changes nothing
 }  # fmt: skip
 _FLASH = _EVERYWHERE | {
     "alibi_slopes": Keyword((), _ALIBI),
@@ -98,15 +101,7 @@ _FLASH = _EVERYWHERE | {
                          "keys by the lengths"),
     "page_table": Keyword((), "its name here is block_table"),
 }  # fmt: skip
-_PACKED = _FLASH | {
-    "cache_seqlens": Keyword((), _OF_CACHES),
-    "cache_batch_idx": Keyword((), _OF_CACHES),
-    "cache_leftpad": Keyword((), _OF_CACHES),
-    "leftpad_k": Keyword((), _OF_CACHES),
-    "rotary_cos": Keyword((), _OF_CACHES + ", or rotate q and k before the call"),
-    "rotary_sin": Keyword((), _OF_CACHES + ", or rotate q and k before the call"),
-    "rotary_interleaved": Keyword(_BOOLS, ""),
-}
+_PACKED = _FLASH | _SEQUENCES_OF_A_CACHE | _rotary_tables("q", "k") | _ROTARY_INTERLEAVED
 _QUERIES = (
     "queries of several lengths against a cache of pages are zero_init_attention_varlen's, with block_table"
 )

@@ -16,32 +16,38 @@ GRADIENTS = ("query", "key", "value", "prompt_key", "prompt_value", "gate")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One attention call; `seqlens_*` of more than one length make it a packed one."""
+class _AnyCase:
+    """What every case says."""
 
     name: str
-    batch: int = 2
     heads_q: int = 4
     heads_kv: int = 4
-    seqlens_q: tuple[int, ...] = (63,)
-    seqlens_k: tuple[int, ...] | None = None  # None: as seqlens_q
     head_dim: int = 64
     prompt_length: int = 10
     table: str = "shared"  # shared | per_sample | indexed | none
+    gate_activation: str = "tanh"
     causal: bool = True
     window: tuple[int, int] = (-1, -1)
-    mask: str = "none"  # none | padding | left_padding | additive | all_masked | dense
-    gate: str = "per_head"  # per_head | scalar | zero | per_row
-    gate_activation: str = "tanh"
-    layout: str = "contiguous"  # contiguous | token_major | sliced
-    prompt_dtype: torch.dtype | None = None  # None: as query
-    scale: float | None = None
     softcap: float = 0.0
-    packed: bool = False
+    prompt_dtype: torch.dtype | None = None  # None: as query
     sinks: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Case(_AnyCase):
+    """One attention call; `seqlens_*` of more than one length make it a packed one."""
+
+    batch: int = 2
+    seqlens_q: tuple[int, ...] = (63,)
+    seqlens_k: tuple[int, ...] | None = None  # None: as seqlens_q
+    mask: str = "none"  # none | padding | left_padding | additive | all_masked | dense
+    gate: str = "per_head"  # per_head | scalar | zero | per_row
+    layout: str = "contiguous"  # contiguous | token_major | sliced
+    scale: float | None = None
+    packed: bool = False
 
 
 CASES = [
@@ -245,13 +251,9 @@ def _mask(case: Case, batch: int, seqlen_q: int, seqlen_k: int, random: torch.Ge
 
 
 @dataclass(frozen=True)
-class CacheCase:
+class CacheCase(_AnyCase):
     """One call of the cache function."""
 
-    name: str
-    heads_q: int = 4
-    heads_kv: int = 4
-    head_dim: int = 64
     seqlens: tuple[int, ...] = (0, 37, 100)  # keys in the cache before the call, by sequence
     seqlen_q: int = 1
     append: bool = True
@@ -262,18 +264,7 @@ class CacheCase:
     head_major: bool = False
     rotary_dim: int = 0
     rotary_interleaved: bool = False
-    prompt_length: int = 10
-    table: str = "shared"
-    gate_activation: str = "tanh"
-    causal: bool = True
-    window: tuple[int, int] = (-1, -1)
     num_splits: int = 0
-    softcap: float = 0.0
-    prompt_dtype: torch.dtype | None = None
-    sinks: bool = False
-
-    def __str__(self) -> str:
-        return self.name
 
 
 CACHE_CASES = [

@@ -45,7 +45,15 @@ def table_of(title: str, entries: Sequence[Entry], run: Mapping[str, Any]) -> Ta
     first = next(entry for entry in entries if entry["kind"] == "test")
     (score,) = next(entry["figures"] for entry in entries if entry["kind"] == "validation")
     figures = list(first["figures"])
-    columns = ["method", "trained numbers", "seconds", "learning rate", f"validation {score}"]
+    # larger is better in a score: "-loss" is the loss with its sign turned, and the table shows the loss
+    sign = -1 if score.startswith("-") else 1
+    columns = [
+        "method",
+        "trained numbers",
+        "seconds",
+        "learning rate",
+        f"validation {score.removeprefix('-')}",
+    ]
     for name in figures:
         columns += [name, "lowest", "highest"]
     rows: list[list[Cell]] = []
@@ -54,7 +62,7 @@ def table_of(title: str, entries: Sequence[Entry], run: Mapping[str, Any]) -> Ta
         tests = [entry for entry in own if entry["kind"] == "test"]
         tried = [entry["figures"][score] for entry in own if entry["kind"] == "validation"]
         row: list[Cell] = [method, tests[0]["numbers"], mean([entry["seconds"] for entry in tests])]
-        row += [f"{tests[0]['learning_rate']:g}", max(tried)]
+        row += [f"{tests[0]['learning_rate']:g}", sign * max(tried)]
         for name in figures:
             values = test_figures(entries, method, name)
             row += [mean(values), min(values), max(values)]

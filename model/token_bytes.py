@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 
-@dataclass(frozen=True)
-class ByteLevel:
-    """A tokenizer of the tokenizers library, each character of whose tokens is one byte."""
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether the decoder of the tokenizers library's tokenizer turns the characters of that alphabet into bytes."""
+    return tokenizer.decoder is not None and tokenizer.decoder.decode(["aĠa"]) == "a a"
 
-    tokenizer: Any
-    added: frozenset[int]  # tokens that are text
 
-    @classmethod
-    def of(cls, tokenizer: Any) -> ByteLevel | None:
-        """None where the tokenizer's decoder does not turn the characters of that alphabet into bytes."""
-        if tokenizer.decoder is None or tokenizer.decoder.decode(["aĠa"]) != "a a":
-            return None
-        return cls(tokenizer, frozenset(tokenizer.get_added_tokens_decoder()))
-
-    def bytes_of(self, id: int) -> bytes | None:
-        """None for a token that is text."""
-        token, byte_of = self.tokenizer.id_to_token(id), _alphabet()
-        if token is None or id in self.added or not all(character in byte_of for character in token):
-            return None
-        return bytes(byte_of[character] for character in token)
+def bytes_of(token: str) -> bytes | None:
+    """The bytes of a token, each character of which is one. None for other text."""
+    byte_of = _alphabet()
+    if not all(character in byte_of for character in token):
+        return None
+    return bytes(byte_of[character] for character in token)
 
 
 @cache

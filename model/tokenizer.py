@@ -19,7 +19,7 @@ from typing import Any
 from .errors import UserError, is_out_of_memory, warn
 from .gguf_file import find_gguf, read_gguf
 from .gguf_tokenizer import describe_tokenizer
-from .token_bytes import ByteLevel
+from .token_bytes import is_byte_level
 from .tokenizer_config import AddedToken, TokenizerConfig, read_tokenizer_config
 from .tokenizer_libraries import Encoded, Library, SentencePiece, guarded, without_prefix, without_template
 
@@ -58,7 +58,7 @@ class Tokenizer:
     named: Mapping[str, str] = field(default_factory=dict)  # unk_token, pad_token, ... -> the token's name
     unlisted: frozenset[int] = frozenset()  # of tokens that are named, but that no file gives an id
     chat_template: str | None = None  # Jinja: how a conversation becomes a text; chat.py renders it
-    byte_level: ByteLevel | None = None  # of a vocabulary whose tokens are bytes
+    _bytes_of: Callable[[int], bytes | None] | None = None  # in a vocabulary whose tokens are bytes
     # of a text with special tokens in it, and a character that keeps names from being tokens
     _encode_template: Callable[..., Encoded] = field(default=without_template)
 
@@ -110,8 +110,8 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes | None:
         """The bytes of a token, which text cannot show where it is a part of a character. None: only text is known."""
-        if self.byte_level is not None:
-            return self.byte_level.bytes_of(id)
+        if self._bytes_of is not None:
+            return self._bytes_of(id)
         return next((bytes([byte]) for byte, other in self.byte_ids.items() if other == id), None)
 
     def check_vocabulary(self, rows: int) -> Tokenizer:
@@ -287,10 +287,10 @@ def _wrapped(
     """A tokenizer of the tokenizers library as a `Tokenizer`."""
     import tokenizers
 
-    library = Library(tokenizer, path.parent)
+    added = tokenizer.get_added_tokens_decoder()
+    library = Library(tokenizer, path.parent, frozenset(added))
     known = tokenizer.get_vocab()
     prefix, suffix = _around(tokenizer, path)
-    added = tokenizer.get_added_tokens_decoder()
     special_ids = {token.content: id for id, token in added.items() if token.special and token.content}
     return Tokenizer(
         max(known.values(), default=-1) + 1,
@@ -306,7 +306,7 @@ def _wrapped(
         special_ids=special_ids,
         chat_template=chat_template,
         named=_names_of(bos_id, eos_id, special_ids),
-        byte_level=ByteLevel.of(tokenizer),
+        _bytes_of=library.bytes_of if is_byte_level(tokenizer) else None,
         _encode_template=library.encode_template,
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import UserError, is_out_of_memory
+from .token_bytes import bytes_of
 
 
 class Encoded(NamedTuple):
@@ -30,6 +31,7 @@ class Library:
 
     tokenizer: Any
     folder: Path
+    added: frozenset[int]  # added tokens, which are text
     _with_special: dict[str, Any] = field(default_factory=dict, compare=False)  # by mark
 
     def encode(self, text: str) -> list[int]:
@@ -58,20 +60,25 @@ class Library:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def bytes_of(self, id: int) -> bytes | None:
+        """The bytes of a token of a byte-level vocabulary. None for a token that is text."""
+        token = None if id in self.added else self.tokenizer.id_to_token(id)
+        return None if token is None else bytes_of(token)
+
     @property
     def _cannot(self) -> str:
         return f"the tokenizer of {self.folder} cannot encode a text"
 
-    def __reduce__(self) -> tuple[Callable[[str, Path], Library], tuple[str, Path]]:
-        return _read_library, (self.tokenizer.to_str(), self.folder)
+    def __reduce__(self) -> tuple[Callable[..., Library], tuple[str, Path, frozenset[int]]]:
+        return _read_library, (self.tokenizer.to_str(), self.folder, self.added)
 
 
-def _read_library(content: str, folder: Path) -> Library:
+def _read_library(content: str, folder: Path, added: frozenset[int]) -> Library:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True  # no part of the library's file format, nor of its own pickles
-    return Library(tokenizer, folder)
+    return Library(tokenizer, folder, added)
 
 
 def _with_special_tokens(tokenizer: Any, mark: str) -> Any:

@@ -358,7 +358,7 @@ def test_a_tokenizer_sent_to_another_process_is_the_same(tmp_path, sentencepiece
     tokenizer = load_tokenizer(tmp_path)
     tokenizer = tokenizer.check_vocabulary(tokenizer.vocab_size)
     sent = pickle.loads(pickle.dumps(tokenizer))
-    own = {"_encode": None, "_decode": None, "_encode_template": None, "byte_level": None}
+    own = {"_encode": None, "_decode": None, "_encode_template": None, "_bytes_of": None}
     assert vars(sent) | own == vars(tokenizer) | own
     ids = range(tokenizer.vocab_size)
     assert list(map(sent.token_bytes, ids)) == list(map(tokenizer.token_bytes, ids))

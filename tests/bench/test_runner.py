@@ -2,11 +2,9 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -14,18 +12,16 @@ import pytest
 import torch
 from bench_rows import FACTS, row
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import ledger, machine, methods, runner
-from bench.__main__ import RESULTS, main
+from bench.__main__ import main
 from bench.correctness import why_wrong
 from bench.ledger import read
 from bench.machine import ROOT
-from bench.problem import PREFILL, Provider, Shape, make_problem, prefill
-from bench.products import products_of
+from bench.problem import PREFILL, Provider, make_problem, prefill
 from bench.providers import PLAIN, TWICE, prefill_providers, twice
 from bench.runner import Target, judged, rows_of, speed_over
-from bench.suites import attention, compare, generate, serve, seven_billion, targets, train, vision
+from bench.suites import attention, compare, generate, serve, targets, train, vision
 from zinit_kernels.console import InputError
 
 CPU = torch.device("cpu")
@@ -244,143 +240,6 @@ def test_a_run_of_some_providers_is_not_complete(tmp_path, monkeypatch):
     assert ran == ["some", "others", "few", "some", "all compiled"]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 7), (3, 9), (1, 5)])
-def test_pairs_are_counted_as_the_mask_leaves_them(causal, seqlen_q, seqlen_k):
-    shape = Shape("", 1, 1, 1, 8, seqlen_q, seqlen_k, 10, causal)
-    seen = torch.ones(seqlen_q, seqlen_k)
-    seen = seen.tril(seqlen_k - seqlen_q) if causal else seen
-    assert shape.pairs == seen.sum() + seqlen_q * 10
-    assert shape.flops("forward") == 4 * 8 * shape.pairs
-
-
-def test_the_limits_of_a_cpu_are_measured_as_they_are_counted():
-    """Four times the work takes more than twice the CPU time: the compiler has left nothing out."""
-
-    def cpu_seconds(call):
-        times = []
-        for _ in range(5):
-            start = time.process_time()
-            call()
-            times.append(time.process_time() - start)
-        return min(times)
-
-    library, threads = machine.roofs(), torch.get_num_threads()
-    for loop in (library.zinit_roof_float32, library.zinit_roof_bfloat16):
-        if not loop(1, 1):
-            continue
-        assert loop(400, 2) == 2 * loop(400, 1) == 4 * loop(200, 1) > 0
-        assert cpu_seconds(lambda loop=loop: loop(800_000, 1)) > 2 * cpu_seconds(
-            lambda loop=loop: loop(200_000, 1)
-        )
-    small, large = (machine.peak_read(n) for n in (1 << 20, 1 << 28))
-    assert small[1] == large[1] == 1 << 28  # a small buffer is read until as many bytes were
-    data = torch.ones(1 << 20, dtype=torch.uint8).data_ptr()
-    once, often = (partial(library.zinit_roof_read, data, 1 << 20, passes, 1) for passes in (200, 800))
-    assert cpu_seconds(often) > 2 * cpu_seconds(once)
-    assert machine.peak_arithmetic(torch.float16)[1] == library.zinit_roof_float32(
-        machine.ITERATIONS, threads
-    )
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="x86 with FMA")
-def test_the_limit_loop_keeps_its_sums_apart(tmp_path):
-    """Equal sums would be merged into one, and the peak would be many times too high."""
-    code = subprocess.run(
-        ["objdump", "-d", machine.compile_roofs(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert code.stdout.count("vfmadd") >= 12
-
-
-def test_a_cpu_without_a_compiler_has_no_limit_and_the_rest_is_measured(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    machine.roofs.cache_clear()
-    notes = []
-    try:
-        rows = forward_rows((Provider("honest", twice),), notes)
-    finally:
-        machine.roofs.cache_clear()
-    assert {r.provider for r in rows} == {"honest", attention.PRODUCT}
-    assert notes == ["the peak arithmetic is not measured: there is no C++ compiler (g++, or CXX)"]
-
-
-def test_every_suite_runs(capsys):
-    """All of them on tiny shapes; nothing is kept."""
-    before = sorted(RESULTS.rglob("*"))
-    assert main(["all", "--smoke", "--dtype", "float32"]) == 0
-    out = capsys.readouterr().out
-    for word in ("zinit cpu", TWICE, "official formula", "peak MB", "zinit adapter", "first token ms"):
-        assert word in out, word
-    for name, suite in runner.suites().items():
-        assert (f": {name}, " in out) == suite.in_all, name
-    assert sorted(RESULTS.rglob("*")) == before
-
-
-def test_the_products_of_a_training_step_are_those_it_cannot_do_without():
-    """Every weight once forward; backward those above the lowest adapted layer's attention; the loss twice."""
-    config, tokens = methods.TINY, 2 * 32
-    base = methods.random_base(config, torch.float32, CPU)
-    _, step = train.training_step(methods.METHODS[0], base, train.SMOKE)
-    run = products_of(step, base)
-    with FlopCounterMode(display=False) as counter:
-        run()
-    heads = config.num_heads_q * config.head_dim
-    attention = config.hidden_size * (heads + 2 * config.num_heads_kv * config.head_dim)
-    others = config.hidden_size * (heads + 3 * config.intermediate_size)
-    adapted = config.num_layers - methods.unadapted_layers(config)
-    weights = config.num_layers * (attention + others) + (adapted - 1) * (attention + others) + others
-    loss = 2 * (tokens - 2) * config.vocab_size * config.hidden_size
-    assert counter.get_total_flops() == 2 * (tokens * weights + loss)
-
-
-def test_a_training_step_stands_beside_its_products_alone():
-    (job,) = train.train_jobs(replace(QUICK, smoke=True, only_providers=(methods.ADAPTER,)))
-    products, ours = job.run(print)
-    assert (products.provider, ours.provider) == (train.PRODUCTS, methods.ADAPTER)
-    assert ours.ratios[train.PRODUCTS] > 1 > products.ratios[methods.ADAPTER]
-    assert {target.bound for target in train.CPU_TARGETS if "products" in target.what} == {1.05, 1.08}
-
-
-def test_every_file_of_the_folder_is_a_suite_and_two_must_be_named():
-    files = {path.stem for path in (ROOT / "bench" / "suites").glob("*.py")}
-    found = runner.suites()
-    assert files <= {suite.jobs.__module__.rpartition(".")[2] for suite in found.values()}
-    assert [name for name, suite in found.items() if not suite.in_all] == ["serve", "seven_billion"]
-    for suite in found.values():
-        assert all(job.title.startswith(f"{suite.name}, ") for job in suite.jobs(replace(QUICK, smoke=True)))
-
-
-def test_serving_gives_ratios_latencies_and_the_share_of_equal_answers():
-    rows = [row for job in serve.jobs(replace(QUICK, smoke=True)) for row in job.run(print)]
-    assert [row.mode for row in rows] == [serve.ALONE] * 2 + [serve.BATCH] * 2 + [serve.STEP] * 2 + [
-        serve.CLIENTS
-    ]
-    assert all(row.ratios for row in rows[:-1])
-    figures = rows[-1].figures
-    assert figures["equal answers"] == 1 and figures["answers"] >= serve.NUM_CLIENTS
-    assert 0 < figures["first token p50 ms"] <= figures["first token p99 ms"]
-
-
-def test_seven_billion_gives_seconds_and_memory_of_each_phase_and_leaves_no_file(tmp_path):
-    options = replace(QUICK, smoke=True, scratch=tmp_path)
-    whole, packed = seven_billion.jobs(options)
-    rows = [*whole.run(print), *packed.run(print)]
-    assert [r.mode.partition(",")[0] for r in rows] == ["load", "training step", "generate"] * 2
-    assert all(0.05 < r.figures["peak resident GB"] < 4 and r.figures["seconds"] > 0 for r in rows)
-    assert not list(tmp_path.iterdir())
-
-
-def test_seven_billion_asks_for_space_before_it_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**9}))
-    job, *_ = seven_billion.jobs(replace(QUICK, scratch=tmp_path))
-    with pytest.raises(
-        ledger.BenchError, match=r"takes 13.5 GB and .* has 1.0 GB free: name another .*--scratch"
-    ):
-        list(job.run(print))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_layers_cpu")]
 )
@@ -442,6 +301,18 @@ def test_processes_that_would_slow_each_other_down_are_refused(monkeypatch, comm
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="was started as 2 processes .* and runs in one"):
         main(command)
+
+
+def test_a_cpu_without_a_compiler_has_no_limit_and_the_rest_is_measured(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    machine.roofs.cache_clear()
+    notes = []
+    try:
+        rows = forward_rows((Provider("honest", twice),), notes)
+    finally:
+        machine.roofs.cache_clear()
+    assert {r.provider for r in rows} == {"honest", attention.PRODUCT}
+    assert notes == ["the peak arithmetic is not measured: there is no C++ compiler (g++, or CXX)"]
 
 
 def test_a_target_is_judged_by_every_row():

@@ -4,107 +4,30 @@ Nothing is computed here. `noted_launches` notes what the kernels are launched w
 GPU's.
 """
 
-import contextlib
+# ruff: noqa: F811 - a fixture that a test asks for
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from noted_launches import labelled, launches  # noqa: F401
+from kept_on_gpu import (  # noqa: F401
+    FUNCTIONS,
+    cached,
+    forget,
+    launches,
+    misaligned,
+    numbers,
+    on_gpu,
+    outcome,
+    whole,
+)
+from threads import on_threads
 
-from zinit_kernels import arguments, call_keys, dispatch, kept_calls, proof, zero_init_attention
+from zinit_kernels import call_keys, dispatch, kept_calls, proof, zero_init_attention
 from zinit_kernels import zero_init_attention_with_kvcache as with_kvcache
-from zinit_kernels.backends import fused, triton
-from zinit_kernels.backends.triton import kept, launch
-
-
-@pytest.fixture
-def on_gpu(launches, monkeypatch):  # noqa: F811
-    """The launches; `checked` counts the calls whose arguments were checked, as those of the long way are."""
-    monkeypatch.setattr(kept_calls, "is_on_gpu", lambda query: True)
-    monkeypatch.setattr(triton, "INTERPRETED", True)
-    for stage in ("forward", "backward", "decode"):
-        monkeypatch.setitem(fused.OPERATORS, (stage, "triton"), getattr(launch, stage))
-    launches.checked = 0
-    originals = {name: getattr(arguments, name) for name in ("from_sdpa", "from_cache")}
-    for name in originals:
-
-        def counted(*given, check=originals[name]):
-            launches.checked += 1
-            return check(*given)
-
-        monkeypatch.setattr(arguments, name, counted)
-    forget()
-    yield launches
-    forget()
-
-
-def forget():
-    kept_calls._WHOLE._known.clear()
-    kept_calls._CACHED._known.clear()
-    kept._plans.clear()
-
-
-def numbers(*shape, dtype=torch.bfloat16):
-    return torch.zeros(shape, dtype=dtype)
-
-
-def whole():
-    """Arguments of `zero_init_attention`."""
-    return {
-        "query": numbers(2, 4, 33, 64),
-        "key": numbers(2, 2, 33, 64),
-        "value": numbers(2, 2, 33, 64),
-        "prompt_key": numbers(2, 10, 64),
-        "prompt_value": numbers(2, 10, 64),
-        "gate": numbers(4, dtype=torch.float32),
-        "is_causal": True,
-        "backend": "triton",
-    }
-
-
-def cached():
-    """Arguments of `zero_init_attention_with_kvcache`: caches in one piece of memory, with room behind each."""
-    memory = numbers(5, 2, 48, 2, 64)
-    return {
-        "q": numbers(2, 1, 4, 64),
-        "k_cache": memory[0],
-        "v_cache": memory[2],
-        "k": numbers(2, 1, 2, 64),
-        "v": numbers(2, 1, 2, 64),
-        "prompt_k": numbers(1, 10, 2, 64),
-        "prompt_v": numbers(1, 10, 2, 64),
-        "gate": numbers(1, 4, dtype=torch.float32),
-        "cache_seqlens": torch.tensor([3, 40], dtype=torch.int32),
-        "causal": True,
-        "backend": "triton",
-    }
-
-
-def outcome(noted, function, given):
-    """What a call launches and returns, and its backward if it has one; or its error."""
-    noted.clear()
-    try:
-        with torch.enable_grad():
-            out, lse = function(**given, return_lse=True)
-            result = [(t.shape, t.stride(), t.dtype, t.requires_grad) for t in (out, lse)]
-            leaves = [t for t in given.values() if torch.is_tensor(t) and t.requires_grad]
-            made = [out, lse]
-            if out.requires_grad:
-                grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-                result += [(t.shape, t.dtype) for t in grads]
-    except (TypeError, ValueError, RuntimeError) as error:
-        return type(error), str(error)
-    inputs = [t for t in given.values() if torch.is_tensor(t)]
-    return labelled(noted, [*inputs, *made]), result
-
-
-FUNCTIONS = {"whole": (zero_init_attention, whole), "cached": (with_kvcache, cached)}
 
 
 class Marked(torch.Tensor):
@@ -119,11 +42,6 @@ class Meaning(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         return super().__torch_function__(function, types, args, kwargs or {})
-
-
-def misaligned(t):
-    memory = torch.zeros(t.numel() + 1, dtype=t.dtype)
-    return memory[1:].view(t.shape)
 
 
 def other_strides(t):
@@ -324,74 +242,6 @@ def test_autograd_learns_which_caches_were_written(on_gpu):
     assert given["k_cache"]._version == 4 and on_gpu.checked == 4
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-def profiled():
-    return torch.autograd.profiler.profile(use_kineto=False)
-
-
-STATES = {
-    "dispatch mode": Watching,
-    "autocast": lambda: torch.autocast("cuda", torch.float16),
-    "profiler": profiled,
-    "forward-mode AD": torch.autograd.forward_ad.dual_level,
-}
-
-
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.filterwarnings("ignore:User provided device_type")
-def test_who_has_to_see_the_operators_sees_them(state, on_gpu, monkeypatch):
-    given = whole()
-    if state == "autocast":  # torch without CUDA turns it off
-        monkeypatch.setattr(kept_calls, "autocast_dtype", lambda: torch.float16 if watched else None)
-    watched = False
-    for _ in range(3):
-        zero_init_attention(**given)
-    checked = on_gpu.checked
-    watched = True
-    try:
-        with STATES[state]():
-            zero_init_attention(**given)
-    except ValueError as error:
-        assert "forward-mode AD" in str(error)
-    assert on_gpu.checked == checked + 1
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_transforms_and_traces_see_the_operators(on_gpu):
-    given = whole()
-    for _ in range(3):
-        zero_init_attention(**given)
-    checked = on_gpu.checked
-    with pytest.raises(ValueError, match=r"torch\.func"):
-        torch.vmap(lambda x: zero_init_attention(**given | {"gate": x}))(given["gate"][None])
-    assert on_gpu.checked == checked + 1
-    with contextlib.suppress(
-        AttributeError
-    ):  # a trace has tensors for sizes, which Triton's launch does not know
-        torch.jit.trace(
-            lambda x: zero_init_attention(**given | {"query": x}), (given["query"],), check_trace=False
-        )
-    assert on_gpu.checked == checked + 2
-
-
-def test_gradients_after_an_input_was_given_other_memory(on_gpu):
-    """As FSDP does between forward and backward: what the backward launches follows from what is there then."""
-    given = whole() | {"prompt_key": numbers(1, 2, 10, 64), "prompt_value": numbers(1, 2, 10, 64)}
-    given = {n: t.requires_grad_() if torch.is_tensor(t) else t for n, t in given.items()}
-    outs = [zero_init_attention(**given) for _ in range(3)]
-    for out in outs[:2]:
-        torch.autograd.grad(out, given["query"], torch.ones_like(out), retain_graph=True)
-    given["prompt_key"].data = other = misaligned(given["prompt_key"].data)
-    on_gpu.clear()
-    torch.autograd.grad(outs[2], given["query"], torch.ones_like(outs[2]))
-    addresses = str(list(on_gpu))
-    assert str(other.data_ptr()) in addresses
-
-
 def test_nothing_is_kept_alive(on_gpu):
     for function, make in FUNCTIONS.values():
         given = {
@@ -407,26 +257,6 @@ def test_nothing_is_kept_alive(on_gpu):
         del given, out
         gc.collect()
         assert seen and not any(reference() is not None for reference in tensors)
-
-
-def test_launches_go_to_the_stream_of_their_call(on_gpu):
-    given = whole()
-    for _ in range(2):
-        zero_init_attention(**given)
-    on_gpu.streams.clear()
-    for on_gpu.stream in (7, 9, 7):
-        zero_init_attention(**given)
-    assert on_gpu.streams == [7, 9, 7] and on_gpu.checked == 2
-
-
-def test_another_current_device_takes_the_long_way(on_gpu, monkeypatch):
-    given = whole()
-    for _ in range(3):
-        zero_init_attention(**given)
-    monkeypatch.setattr(kept, "is_current", lambda index: False)
-    before = on_gpu.checked, on_gpu.by_triton
-    zero_init_attention(**given)
-    assert (on_gpu.checked, on_gpu.by_triton) == (before[0] + 1, before[1] + 1)
 
 
 def test_a_new_verdict_is_heard(on_gpu, monkeypatch):
@@ -462,16 +292,6 @@ def test_a_choice_that_may_change_is_not_kept(on_gpu, monkeypatch):
         assert on_gpu.checked == checked - is_settled
 
 
-def test_a_checkpoint_may_compute_a_kept_call_again(on_gpu):
-    """A call that was checked and one that is kept save the same tensors. The first computation in a backward ends as
-    soon as all tensors are saved, so it is not learnt from."""
-    given = {n: t.requires_grad_() if torch.is_tensor(t) else t for n, t in whole().items()}
-    for _ in range(4):
-        out = torch.utils.checkpoint.checkpoint(lambda: zero_init_attention(**given), use_reentrant=False)
-        out.sum().backward()
-    assert on_gpu.checked == 3
-
-
 def test_threads_get_what_they_asked_for(on_gpu):
     given = whole()
     for _ in range(3):
@@ -487,11 +307,7 @@ def test_threads_get_what_they_asked_for(on_gpu):
             if not sent or str(mine["query"].data_ptr()) not in sent[-1]:
                 wrong.append(out)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work)
     assert not wrong and len(on_gpu) == 200
 
 

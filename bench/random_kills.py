@@ -93,6 +93,16 @@ def make_inputs(folder: Path) -> None:
     """A base with random weights, a tokenizer with one token per character, and records."""
     torch.manual_seed(0)
     save_base(Llama(CONFIG).initialise(std=0.3).freeze(), folder / "base")
+    write_tokenizer(folder / "base")
+    lines = [
+        json.dumps({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n % 9 + 1)))})
+        for n in range(RECORDS)
+    ]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json with one token per ASCII character."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(code): code + 3 for code in range(128)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
@@ -100,12 +110,7 @@ def make_inputs(folder: Path) -> None:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    tokenizer.save(str(folder / "base" / "tokenizer.json"))
-    lines = [
-        json.dumps({"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n % 9 + 1)))})
-        for n in range(RECORDS)
-    ]
-    (folder / "data.jsonl").write_text("\n".join(lines))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def start(options: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:

@@ -52,14 +52,8 @@ def write_encoder(source: Path, directory: Path) -> Path:
     found["embeddings.position_embeddings"] = torch.cat([found.pop("first"), found.pop("rest")], 1)
     found["embeddings.mask_token"] = torch.zeros(1, 384)
 
-    config = Dinov2Config(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=518,
-        patch_size=14,
-        mlp_ratio=4,
-    )
+    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4}
+    config = Dinov2Config(**shape, image_size=518, patch_size=14)
     model = Dinov2Model(config).eval()
     expected = model.state_dict()
     state = {_as_in(expected, name): tensor for name, tensor in found.items()}

@@ -3,14 +3,12 @@
 import errno
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from adapter_files import HEADS, ours, put
 from full_disk import fill_at
-from repository import ROOT, search_path
+from repository import run_python
 
 from zinit_kernels import convert, inspect
 from zinit_kernels.checkpoints import CheckpointError, load_adapter, save_adapter, write_atomically, writing
@@ -26,9 +24,7 @@ def told(capsys, main, *arguments):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    command = [sys.executable, "-m", "zinit_kernels.inspect", tmp_path / "pipe"]
-    environment = os.environ | {"PYTHONPATH": search_path(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    done = run_python("-m", "zinit_kernels.inspect", tmp_path / "pipe", timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'pipe'} is neither a file nor a folder.\n"
 

@@ -4,8 +4,6 @@ import copy
 import io
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 accelerate_hooks = pytest.importorskip("accelerate")
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from repository import ROOT, search_path  # noqa: E402
+from repository import run_python  # noqa: E402
 from tiny_peft import CONFIGS, PROMPTS, adapted, base_model, batch  # noqa: E402
 
 from zinit_kernels.integrations import peft  # noqa: E402
@@ -86,11 +84,7 @@ def test_pickled_models_are_read_by_another_process(tmp_path):
     code += "with torch.no_grad(): print(*[torch.equal(m(**i).logits, out) for m, i, out in models])\n"
     code += "models[1][0].set_attn_implementation('sdpa')\n"
     code += "try: models[1][0](**models[1][1])\nexcept RuntimeError as error: print('ignored' in str(error))"
-    environment = os.environ | {"PYTHONPATH": search_path(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "models.pt"],
-        capture_output=True, text=True, timeout=240, env=environment,
-    )  # fmt: skip
+    done = run_python("-c", code, tmp_path / "models.pt")
     assert done.stdout == "True True\nTrue\n", done.stderr
 
 

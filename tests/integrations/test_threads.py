@@ -3,9 +3,6 @@
 import _thread
 import asyncio
 import copy
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("peft")
-from repository import ROOT, search_path  # noqa: E402
+from repository import run_python  # noqa: E402
 from tiny_peft import CONFIGS, adapted, batch  # noqa: E402
 from tiny_transformers import adapted as prompted  # noqa: E402
 from tiny_transformers import inputs_of, outputs  # noqa: E402
@@ -315,8 +312,5 @@ def test_first_imports_of_several_threads():
     code += "threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in names]\n"
     code += "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
     code += "print(*(hasattr(sys.modules[name], 'NAME') or hasattr(sys.modules[name], 'summary') for name in names))"
-    environment = os.environ | {"PYTHONPATH": search_path(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment
-    )
+    done = run_python("-c", code)
     assert done.stdout.split() == ["True"] * 8 and "Error" not in done.stderr, done.stderr

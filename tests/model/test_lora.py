@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from full_disk import fill_at
-from tiny_runs import CONFIG, arguments, contents, losses_of, make_base, run
+from tiny_runs import CONFIG, arguments, contents, losses_of, make_base, power_cut, run
 
-from model import run_output, train
+from model import train
 from model.errors import UserError
 from model.fingerprint import base_fingerprint, first_fingerprint
 from model.loading import load_base
@@ -69,16 +69,7 @@ def test_a_run_leaves_the_folder_and_resumes_exactly(folder, lora_run, tmp_path)
         norms = torch.tensor(entry["layer_grad_norms"])
         assert len(norms) == 4 and norms.norm().item() == pytest.approx(entry["grad_norm"])
     output = tmp_path / "out"
-    real, saves = run_output.save_checkpoint, []
-
-    def crash(*args):
-        saves.append(None)
-        if len(saves) == 4:
-            raise RuntimeError("power cut")
-        real(*args)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(run_output, "save_checkpoint", crash)
+    with power_cut(save=4):
         train.main(words(folder, output, "--save-every", "1"))
     assert run(*words(folder, output), "--resume") == 0
     assert losses_of(output) == losses_of(lora_run)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from parallel_steps import steps
-from repository import ROOT, search_path
+from repository import ROOT, run_python, search_path
 from tiny_runs import CONFIG, arguments, losses_of, run
 
 from model import program
@@ -139,9 +139,6 @@ def test_a_process_that_finds_no_other_ends(tmp_path):
     """In a process of its own: the second one never comes."""
     code = "import model.parallel.world as world; world._JOIN = 0.5; world.open_world('cpu')"
     place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    environment = os.environ | place | {"PYTHONPATH": search_path(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_python("-c", code, timeout=300, **place)
     assert done.returncode == 1
     assert done.stderr.endswith("error: the processes of this run did not find each other within 0.5 s.\n")

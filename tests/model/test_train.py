@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG, arguments, contents, losses_of, run
+from tiny_runs import CONFIG, arguments, contents, losses_of, power_cut, run
 
-from model import generate, run_output, train_loop, train_options
+from model import generate, train_loop, train_options
 from model import train as program
 from model.adapter_files import load_adapter
 from model.errors import UserError
@@ -99,18 +99,9 @@ def test_a_run_that_crashes_before_its_first_step_resumes(
     assert losses_of(output) == losses_of(whole_run)
 
 
-def test_resume_after_a_crash_takes_the_last_checkpoint(folder, whole_run, tmp_path, monkeypatch):
+def test_resume_after_a_crash_takes_the_last_checkpoint(folder, whole_run, tmp_path):
     output = tmp_path / "out"
-    real, saves = run_output.save_checkpoint, []
-
-    def crash(*args):
-        saves.append(None)
-        if len(saves) == 5:
-            raise RuntimeError("power cut")
-        real(*args)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(run_output, "save_checkpoint", crash)
+    with power_cut(save=5):
         program.main(arguments(folder, output, "--save-every", "1"))
     with open(output / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # a line the crash cut short

@@ -324,26 +324,20 @@ int main() {
       check(std::string("decode, ") + c.name, dtype, c.special,
             [&](const KernelTable& table, int threads) { return decode(table, c, dtype, threads); });
     }
-    for (const LinearCase& c : kLinearCases) {
-      check(std::string("linear, ") + c.name, dtype, false, [&](const KernelTable& table, int threads) {
-        std::vector<Result> results;
-        const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
-        for (auto& [name, values] : linear(table, c, dtype, threads, on_threads)) {
-          results.push_back({name, std::move(values)});
-        }
-        return results;
-      });
-    }
-    for (const RowCase& c : kRowCases) {
-      check(std::string("rows, ") + c.name, dtype, false, [&](const KernelTable& table, int threads) {
-        std::vector<Result> results;
-        const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
-        for (auto& [name, values] : rows(table, c, dtype, threads, on_threads)) {
-          results.push_back({name, std::move(values)});
-        }
-        return results;
-      });
-    }
+    const auto check_all = [&](const std::string& kind, const auto& cases, const auto& results_of) {
+      for (const auto& c : cases) {
+        check(kind + c.name, dtype, false, [&](const KernelTable& table, int threads) {
+          std::vector<Result> results;
+          const auto on_threads = [](const auto& stage, const auto& work, int n) { run(stage, work, n); };
+          for (auto& [name, values] : results_of(table, c, dtype, threads, on_threads)) {
+            results.push_back({name, std::move(values)});
+          }
+          return results;
+        });
+      }
+    };
+    check_all("linear, ", kLinearCases, [](const auto&... given) { return linear(given...); });
+    check_all("rows, ", kRowCases, [](const auto&... given) { return rows(given...); });
   }
   std::string names;
   for (const KernelTable* table : tables()) names += std::string(names.empty() ? "" : ", ") + table->name;

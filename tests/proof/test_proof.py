@@ -2,13 +2,13 @@
 
 import json
 import os
-import threading
 import time
 import warnings
 
 import pytest
 import torch
 from forked import in_a_child
+from threads import on_threads
 
 from zinit_kernels import (
     explain,
@@ -288,11 +288,7 @@ def test_no_trial_in_a_forked_child(gpu):
 
 def test_threads_try_a_family_once(gpu):
     gpu.triton.error = lambda: time.sleep(0.02)
-    threads = [threading.Thread(target=attend) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(attend)
     assert len(gpu.triton.calls) == 4 + 4
 
 

@@ -1,6 +1,8 @@
 """Where the checkout is, for tests that read its files or start its programs."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,3 +15,12 @@ def search_path(*folders):
     """
     given = os.environ.get("PYTHONPATH")
     return os.pathsep.join([*map(str, folders), *([given] if given else [])])
+
+
+def run_python(*command, timeout=240, **environment):
+    """A Python of its own with this checkout on its path: `*command` are its arguments. What it said, as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"PYTHONPATH": search_path(ROOT)} | environment,
+    )  # fmt: skip

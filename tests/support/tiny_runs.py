@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import tokenizers
+import pytest
 import torch
 
+from bench.random_kills import write_tokenizer
+from model import run_output
 from model import train as program
 from model.config import LlamaConfig
 from model.errors import run_program
@@ -16,33 +19,12 @@ from model.llama import Llama
 from model.loading import save_base
 from model.run_folder import read_metrics
 
-CONFIG = LlamaConfig(
-    vocab_size=131,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=4,
-    num_heads_q=4,
-    num_heads_kv=2,
-    head_dim=8,
-    max_seq_len=512,
-)  # fmt: skip
+CONFIG = LlamaConfig(131, 32, 48, num_layers=4, num_heads_q=4, num_heads_kv=2, head_dim=8, max_seq_len=512)
 
 
 def make_base(seed: int = 0, config: LlamaConfig = CONFIG) -> Llama:
     torch.manual_seed(seed)
     return Llama(config).initialise(std=0.3).freeze()
-
-
-def write_tokenizer(directory: Path) -> None:
-    """One token per ASCII character."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(code): code + 3 for code in range(128)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 RECORDS = [
@@ -79,6 +61,23 @@ def run(*words: str, main: Callable[[list[str]], None] = program.main) -> int:
     except SystemExit as end:
         return end.code
     return 0
+
+
+@contextmanager
+def power_cut(save: int) -> Iterator[None]:
+    """Training ends in a RuntimeError at its checkpoint number `save`, which is not written."""
+    real, saves = run_output.save_checkpoint, 0
+
+    def crash(*args) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == save:
+            raise RuntimeError("power cut")
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(run_output, "save_checkpoint", crash)
+        yield
 
 
 def losses_of(output: Path) -> list[tuple]:

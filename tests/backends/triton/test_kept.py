@@ -3,7 +3,6 @@
 `noted_launches` has the stand-ins for the chip and for Triton's compiler.
 """
 
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +16,7 @@ from zinit_kernels.testing import CacheCase, Case, make_cache_arguments, make_in
 triton = pytest.importorskip("triton")
 
 from noted_launches import labelled  # noqa: E402
+from threads import on_threads  # noqa: E402
 
 from zinit_kernels.backends.triton import kept, launch, ranges, tuning  # noqa: E402
 
@@ -199,9 +199,5 @@ def test_threads_launch_what_they_were_given(launches):
             ):
                 wrong.append(out)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    on_threads(work)
     assert not wrong and len(launches) == 200

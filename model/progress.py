@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 EVERY = 10.0  # seconds between two lines
+_ITEMS = 64  # between two looks at the clock, where an item takes less than a millisecond
+_Item = TypeVar("_Item")
 
 
 class Show(Protocol):
@@ -47,9 +49,21 @@ def messages() -> Console:
     return Console(file=file, stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
+def counted(console: Console, items: Iterable[_Item], title: str) -> Iterator[_Item]:
+    """The items, while the progress through them is shown."""
+    total = len(items) if isinstance(items, Sized) else None
+    with progress(console, total, transient=True) as show:
+        for done, item in enumerate(items):
+            if done % _ITEMS == 0:
+                show(done, title)
+            yield item
+
+
 @contextmanager
-def progress(console: Console, total: int, done: int = 0, transient: bool = False) -> Iterator[Show]:
-    """Yields what shows the progress; `done` is where it begins. transient: the bar goes away at the end."""
+def progress(console: Console, total: int | None, done: int = 0, transient: bool = False) -> Iterator[Show]:
+    """Yields what shows the progress; `done` is where it begins. total: None = not known. transient: the bar goes away
+    at the end.
+    """
     if not console.is_interactive:
         yield _Lines(console, total, done)
         return
@@ -81,7 +95,7 @@ def stage(console: Console, title: str, steps: int) -> Iterator[Callable[..., No
 
 
 class _Lines:
-    def __init__(self, console: Console, total: int, done: int):
+    def __init__(self, console: Console, total: int | None, done: int):
         self.console, self.total, self.first = console, total, done
         self.began = self.said = time.monotonic()
 
@@ -90,8 +104,9 @@ class _Lines:
         if not always and now - self.said < EVERY:
             return
         self.said = now
-        parts = [f"{title} {done}/{self.total}".lstrip(), detail]
-        if self.first < done < self.total:
+        of = "" if self.total is None else f"/{self.total}"
+        parts = [f"{title} {done}{of}".lstrip(), detail]
+        if self.total is not None and self.first < done < self.total:
             left = (now - self.began) / (done - self.first) * (self.total - done)
             parts.append(f"{timedelta(seconds=round(left))} left")
         self.console.print(", ".join(part for part in parts if part))

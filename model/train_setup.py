@@ -28,7 +28,7 @@ from .llama import Llama
 from .lora import Lora
 from .mixture import Mixture
 from .parallel.world import World
-from .progress import progress
+from .progress import counted, progress
 from .quantised import kept_as, num_weights
 from .recipe import Recipe
 from .records import Record, read_text
@@ -95,7 +95,7 @@ def make_samples(
 ) -> Samples:
     """The samples of all files. Images are encoded first, and a new visual part takes its statistics from them."""
     files = [_with_images(options, adapter, file, console) for file in found]
-    samples = _samples(options, files, model)
+    samples = _samples(options, files, model, console)
     if isinstance(adapter, VisualAdapter):
         records = [record for file in files if not isinstance(file, Path) for record in file]
         prepare_adapter(adapter, records, options.stage, not options.resume and _is_new(options))
@@ -114,7 +114,9 @@ def _with_images(options: argparse.Namespace, adapter: LlamaAdapter, found: File
         )
 
 
-def _samples(options: argparse.Namespace, files: Sequence[File], model: LlamaConfig) -> Samples:
+def _samples(
+    options: argparse.Namespace, files: Sequence[File], model: LlamaConfig, console: Console
+) -> Samples:
     data = " and ".join(map(str, options.paths))
     tokenizer = load_tokenizer(options.base).check_vocabulary(model.vocab_size)
     if options.chat_template is not None:
@@ -128,7 +130,7 @@ def _samples(options: argparse.Namespace, files: Sequence[File], model: LlamaCon
         raise UserError(f"--max-seq-len {max_seq_len} is beyond the model's context of {model.max_seq_len}.")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
-    encoded = [_encode(options, file, tokenizer, max_seq_len) for file in files]
+    encoded = [_encode(options, file, tokenizer, max_seq_len, console) for file in files]
     report = EncodingReport(max_seq_len, *map(sum, zip(*(part.report[1:] for part in encoded), strict=True)))
     num_records = sum(part.num_records for part in encoded)
     if options.strict and report.incomplete:
@@ -179,14 +181,20 @@ class _Encoded(NamedTuple):
     unended: int
 
 
-def _encode(options: argparse.Namespace, file: File, tokenizer: Tokenizer, max_seq_len: int) -> _Encoded:
+def _encode(
+    options: argparse.Namespace, file: File, tokenizer: Tokenizer, max_seq_len: int, console: Console
+) -> _Encoded:
     encoder = Encoder(tokenizer, max_seq_len, options.template)
+    title = "records encoded"
     if not isinstance(file, Path):
-        samples = [sample for record in file if (sample := encoder(record)) is not None]
+        samples = [
+            sample for record in counted(console, file, title) if (sample := encoder(record)) is not None
+        ]
         return _Encoded(samples, len(file), encoder.report, encoder.unended)
     template = f"{options.template} {tokenizer.chat_template}"
     key = Key(content_digest(file), tokenizer_digest(options.base), template, max_seq_len, options.strict)
-    kept = cached(options.cache, key, map(encoder, read_source(file, options.strict)), encoder, str(file))
+    records = counted(console, read_source(file, options.strict), title)
+    kept = cached(options.cache, key, map(encoder, records), encoder, str(file))
     return _Encoded(kept, kept.num_records, kept.report, kept.unended)
 
 

@@ -238,6 +238,18 @@ def test_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
     assert lines[1] == "prompts 15/100, 0:03:32 left" and lines[2].startswith("prompts 19/100")
 
 
+def test_preparing_much_data_is_not_silent(folder, tmp_path, capsys, monkeypatch):
+    """Half a minute passed without a word for 30,000 records, on one core."""
+    monkeypatch.setattr("model.progress.EVERY", 0.0)
+    words = arguments(folder, tmp_path / "out", "--dry-run")
+    for more, line in (
+        ([], "records encoded 0/10"),
+        (["--cache", str(tmp_path / "cache")], "records encoded 0"),
+    ):
+        assert run(*words, *more) == 0
+        assert line in capsys.readouterr().err.splitlines()
+
+
 def test_progress_is_a_bar_on_a_terminal():
     console = Console(force_terminal=True, width=100, _environ={"TERM": "xterm"})
     with console.capture() as shown, progress(console, total=4) as show:

@@ -150,6 +150,22 @@ FOLDERS = {  # what a folder holds -> what is found there, or the sentence
         {"checkpoint-4/model.safetensors": b"", "checkpoint-8/model.safetensors": b""},
         "name one of the checkpoints in it, checkpoint-4, checkpoint-8",
     ),
+    "a run of litgpt": (
+        {"step-000100/lit_model.pth.adapter": b"", "step-000200/lit_model.pth.adapter": b""},
+        "name one of the checkpoints in it, step-000100, step-000200",
+    ),
+    "accelerate's": (
+        {"checkpoint_0/model.safetensors": b""},
+        "name one of the checkpoints in it, checkpoint_0",
+    ),
+    "several of PEFT": (
+        {"French/adapter_model.safetensors": b"", "Latin/adapter_model.safetensors": b"", "README.md": b""},
+        "name one of the folders in it, French, Latin",
+    ),
+    "a name of its own": (
+        {"lit-llama-adapter-finetuned.pth": b"", "log.txt": b""},
+        "by its usual name: name the file, lit-llama-adapter-finetuned.pth",
+    ),
     "stacks": (
         {"adapter.vision.safetensors": b"", "adapter.text.safetensors": b""},
         "name one of its stacks of layers, adapter.text.safetensors",

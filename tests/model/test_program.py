@@ -241,7 +241,7 @@ def test_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
 def test_preparing_much_data_is_not_silent(folder, tmp_path, capsys, monkeypatch):
     """Half a minute passed without a word for 30,000 records, on one core."""
     monkeypatch.setattr("model.progress.EVERY", 0.0)
-    words = arguments(folder, tmp_path / "out", "--dry-run")
+    words = [*arguments(folder, tmp_path / "out"), "--dry-run"]
     for more, line in (
         ([], "records encoded 0/10"),
         (["--cache", str(tmp_path / "cache")], "records encoded 0"),

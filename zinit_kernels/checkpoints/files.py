@@ -131,9 +131,12 @@ def _file_in(folder: Path) -> Path:
 def _advice(folder: Path) -> str:
     """What a folder without an adapter seems to be, and what to do."""
     names = sorted(os.listdir(folder))
-    runs = [name for name in names if re.fullmatch(r"checkpoint-\d+|epoch_\d+|step_\d+|final", name)]
+    runs = [name for name in names if re.fullmatch(r"(checkpoint|epoch|step)[-_]\d+|final", name)]
     if runs:
         return f"or a model: name one of the checkpoints in it, {some(runs)}"
+    inner = [name for name in names if any((folder / name / file).is_file() for file in _ADAPTERS)]
+    if inner:
+        return f"or another adapter: name one of the folders in it, {some(inner)}"
     stacks = [name for name in names if name.startswith("adapter.") and name.endswith(".safetensors")]
     if stacks:
         return f"for all layers: name one of its stacks of layers, {some(stacks)}"
@@ -146,6 +149,9 @@ def _advice(folder: Path) -> str:
         return "or a model: join DeepSpeed's shards first (its zero_to_fp32.py)"
     if "checkpoint.pt" in names:
         return "or another adapter: its run has not finished an epoch (checkpoint.pt is what --resume needs)"
+    files = [name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))]
+    if files:
+        return f"or another adapter by its usual name: name the file, {some(files)}"
     return "or another adapter"
 
 

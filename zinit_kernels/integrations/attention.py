@@ -9,9 +9,10 @@ projections make of the prompts, without the rotary embedding. Attention sinks (
 What the fused kernels do not take (dense masks, dropout, a paged cache) gets the token branch from transformers and the
 prompt branch added.
 
-On a CPU, a layer whose gates are all 0 (how training starts) gives the base's output bit for bit, because its tokens
-then take transformers' own function too. On other devices and under torch.compile, looking at the gates would cost a
-synchronisation or a graph; there the tokens go through the fused kernel, whose output differs by rounding.
+On a CPU, a layer whose gates are all 0 (how training starts) gives the output of a base with SDPA attention bit for
+bit, because its tokens then take transformers' own function too. On other devices and under torch.compile, looking at
+the gates would cost a synchronisation or a graph; there the tokens go through the fused kernel, whose output differs by
+rounding.
 """
 
 from __future__ import annotations

@@ -26,6 +26,15 @@ _LINEARS = (
 )  # fmt: skip
 
 
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module is of a class of this package, as `llama` makes it, or a list of such."""
+    own = __name__.rpartition(".")[0]
+    return type(module) is nn.ModuleList or type(module).__module__ in (f"{own}.llama", f"{own}.layers")
+
+
 class Prompts(NamedTuple):
     """What an adapter adds to all layers, as the operator takes it."""
 
@@ -41,12 +50,20 @@ class Decoder:
     def __init__(self, model: nn.Module):
         self.places: list[tuple[dict[str, Any], str, Tensor]] = []  # where each weight was found
         self.schemes: list[int] = []
+        self.hooks: list[dict[int, Any]] = []  # of every module that the operator stands for
         self.usable = self._collect(model)
         self.weights = [tensor.detach() for _, _, tensor in self.places[1:]]
 
     def _collect(self, model: nn.Module) -> bool:
         """Whether the operator computes what the layers would."""
         dtype = model.dtype
+        for module in (model.norm, model.layers, *model.layers.modules()):
+            # linear layers are looked at below; another class of any other module may compute anything
+            if "forward" in vars(module) or not (
+                isinstance(module, nn.Linear | PackedLinear) or _is_own(module)
+            ):
+                return False
+            self.hooks += (module._forward_hooks, module._forward_pre_hooks)
         if dtype not in _DTYPES or not self._add_norm(model.norm, dtype):
             return False
         for layer in model.layers:
@@ -80,8 +97,6 @@ class Decoder:
 
     def _add(self, module: nn.Module, held: str, dtype: torch.dtype) -> bool:
         weight = module.__dict__[held].get("weight")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return False
         if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != dtype or not weight.is_contiguous():
             return False
         if weight.device.type != "cpu":
@@ -92,6 +107,10 @@ class Decoder:
     def is_current(self) -> bool:
         """Whether the modules still hold these tensors. 10 us for 30 layers."""
         return all(place[name] is tensor for place, name, tensor in self.places)
+
+    def is_hooked(self) -> bool:
+        """Whether somebody wants to see, or change, what a module gives. 10 us for 30 layers."""
+        return any(self.hooks) or any(_GLOBAL_HOOKS)
 
     def run(self, model: nn.Module, x: Tensor, prompts: Prompts, cache: Any) -> Tensor:
         """The normed hidden states of x [B, T, C]; the cache is written, its lengths stay."""
@@ -120,7 +139,7 @@ def decode(model: nn.Module, x: Tensor, adapter: Callable[[Any], Any] | None, ca
     decoder = cache.decoder
     if decoder is None or decoder[0] is not model or not decoder[1].is_current():
         cache.decoder = decoder = model, Decoder(model)
-    if not decoder[1].usable or x.dtype != model.dtype:
+    if not decoder[1].usable or x.dtype != model.dtype or decoder[1].is_hooked():
         return None
     prompts = _prompts(model, adapter)
     return None if prompts is None else decoder[1].run(model, x.contiguous(), prompts, cache)

@@ -128,11 +128,34 @@ def test_a_weight_that_is_replaced_is_used(model, monkeypatch):
         assert torch.equal(other.hidden_states(tokens, cache=cache), first)
 
 
-@pytest.mark.parametrize("what", ["hook", "forward", "another layer", "backend", "gradients", "dtype"])
+class Halved(nn.Module):
+    """With the weights of an MLP, and another formula."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x)) / 2
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "hook", "hook of a layer", "hook of attention", "later hook", "hook of all", "forward", "another layer",
+        "another formula", "backend", "gradients", "dtype",
+    ],
+)  # fmt: skip
 def test_what_the_operator_cannot_know_goes_layer_by_layer(model, monkeypatch, what):
     layer = model.layers[1]
     if what == "hook":
         layer.mlp.up_proj.register_forward_hook(lambda *given: None)
+    elif what == "hook of a layer":
+        layer.register_forward_hook(lambda module, given, out: out / 2)
+    elif what == "hook of attention":
+        layer.self_attn.register_forward_pre_hook(lambda *given: None)
+    elif what == "another formula":
+        layer.mlp = Halved(layer.mlp)
     elif what == "forward":
         monkeypatch.setattr(layer.self_attn.q_proj, "forward", layer.self_attn.q_proj.forward, raising=False)
     elif what == "another layer":
@@ -142,12 +165,22 @@ def test_what_the_operator_cannot_know_goes_layer_by_layer(model, monkeypatch, w
     cache = KVCache(model.config, 1, 30, torch.float32)
     if what == "dtype":
         model.layers[0].mlp.up_proj.weight.data = model.layers[0].mlp.up_proj.weight.data.double()
+    handles = []
+    if what == "later hook":
+        with torch.no_grad():
+            model.hidden_states(torch.tensor([[5]]), cache=cache)
+        handles.append(layer.mlp.register_forward_hook(lambda *given: None))
+    if what == "hook of all":
+        handles.append(nn.modules.module.register_module_forward_hook(lambda *given: None))
     monkeypatch.setattr(Decoder, "run", lambda *given: pytest.fail("taken"))
     try:
         with torch.set_grad_enabled(what == "gradients"):
             model.hidden_states(torch.tensor([[5]]), cache=cache)
     except RuntimeError as error:
         assert what == "dtype" and "dtype" in str(error)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def arguments(model, tokens=2):

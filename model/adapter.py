@@ -12,8 +12,11 @@ adapter.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_state
 
 from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
@@ -46,6 +49,7 @@ class LlamaAdapter(nn.Module):
             gates.normal_(generator=generator)
         self.gates = None if self.config.gate_init == "none" else nn.Parameter(gates)
         self._kept: KeptProjections[Prompt] = KeptProjections()
+        self._times_forgotten = 0
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +77,18 @@ class LlamaAdapter(nn.Module):
             self._kept.keep(attention, made_of, prompt)
         return prompt
 
+    def made_of(self) -> tuple[Hashable, tuple[Tensor, ...] | None]:
+        """What the prompts of all layers are made of, beside the layers' projections: settings and tensors.
+
+        The tensors are None where calling the adapter may do more than compute prompts: with hooks, or in a subclass.
+        """
+        hooks = self._forward_hooks, self._forward_pre_hooks
+        everywhere = module_state._global_forward_hooks, module_state._global_forward_pre_hooks
+        settings = self._times_forgotten, self.config, self.layers
+        if type(self) is not LlamaAdapter or "forward" in self.__dict__ or any(hooks) or any(everywhere):
+            return settings, None
+        return settings, (self.prompts,) if self.gates is None else (self.prompts, self.gates)
+
     @torch.no_grad()
     def layer_gradient_norms(self) -> list[float]:
         """The norm of each adapted layer's gradient, prompts and gates together, lowest layer first."""
@@ -96,6 +112,7 @@ class LlamaAdapter(nn.Module):
     def forget(self) -> None:
         """Drops the projected prompts that are kept. Needed only after a write through `.data`."""
         self._kept.clear()
+        self._times_forgotten += 1
 
     def _project(self, row: int, attention: Attention) -> Prompt:
         key, value = project_prompts(self.prompts[row], attention)

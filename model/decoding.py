@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zinit_kernels import operators
 from zinit_kernels.packed import NATIVE, PackedLinear
+from zinit_kernels.projected import Stamp, stamp
 
 MOST_TOKENS = 32  # in one call; the operator takes 64, but a prefill's products are faster beyond this
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,14 +46,22 @@ class Prompts(NamedTuple):
 
 
 class Decoder:
-    """A model's weights in the order of the operator. They are looked up once, and again where one was replaced."""
+    """A model's weights in the order of the operator. They are looked up once, and again where one was replaced.
+
+    So are the prompts of an adapter that says what they are made of (`LlamaAdapter.made_of`). Asking it for the prompts
+    of 30 layers takes 0.5 ms a token, as much as a tenth of the weights' read at 4 bits.
+    """
 
     def __init__(self, model: nn.Module):
         self.places: list[tuple[dict[str, Any], str, Tensor]] = []  # where each weight was found
         self.schemes: list[int] = []
         self.hooks: list[dict[int, Any]] = []  # of every module that the operator stands for
         self.usable = self._collect(model)
-        self.weights = [tensor.detach() for _, _, tensor in self.places[1:]]
+        # They hold on to the memory: so an address below cannot belong to another tensor by the next call.
+        self.norm, *self.weights = [tensor.detach() for _, _, tensor in self.places] or [torch.empty(0)]
+        self._tensors = [tensor for _, _, tensor in self.places]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._kept: tuple[Callable[[Any], Any], Stamp, Prompts] | None = None
 
     def _collect(self, model: nn.Module) -> bool:
         """Whether the operator computes what the layers would."""
@@ -105,8 +114,29 @@ class Decoder:
         return True
 
     def is_current(self) -> bool:
-        """Whether the modules still hold these tensors. 10 us for 30 layers."""
-        return all(place[name] is tensor for place, name, tensor in self.places)
+        """Whether the modules still hold these tensors, and the tensors their memory. 20 us for 30 layers."""
+        for (place, name, tensor), address in zip(self.places, self._addresses, strict=True):
+            if place[name] is not tensor or tensor.data_ptr() != address:
+                return False
+        return True
+
+    def prompts(self, model: nn.Module, adapter: Callable[[Any], Any] | None) -> Prompts | None:
+        """The prompts of all layers; None for an adapter whose prompts the operator cannot take together."""
+        if adapter is None:
+            return _NO_PROMPTS
+        made_of = getattr(adapter, "made_of", None)
+        settings, own = (None, None) if made_of is None else made_of()
+        if own is None:
+            return _prompts(model, adapter)
+        sources = [*own, *self._tensors[3::9], *self._tensors[4::9]]  # key and value weights
+        if self._kept is not None:
+            owner, state, prompts = self._kept
+            if owner is adapter and state.is_current(settings, sources):
+                return prompts
+        state_now = stamp(settings, sources)  # before the prompts: a change meanwhile is then noticed
+        found = _prompts(model, adapter)
+        self._kept = None if found is None or state_now is None else (adapter, state_now, found)
+        return found
 
     def is_hooked(self) -> bool:
         """Whether somebody wants to see, or change, what a module gives. 10 us for 30 layers."""
@@ -116,7 +146,7 @@ class Decoder:
         """The normed hidden states of x [B, T, C]; the cache is written, its lengths stay."""
         config = model.config
         return _DECODE(
-            x, self.weights, self.schemes, self.places[0][2].detach(), config.norm_eps, config.num_heads_q,
+            x, self.weights, self.schemes, self.norm, config.norm_eps, config.num_heads_q,
             config.num_heads_kv, config.intermediate_size, cache.keys, cache.values, cache.lengths, cache.cos,
             cache.sin, prompts.tensors, prompts.layers, prompts.index, config.head_dim**-0.5, config.window_left,
             prompts.tanh,
@@ -141,17 +171,14 @@ def decode(model: nn.Module, x: Tensor, adapter: Callable[[Any], Any] | None, ca
         cache.decoder = decoder = model, Decoder(model)
     if not decoder[1].usable or x.dtype != model.dtype or decoder[1].is_hooked():
         return None
-    prompts = _prompts(model, adapter)
+    prompts = decoder[1].prompts(model, adapter)
     return None if prompts is None else decoder[1].run(model, x.contiguous(), prompts, cache)
 
 
 _NO_PROMPTS = Prompts([], [], None, True)
 
 
-def _prompts(model: nn.Module, adapter: Callable[[Any], Any] | None) -> Prompts | None:
-    """The prompts of all layers; None for an adapter whose prompts the operator cannot take together."""
-    if adapter is None:
-        return _NO_PROMPTS
+def _prompts(model: nn.Module, adapter: Callable[[Any], Any]) -> Prompts | None:
     tensors: list[Tensor] = []
     layers: list[int] = []
     seen: set[tuple[Any, ...]] = set()

@@ -126,6 +126,80 @@ def test_a_weight_that_is_replaced_is_used(model, monkeypatch):
         torch.testing.assert_close(changed, model.norm(model.embed_tokens(tokens)))
         cache.lengths.zero_()
         assert torch.equal(other.hidden_states(tokens, cache=cache), first)
+        for layer in other.layers:
+            for weight in (layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight):
+                weight.data = torch.zeros_like(weight)
+        cache.lengths.zero_()
+        changed = other.hidden_states(tokens, cache=cache)
+        torch.testing.assert_close(changed, other.norm(other.embed_tokens(tokens)))
+
+
+def step_of_an_optimizer(model, adapter):
+    adapter.prompts.grad = torch.ones_like(adapter.prompts)
+    torch.optim.AdamW([adapter.prompts], lr=0.5, fused=True).step()
+
+
+def write_and_forget(model, adapter):
+    adapter.prompts.data.mul_(-2)
+    adapter.forget()
+
+
+CHANGES = {
+    "prompts": lambda model, adapter: adapter.prompts.mul_(-2),
+    "gates": lambda model, adapter: adapter.gates.mul_(-2),
+    "other gates": lambda model, adapter: setattr(adapter, "gates", nn.Parameter(-adapter.gates)),
+    "projection": lambda model, adapter: model.layers[-1].self_attn.k_proj.weight.mul_(-1),
+    "other projection": lambda model, adapter: setattr(
+        model.layers[-1].self_attn.v_proj.weight, "data", -model.layers[-1].self_attn.v_proj.weight
+    ),
+    "optimizer": step_of_an_optimizer,
+    "forget": write_and_forget,
+    "hook": lambda model, adapter: adapter.register_forward_hook(
+        lambda module, given, prompt: prompt and prompt._replace(gate=-prompt.gate)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_prompts_are_made_once_and_again_after_a_change(model, monkeypatch, change):
+    adapter = adapter_of(model)
+    with torch.no_grad():
+        adapter.gates.fill_(1)
+    asked = []
+    make = decoding._prompts
+    monkeypatch.setattr(decoding, "_prompts", lambda *given: asked.append(1) or make(*given))
+    cache = KVCache(model.config, 1, 30, model.dtype)
+
+    def hidden(cache):
+        cache.lengths.zero_()
+        return model.hidden_states(torch.tensor([[5]]), adapter, cache=cache)
+
+    with torch.no_grad():
+        first = hidden(cache)
+        assert torch.equal(hidden(cache), first) and len(asked) == 1
+        CHANGES[change](model, adapter)
+        changed = hidden(cache)
+        assert len(asked) == 2 and not torch.allclose(changed, first, atol=1e-3)
+        assert torch.equal(changed, hidden(KVCache(model.config, 1, 30, model.dtype)))
+
+
+def test_an_adapter_of_another_kind_is_asked_for_every_token(model, monkeypatch):
+    class Growing(LlamaAdapter):
+        gain = 1
+
+        def forward(self, attention):
+            prompt = super().forward(attention)
+            return prompt and prompt._replace(gate=prompt.gate * self.gain)
+
+    adapter = Growing(model.config, AdapterConfig(gate_init="random"))
+    cache = KVCache(model.config, 1, 30, model.dtype)
+    found = []
+    with torch.no_grad():
+        for gain in (1, -3):
+            adapter.gain = gain
+            cache.lengths.zero_()
+            found.append(model.hidden_states(torch.tensor([[5]]), adapter, cache=cache))
+    assert not torch.allclose(*found, atol=1e-3)
 
 
 class Halved(nn.Module):

@@ -20,10 +20,16 @@ struct Stage {
   void (*run)(const Work&, int64_t begin, int64_t end, void* scratch);
 };
 
+struct Bytes {
+  const char* begin;
+  int64_t count;
+};
+
 // A stage whose threads first prepare their scratch, once for all items that they take.
 template <class Work>
 struct PreparedStage : Stage<Work> {
   void (*prepare)(const Work&, void* scratch);
+  Bytes (*reads)(const Work&, int64_t item);  // what an item reads from memory and no stage before writes
 };
 
 struct KernelTable {

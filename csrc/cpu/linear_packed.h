@@ -34,22 +34,24 @@ inline void quantise_row(float* x, int64_t K, int64_t group, uint8_t* numbers, f
   const int64_t padded = round_up(K, group);
   for (int64_t k = K; k < padded; ++k) x[k] = 0.f;
   for (int64_t g = 0; g * group < padded; ++g, x += group, numbers += 2 * group) {
-    // the largest as integers: then NaN is the largest of all
-    uint32_t largest = 0;
-    for (int64_t k = 0; k < group; ++k) {
-      const uint32_t size = bits_of(x[k]) & 0x7fffffff;
-      largest = size > largest ? size : largest;
-    }
-    const float most = float_of(largest);
-    const bool finite = largest < 0x7f800000, tiny = most < 1e-30f;
-    const float inverse = tiny || !finite ? 0.f : static_cast<float>(kMostSteps) / most;
-    float rounded[128];
+    Vec largest = broadcast(0.f), zeros = broadcast(0.f);
     for (int64_t k = 0; k < group; k += kLanes) {
-      store(rounded + k, finite ? round_nearest(load(x + k) * broadcast(inverse)) : broadcast(0.f));
+      const Vec v = load(x + k);
+      largest = max(largest, abs(v)), zeros = fma(v, broadcast(0.f), zeros);
     }
-    int32_t n[128], total = 0;
-    for (int64_t k = 0; k < group; ++k) n[k] = static_cast<int32_t>(rounded[k]), total += n[k];
-    for (int64_t k = 0; k < group; k += 4) store_activations(n + k, numbers + 2 * k);
+    const float most = reduce_max(largest);
+    const bool finite = reduce_add(zeros) == 0.f, tiny = most < 1e-30f;  // 0 * inf and 0 * NaN are NaN
+    const float inverse = tiny || !finite ? 0.f : static_cast<float>(kMostSteps) / most;
+    // Rounded, in steps. Sums of up to 128 of them are below 2^24 and so exact as floats.
+    float rounded[128];
+    Vec sum = broadcast(0.f);
+    for (int64_t k = 0; k < group; k += kLanes) {
+      const Vec n = finite ? round_nearest(load(x + k) * broadcast(inverse)) : broadcast(0.f);
+      store(rounded + k, n);
+      sum = sum + n;
+    }
+    store_activations(rounded, group, numbers);
+    const auto total = static_cast<int32_t>(reduce_add(sum));
     steps[g] = !finite ? __builtin_nanf("") : tiny ? 0.f : most / static_cast<float>(kMostSteps);
     sums[g] = steps[g] * static_cast<float>(total);
     starts[g] = -8 * total;

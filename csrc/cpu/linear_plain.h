@@ -81,7 +81,8 @@ inline void reduce_lanes(const Vec* sums, int count, float* to) {
 //   K = 8192, M = 4      18.9   25.1   27.3 (asking for the next row)
 //   K = 2048, M = 8      14.8   19.2   22.0
 constexpr int64_t kOperandBytes = 20 << 10;
-constexpr int64_t kWeightsAhead = 4096;  // bytes; 26.4 GB/s at K = 576, M = 4, two rows at a time, and 24.2 at 8192
+constexpr int64_t kWeightsAhead =
+    4096;  // bytes; 26.4 GB/s at K = 576, M = 4, two rows at a time, and 24.2 at 8192
 
 // to[r * M + m] = weight row r . activation row m. kAhead: asks for the weights that follow in memory.
 template <class Dot, class T, int R, int M, bool kAhead>

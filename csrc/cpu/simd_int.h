@@ -148,17 +148,25 @@ struct Sums {
 
 #endif
 
-// 4 activations in `Sums::add`'s order.
-inline void store_activations(const int32_t* n, uint8_t* to) {
+// Activations in `Sums::add`'s order, from whole numbers as floats. `count` is a multiple of 32.
+inline void store_activations(const float* n, int64_t count, uint8_t* to) {
 #if defined(__AVX512VNNI__)
-  for (int i = 0; i < 4; ++i) {
-    const int32_t high = (n[i] + 128) >> 8;  // rounded: low is then in -128 .. 127
-    to[i] = static_cast<uint8_t>(high), to[4 + i] = static_cast<uint8_t>(n[i] - 256 * high);
+  // One by one, a token of SmolLM2 spent 0.3 of its 4 ms here.
+  for (int64_t k = 0; k < count; k += 16, to += 32) {
+    const __m512i all = _mm512_cvtps_epi32(_mm512_loadu_ps(n + k));
+    // rounded: low is then in -128 .. 127
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(all, _mm512_set1_epi32(128)), 8);
+    const __m512i low = _mm512_sub_epi32(all, _mm512_slli_epi32(high, 8));
+    const __m128i highs = _mm512_cvtepi32_epi8(high), lows = _mm512_cvtepi32_epi8(low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(highs, lows));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi32(highs, lows));
   }
 #else
-  const int16_t ordered[4] = {static_cast<int16_t>(n[0]), static_cast<int16_t>(n[2]),
-                              static_cast<int16_t>(n[1]), static_cast<int16_t>(n[3])};
-  __builtin_memcpy(to, ordered, 8);
+  for (int64_t k = 0; k < count; k += 4, to += 8) {
+    const int16_t ordered[4] = {static_cast<int16_t>(n[k]), static_cast<int16_t>(n[k + 2]),
+                                static_cast<int16_t>(n[k + 1]), static_cast<int16_t>(n[k + 3])};
+    __builtin_memcpy(to, ordered, 8);
+  }
 #endif
 }
 

@@ -26,6 +26,7 @@ inline const LinearCase kLinearCases[] = {
     {.name = "no rows", .M = 0},
     {.name = "one row", .M = 1, .N = 130, .K = 576},
     {.name = "many rows", .M = 33, .N = 50, .K = 65},
+    {.name = "long rows", .M = 9, .N = 19, .K = 5001},
     {.name = "three weights, normed", .M = 5, .num_weights = 3, .norm = true},
     {.name = "with a residual", .M = 9, .N = 49, .residual = true},
     {.name = "gated", .M = 2, .N = 77, .num_weights = 2, .norm = true, .gated = true},

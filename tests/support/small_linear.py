@@ -14,7 +14,8 @@ SCHEMES = [
     (4, 32, True),
     (4, 64, True),
 ]
-SIZES = [(1, 1), (16, 32), (37, 100), (50, 576), (130, 33), (3, 1000)]  # rows and columns of the weight
+# Rows and columns of the weight. Two rows of activations of 6000 columns no longer fit where one does.
+SIZES = [(1, 1), (16, 32), (37, 100), (50, 576), (130, 33), (3, 1000), (21, 6000)]
 ROWS = (0, 1, 2, 3, 4, 5, 8, 11, 16, 32, 33)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -47,6 +48,7 @@ def check_plain(dtype, rows, columns):
             count,
         )
         assert torch.equal(linear(x, weight)[:32], out[:32]) or count > 32
+        assert torch.equal(torch.ops.zinit.linear_cpu(x[:1], weight, rows, 0), out[:1])
 
 
 def some_packed(scheme, rows, columns, generator):
@@ -72,6 +74,8 @@ def check_scheme(scheme, rows, columns) -> tuple[torch.Tensor, PackedWeight]:
             rounded = x.double().abs().amax(-1, keepdim=True) / 65278 * weight.double().abs().sum(-1)
             bound = 1.01 * rounded + ROUNDING[dtype] * size
             assert ((out.double() - expected).abs() <= bound).all(), (scheme, rows, columns, count, dtype)
+            first = torch.ops.zinit.linear_cpu(x[:1], packed.data, rows, packed.scheme.number)
+            assert torch.equal(first, out[:1])
     return weight, packed
 
 

@@ -336,6 +336,20 @@ def test_tensor_parallel_models_are_refused():
         logits(model)
 
 
+@pytest.mark.parametrize("names", [None, ["default"]])
+def test_a_layer_divided_under_peft_is_refused(names):
+    """Its one gate says nothing of the heads. The result was right, and the gradient that of one process's heads."""
+    model = peft.accelerate(adapted(CONFIGS["llama-gqa"])).eval()
+    for layer in model.base_model.model.model.layers:
+        attention = getattr(layer.self_attn, "model", layer.self_attn)
+        for name, rows in (("q_proj", 32), ("k_proj", 8), ("v_proj", 8)):
+            projection = getattr(attention, name)
+            projection.weight = torch.nn.Parameter(projection.weight[:rows])
+        attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :32])
+    with pytest.raises(ValueError, match=r"has 8 heads, and this attention call 4.*\(tensor parallelism\)"):
+        model(**inputs(), **({} if names is None else {"adapter_names": names * len(inputs()["input_ids"])}))
+
+
 def test_a_sharded_layer_keeps_its_class():
     model = adapted(CONFIGS["llama-gqa"])
     layer = model.base_model.model.model.layers[-1].self_attn

@@ -64,7 +64,9 @@ class FusedAdaptedAttention(AdaptedAttention):
         for layers in mixed.values():
             if attention in layers:  # the attention function takes them from there
                 return attention(**kwargs)
-        prompts = Prompts((self.adaption_prompt,), (self.adaption_gate,), "identity", SPLIT)
+        # each process would have the gradient of its own heads alone
+        heads = attention.config.num_attention_heads
+        prompts = Prompts((self.adaption_prompt,), (self.adaption_gate,), "identity", SPLIT, heads=heads)
         begin()
         output = attention(**kwargs, zinit_prompts=prompts)
         if take_used() is not attention:
@@ -162,7 +164,8 @@ def _mix(adapted: dict[str, AdaptedAttention], used: list[str], names: list[str]
     index = torch.tensor([order.get(name, -1) for name in names], dtype=torch.int32)
     prompts = [adapted[name].adaption_prompt for name in rows]
     gates = [adapted[name].adaption_gate for name in rows]
-    return Prompts(prompts, gates, "identity", SPLIT, index)
+    heads = adapted[rows[0]].model.config.num_attention_heads
+    return Prompts(prompts, gates, "identity", SPLIT, index, heads=heads)
 
 
 def accelerate(peft_model: _Model) -> _Model:

@@ -24,17 +24,23 @@ class Prompts(NamedTuple):
     # [N, P or 1, C]: what is added to the one adapter's prompts, in per_sample_prompts. With rows the table has its own
     # prompts first, then the N sums; without, N is 1 and the sum is all there is.
     added: Tensor | None = None
+    heads: int | None = None  # query heads of the whole layer, where one gate for all of them does not say
 
     def gate(self, query: Tensor) -> Tensor:
         """[1 or Hq], or with several adapters [N, Hq]; on the query's device, where not every adapter needs to be."""
         heads = query.shape[1]
         gates = [gate.flatten().to(query.device) for gate in self.gates]
+        divided = "divided among processes (tensor parallelism) are not supported with zero-init prompts"
         for gate in gates:
             if gate.numel() not in (1, heads):
                 raise ValueError(
                     f"the layer has {gate.numel()} gates, and this attention call {heads} heads: heads that are "
-                    "divided among processes (tensor parallelism) are not supported with zero-init prompts"
+                    f"{divided}"
                 )
+        if self.heads not in (None, heads):
+            raise ValueError(
+                f"the layer has {self.heads} heads, and this attention call {heads}: heads that are {divided}"
+            )
         return gates[0] if len(gates) == 1 else torch.stack([gate.expand(heads) for gate in gates])
 
     def row_index(self, query: Tensor) -> Tensor | None:

@@ -296,7 +296,8 @@ def from_cache(
             )
         checks.check_tensor("k", k, 4, "[B, T_new, Hkv, D]", like=q)
         checks.check_tensor("v", v, 4, "[B, T_new, Hkv, D]", like=q)
-        swapped = k.shape[1] == heads_kv and k.shape[2] != heads_kv
+        # in this order: torch.compile keeps what is asked, and right calls differ in k.shape[1] alone
+        swapped = k.shape[2] != heads_kv and k.shape[1] == heads_kv
         checks.check_shape(
             "k",
             k,

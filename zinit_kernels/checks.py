@@ -168,12 +168,17 @@ def check_written(name: str, cache: Tensor) -> None:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether one place in memory stands for several elements: expanded tensors, sliding windows."""
+    left = [(step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     reach = 0  # of the dimensions with shorter steps
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if step <= reach:
-                return True
-            reach += step * (size - 1)
+    while left:
+        shortest = 0
+        for place, (step, _) in enumerate(left):  # torch.compile cannot sort sizes that may change
+            if step < left[shortest][0]:
+                shortest = place
+        step, size = left.pop(shortest)
+        if step <= reach:
+            return True
+        reach += step * (size - 1)
     return False
 
 

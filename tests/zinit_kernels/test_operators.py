@@ -81,6 +81,60 @@ def test_compiles_as_one_graph_with_backward(case, dynamic):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["append", "rotary", "read"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_cache_function_compiles_for_sizes_that_change(kind, marked):
+    """One graph for all: batch, new tokens and slots may change, and be as many as there are heads or sequences."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def step(q, key, value, k, v, lengths, cos, sin, prompt, gate):
+        more = {} if kind == "read" else {"k": k, "v": v}
+        more |= (
+            {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": False} if kind == "rotary" else {}
+        )
+        return zero_init_attention_with_kvcache(
+            q,
+            key,
+            value,
+            prompt_k=prompt,
+            prompt_v=prompt,
+            gate=gate,
+            cache_seqlens=lengths,
+            causal=True,
+            **more,
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    x = torch.randn
+    for batch, slots, tokens in ((3, 40, 5), (7, 20, 2), (2, 33, 4), (4, 16, 3)):
+        given = [
+            x(batch, tokens, 4, 16),
+            x(batch, slots, 2, 16),
+            x(batch, slots, 2, 16),
+            x(batch, tokens, 2, 16),
+        ]
+        given += [
+            x(batch, tokens, 2, 16),
+            torch.full((batch,), 7, dtype=torch.int32),
+            x(slots, 8),
+            x(slots, 8),
+        ]
+        if marked:
+            for tensor in given:
+                for dim in range(min(tensor.dim(), 2) - (tensor is given[6] or tensor is given[7])):
+                    torch._dynamo.mark_dynamic(tensor, dim)
+        given += [x(1, 5, 2, 16), x(4)]
+        copies = [tensor.clone() for tensor in given]
+        assert torch.equal(compiled(*given), step(*copies))
+        assert torch.equal(given[1], copies[1]) and torch.equal(given[2], copies[2])
+    assert len(graphs) == 1 if marked else len(graphs) <= 3
+
+
 def test_the_composed_path_compiles_for_sizes_that_change():
     torch._dynamo.reset()
     compiled = torch.compile(zero_init_attention, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -17,6 +17,7 @@ from .primitives import (
     Cap,
     Prompts,
     Rows,
+    Scoring,
     Window,
     always_careful,
     block_of,
@@ -50,6 +51,44 @@ class Heads(NamedTuple):
     token: Any
 
 
+class KeyTile(NamedTuple):
+    """[BLOCK_N, D] keys and values, and their bias [BLOCK_N]; None without one."""
+
+    k: Any
+    v: Any
+    bias: Any
+
+
+class GroupQueries(NamedTuple):
+    """The queries of the heads that share a key head."""
+
+    query: Any  # Heads
+    grad_out: Any  # Heads
+    lse_ptr: Any  # of the first head, with total elements from one head to the next
+    delta_ptr: Any  # None: dk is not wanted
+    num: Any  # of the sequence
+    total: Any  # of all sequences
+    group: Any  # heads
+
+
+class QueryTile(NamedTuple):
+    """[BLOCK_M, D] queries and gradients of their outputs, with lse and delta [BLOCK_M]."""
+
+    q: Any
+    do: Any
+    lse: Any
+    delta: Any
+
+
+class SequenceKeys(NamedTuple):
+    """The keys of a head of a sequence in memory."""
+
+    key_rows: Any  # Rows
+    value_rows: Any  # Rows
+    bias_ptr: Any  # None: no bias
+    num: Any
+
+
 @triton.jit
 def _rows_of(heads, member, row):
     """The rows of one of the heads from `row` on."""
@@ -73,16 +112,16 @@ def _load_lse(lse_ptr, rows, num_rows, cap, MAY_BE_EMPTY: tl.constexpr):
 
 
 @triton.jit
-def _weights(s, lse, bias, cap, HAS_BIAS: tl.constexpr):
-    """2^(s - lse), with the bias added to s; e^(s - lse) with a soft cap. lse and bias are broadcastable to s.
+def _weights(s, lse, bias, cap):
+    """2^(s - lse), with the bias (or None) added to s; e^(s - lse) with a soft cap. lse and bias fit the shape of s.
 
     Where every key of a row has the lowest bias, lse is -2e38 and too coarse for the difference: at most 1 then.
     """
     if cap.size is not None:
-        if HAS_BIAS:
+        if bias is not None:
             s += bias
         return tl.math.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2E)
-    elif HAS_BIAS:
+    elif bias is not None:
         return tl.math.exp2(tl.minimum(s + bias * LOG2E - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
     else:
         return tl.math.exp2(s - lse)
@@ -92,52 +131,46 @@ def _weights(s, lse, bias, cap, HAS_BIAS: tl.constexpr):
 def _add_queries(
     dk,
     dv,
-    k,
-    v,
-    bias,
-    query_heads,
-    grad_out_heads,
-    lse_ptr,
-    delta_ptr,
-    first,
-    last,
-    num_q,
-    total_q,
-    group,
-    limits,
-    window,
-    scale_log2,
-    cap,
+    keys,
+    queries,
+    stretch,
+    scoring,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    WANTS_KEY: tl.constexpr,
     WANTS_VALUE: tl.constexpr,
 ):
-    """dk and dv after the queries [first, last) of every head of the group; scores are transposed, [BLOCK_N, BLOCK_M].
+    """dk and dv after a stretch of the queries of every head of the group; scores are transposed, [BLOCK_N, BLOCK_M].
 
-    limits: (lower, upper) of the queries that each key is seen by. Without MASKED every query sees every key.
+    keys: KeyTile. queries: GroupQueries. stretch: (first, last). The limits of `scoring` are those of the queries that
+    each key is seen by. Without MASKED every query sees every key.
 
-    CAREFUL: a query with NaN (in itself or its gradient) adds nothing to the keys that it does not see, where the
-    products would add 0 * NaN. To those that it sees it adds NaN.
+    CAREFUL: where MASKED, a query with NaN (in itself or its gradient) adds nothing to the keys that it does not see.
+    The products would add 0 * NaN. To those that it sees it adds NaN.
 
     All heads in one loop: nested loops kept the addresses of three stretches alive and spilled. Its counters advance by
     hand, because a division by the number of tiles costs 40 instructions.
     """
+    HAS_BIAS: tl.constexpr = keys.bias is not None
+    EXACT: tl.constexpr = CAREFUL and MASKED
+    WANTS_KEY: tl.constexpr = queries.delta_ptr is not None
+    k, v, bias = keys
+    query_heads, grad_out_heads, lse_ptr, delta_ptr, num_q, total_q, group = queries
+    limits, window, scale_log2, cap = scoring
+    first, last = stretch
     rows = tl.arange(0, BLOCK_M)
     num_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
     tile_end = first + num_tiles * BLOCK_M
     start = first
     member = first * 0
-    for _ in tl.range(0, group * num_tiles, num_stages=1 if CAREFUL else None):
+    for _ in tl.range(0, group * num_tiles, num_stages=1 if EXACT else None):
         left = num_q - start
         row_offset = tl.cast(member, tl.int64) * total_q + start
         q = load_tile(_rows_of(query_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
         do = load_tile(_rows_of(grad_out_heads, member, start), left, BLOCK_M, HEAD_DIM, MASKED)
         lse = _load_lse(lse_ptr + row_offset, rows, left, cap, MASKED or HAS_BIAS)
-        if CAREFUL:
+        if EXACT:
             # Where q is NaN, so is lse, and with it every weight of the row. Where do is, lse is made NaN.
             q = finite_part(tl.where((lse == lse)[:, None], q, 0.0).to(q.dtype))
             zero = tl.sum(do.to(tl.float32) * 0.0, 1)
@@ -148,7 +181,7 @@ def _add_queries(
             s = cap_scores(s, cap)
         else:
             s = s * scale_log2
-        p = _weights(s, lse[None, :], bias[:, None], cap, HAS_BIAS)
+        p = _weights(s, lse[None, :], bias[:, None] if HAS_BIAS else None, cap)
         if MASKED:
             visible = is_visible(start, BLOCK_M, limits, window)
             p = tl.where(visible, p, 0.0)
@@ -162,7 +195,7 @@ def _add_queries(
             ds = p * (dot(v, tl.trans(do)) - delta[None, :])
             if cap.size is not None:
                 ds *= cap_slopes(s, cap)
-            if CAREFUL:
+            if EXACT:
                 ds = tl.where(visible, ds, 0.0)
             dk = dot(ds.to(q.dtype), q, dk)
         start += BLOCK_M
@@ -208,7 +241,7 @@ def zinit_grad_key_value_kernel(
     """
     HAS_BIAS: tl.constexpr = key_bias_ptr is not None
     HIDES: tl.constexpr = window_left is not None or window_right is not None
-    ALWAYS_CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
+    CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     WANTS_KEY: tl.constexpr = grad_key.ptr is not None
     WANTS_VALUE: tl.constexpr = grad_value.ptr is not None
     tile, kv_head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_k, BLOCK_N), num_heads_kv)
@@ -231,79 +264,36 @@ def zinit_grad_key_value_kernel(
     lse_ptr += row_offset
     if WANTS_KEY:
         delta_ptr += row_offset
+    keys = KeyTile(k, v, bias if HAS_BIAS else None)
+    queries = GroupQueries(
+        query_heads, grad_out_heads, lse_ptr, delta_ptr if WANTS_KEY else None, num_q, total_q, group
+    )
 
     # A key sees queries as a query sees keys, with the sides of the window exchanged.
     window = Window(window_right, window_left)
     cap = Cap(cap_scale, cap_size)
     position = start - (num_k - num_q)
     limits = key_limits(position + tl.arange(0, BLOCK_N), num_q, window)
+    scoring = Scoring(limits, window, scale_log2, cap)
     stretches = key_stretches(position, num_q, window, BLOCK_N, BLOCK_M)
     dk = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
     dv = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
     for phase in tl.static_range(3):
         if phase > 0 or window_right is not None:
-            first, last = stretches[phase]
+            stretch = stretches[phase]
             dk, dv = _add_queries(
-                dk,
-                dv,
-                k,
-                v,
-                bias,
-                query_heads,
-                grad_out_heads,
-                lse_ptr,
-                delta_ptr,
-                first,
-                last,
-                num_q,
-                total_q,
-                group,
-                limits,
-                window,
-                scale_log2,
-                cap,
-                BLOCK_M,
-                HEAD_DIM,
-                phase < 2,
-                ALWAYS_CAREFUL and phase < 2,
-                HAS_BIAS,
-                WANTS_KEY,
-                WANTS_VALUE,
+                dk, dv, keys, queries, stretch, scoring, BLOCK_M, HEAD_DIM, phase < 2, CAREFUL, WANTS_VALUE
             )
-        if phase == 1 and HIDES and not ALWAYS_CAREFUL:
+        if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a query that not all of these keys see: the masked stretches again, with care. A NaN in
             # the gradient of a query makes dk NaN too.
             if has_nan(dk if WANTS_KEY else dv):
                 dk = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
                 dv = tl.zeros([BLOCK_N, block_of(HEAD_DIM)], tl.float32)
                 for masked in tl.static_range(2):
-                    first, last = stretches[masked]
+                    stretch = stretches[masked]
                     dk, dv = _add_queries(
-                        dk,
-                        dv,
-                        k,
-                        v,
-                        bias,
-                        query_heads,
-                        grad_out_heads,
-                        lse_ptr,
-                        delta_ptr,
-                        first,
-                        last,
-                        num_q,
-                        total_q,
-                        group,
-                        limits,
-                        window,
-                        scale_log2,
-                        cap,
-                        16,
-                        HEAD_DIM,
-                        True,
-                        True,
-                        HAS_BIAS,
-                        WANTS_KEY,
-                        WANTS_VALUE,
+                        dk, dv, keys, queries, stretch, scoring, 16, HEAD_DIM, True, True, WANTS_VALUE
                     )
 
     if HAS_BIAS:  # a masked key gets no gradient, from a query with NaN either
@@ -321,33 +311,27 @@ def zinit_grad_key_value_kernel(
 @triton.jit
 def _add_keys(
     dq,
-    q,
-    do,
-    lse,
-    delta,
-    key_rows,
-    value_rows,
-    key_bias_ptr,
-    first,
-    last,
-    num_k,
-    limits,
-    window,
-    scale_log2,
-    cap,
+    queries,
+    keys,
+    stretch,
+    scoring,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """dq after the keys [first, last).
+    """dq after a stretch of the keys.
 
-    limits: (lower, upper) of the keys that each query sees. Without MASKED every query sees every key.
+    queries: QueryTile. keys: SequenceKeys. stretch: (first, last). Without MASKED every query sees every key.
 
-    CAREFUL: a key with NaN adds nothing to the queries that do not see it, where the product would add 0 * NaN.
+    CAREFUL: where MASKED, a key with NaN adds nothing to the queries that do not see it. The product would add 0 * NaN.
     """
-    HAS_BIAS: tl.constexpr = key_bias_ptr is not None
-    for start in tl.range(first, last, BLOCK_N, num_stages=1 if CAREFUL else None):
+    EXACT: tl.constexpr = CAREFUL and MASKED
+    q, do, lse, delta = queries
+    key_rows, value_rows, key_bias_ptr, num_k = keys
+    limits, window, scale_log2, cap = scoring
+    first, last = stretch
+    for start in tl.range(first, last, BLOCK_N, num_stages=1 if EXACT else None):
         k, v, bias = load_key_tile(
             key_rows, value_rows, key_bias_ptr, start, num_k, BLOCK_N, HEAD_DIM, MASKED
         )
@@ -356,14 +340,14 @@ def _add_keys(
             s = cap_scores(s, cap)
         else:
             s = s * scale_log2
-        p = _weights(s, lse[:, None], bias[None, :], cap, HAS_BIAS)
+        p = _weights(s, lse[:, None], bias[None, :] if key_bias_ptr is not None else None, cap)
         if MASKED:
             visible = is_visible(start, BLOCK_N, limits, window)
             p = tl.where(visible, p, 0.0)
         ds = p * (dot(do, tl.trans(v)) - delta[:, None])
         if cap.size is not None:
             ds *= cap_slopes(s, cap)
-        if CAREFUL:  # a NaN or infinity in k is also in the scores of those that see it
+        if EXACT:  # a NaN or infinity in k is also in the scores of those that see it
             ds = tl.where(visible, ds, 0.0)
             k = finite_part(k)
         dq = dot(ds.to(k.dtype), k, dq)
@@ -413,7 +397,7 @@ def zinit_grad_query_kernel(
     no pass over memory.
     """
     HIDES: tl.constexpr = window_left is not None or window_right is not None
-    ALWAYS_CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
+    CAREFUL: tl.constexpr = HIDES and always_careful(query.ptr.dtype.element_ty)
     window = Window(window_left, window_right)
     cap = Cap(cap_scale, cap_size)
     tile, head, sequence = unravel(tl.program_id(0), tl.cdiv(seqlen_q, BLOCK_M), num_heads_q)
@@ -439,60 +423,22 @@ def zinit_grad_query_kernel(
     delta = tl.load(delta_ptr + row_offset + rows, mask=rows < left, other=0.0)
 
     position = start + num_k - num_q
-    limits = key_limits(position + rows, num_k, window)
+    queries = QueryTile(q, do, lse, delta)
+    keys = SequenceKeys(key_rows, value_rows, key_bias_ptr, num_k)
+    scoring = Scoring(key_limits(position + rows, num_k, window), window, scale_log2, cap)
     stretches = key_stretches(position, num_k, window, BLOCK_M, BLOCK_N)
     dq = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
     for phase in tl.static_range(3):
         if phase > 0 or window_left is not None:
-            first, last = stretches[phase]
             dq = _add_keys(
-                dq,
-                q,
-                do,
-                lse,
-                delta,
-                key_rows,
-                value_rows,
-                key_bias_ptr,
-                first,
-                last,
-                num_k,
-                limits,
-                window,
-                scale_log2,
-                cap,
-                BLOCK_N,
-                HEAD_DIM,
-                phase < 2,
-                ALWAYS_CAREFUL and phase < 2,
+                dq, queries, keys, stretches[phase], scoring, BLOCK_N, HEAD_DIM, phase < 2, CAREFUL
             )
-        if phase == 1 and HIDES and not ALWAYS_CAREFUL:
+        if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a key that not all of these queries see: the masked stretches again, with care.
             if has_nan(dq):
                 dq = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
                 for masked in tl.static_range(2):
-                    first, last = stretches[masked]
-                    dq = _add_keys(
-                        dq,
-                        q,
-                        do,
-                        lse,
-                        delta,
-                        key_rows,
-                        value_rows,
-                        key_bias_ptr,
-                        first,
-                        last,
-                        num_k,
-                        limits,
-                        window,
-                        scale_log2,
-                        cap,
-                        16,
-                        HEAD_DIM,
-                        True,
-                        True,
-                    )
+                    dq = _add_keys(dq, queries, keys, stretches[masked], scoring, 16, HEAD_DIM, True, True)
 
     if prompt_key.ptr is not None:
         prompts = Prompts(

@@ -30,6 +30,16 @@ class Pages(NamedTuple):
     leftpad: Any  # slots before a sequence's key 0; None: none
 
 
+class CachedHead(NamedTuple):
+    """The cached keys and values of one key head of a sequence."""
+
+    key: Any  # View [B, Hkv, capacity, D], or pages [num_pages, Hkv, page size, D]
+    value: Any
+    pages: Any
+    sequence: Any
+    kv_head: Any
+
+
 @triton.jit
 def load_rotated(
     view,
@@ -68,38 +78,38 @@ def load_rotated(
 
 
 @triton.jit
-def _slots(cache, pages, sequence, kv_head, positions, valid, PAGE_SIZE: tl.constexpr):
-    """(int64 offsets in a cache, which of them exist) of some positions of a sequence."""
-    offset = kv_head.to(tl.int64) * cache.head
+def _slots(view, cached, positions, valid, PAGE_SIZE: tl.constexpr):
+    """(int64 offsets in the keys' or values' View, which of them exist) of some positions of a sequence."""
+    pages = cached.pages
+    sequence = cached.sequence
+    offset = cached.kv_head.to(tl.int64) * view.head
     if pages.leftpad is not None:
         positions += pages.leftpad
     if pages.table_ptr is None:
-        return offset + sequence.to(tl.int64) * cache.batch + positions.to(tl.int64) * cache.token, valid
+        return offset + sequence.to(tl.int64) * view.batch + positions.to(tl.int64) * view.token, valid
     else:
         entry = pages.table_ptr + sequence.to(tl.int64) * pages.table_stride + positions // PAGE_SIZE
         page = tl.load(entry, mask=valid, other=-1)
         exists = (page >= 0) & (page < pages.num_pages)
         slot = (positions % PAGE_SIZE).to(tl.int64)
-        return offset + page.to(tl.int64) * cache.batch + slot * cache.token, exists
+        return offset + page.to(tl.int64) * view.batch + slot * view.token, exists
 
 
 @triton.jit
 def _load_slots(
-    cache,
-    pages,
-    sequence,
-    kv_head,
+    view,
+    cached,
     positions,
     present,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
 ):
-    """[len(positions), block_of(D)] of a cache; zero where there is no page and, with CHECK_ROWS, where not present."""
+    """[len(positions), block_of(D)] of a View; zero where there is no page and, with CHECK_ROWS, where not present."""
     dims = tl.arange(0, block_of(HEAD_DIM))
-    slots, exists = _slots(cache, pages, sequence, kv_head, positions, present, PAGE_SIZE)
-    pointers = cache.ptr + slots[:, None] + dims[None, :]
-    if CHECK_ROWS or pages.table_ptr is not None:
+    slots, exists = _slots(view, cached, positions, present, PAGE_SIZE)
+    pointers = view.ptr + slots[:, None] + dims[None, :]
+    if CHECK_ROWS or cached.pages.table_ptr is not None:
         return tl.load(pointers, mask=exists[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     elif block_of(HEAD_DIM) > HEAD_DIM:
         return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
@@ -109,14 +119,10 @@ def _load_slots(
 
 @triton.jit
 def load_cached(
-    key_cache,
-    value_cache,
-    pages,
-    sequence,
-    kv_head,
+    cached,
     start,
     lowest,
-    cached,
+    end,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -124,14 +130,12 @@ def load_cached(
 ):
     """(k, v [BLOCK, block_of(D)]) of the cached keys from `start` on.
 
-    With CHECK_ROWS zero where nobody looks, before key `lowest` and from key `cached` on: there may be NaN.
+    With CHECK_ROWS zero where nobody looks, before key `lowest` and from key `end` on: there may be NaN.
     """
     positions = start + tl.arange(0, BLOCK)
-    present = (positions >= lowest) & (positions < cached)
-    k = _load_slots(key_cache, pages, sequence, kv_head, positions, present, HEAD_DIM, PAGE_SIZE, CHECK_ROWS)
-    v = _load_slots(
-        value_cache, pages, sequence, kv_head, positions, present, HEAD_DIM, PAGE_SIZE, CHECK_ROWS
-    )
+    present = (positions >= lowest) & (positions < end)
+    k = _load_slots(cached.key, cached, positions, present, HEAD_DIM, PAGE_SIZE, CHECK_ROWS)
+    v = _load_slots(cached.value, cached, positions, present, HEAD_DIM, PAGE_SIZE, CHECK_ROWS)
     return k, v
 
 
@@ -160,26 +164,14 @@ def load_new(
 
 
 @triton.jit
-def store_new(
-    k,
-    v,
-    key_cache,
-    value_cache,
-    pages,
-    sequence,
-    kv_head,
-    positions,
-    present,
-    HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
+def store_new(k, v, cached, positions, present, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr):
     """Writes new keys and values into their slots of the caches."""
     dims = tl.arange(0, block_of(HEAD_DIM))
-    slots, exists = _slots(key_cache, pages, sequence, kv_head, positions, present, PAGE_SIZE)
+    slots, exists = _slots(cached.key, cached, positions, present, PAGE_SIZE)
     mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(key_cache.ptr + slots[:, None] + dims[None, :], k, mask=mask)
-    slots, exists = _slots(value_cache, pages, sequence, kv_head, positions, present, PAGE_SIZE)
-    tl.store(value_cache.ptr + slots[:, None] + dims[None, :], v, mask=mask)
+    tl.store(cached.key.ptr + slots[:, None] + dims[None, :], k, mask=mask)
+    slots, exists = _slots(cached.value, cached, positions, present, PAGE_SIZE)
+    tl.store(cached.value.ptr + slots[:, None] + dims[None, :], v, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -215,4 +207,5 @@ def zinit_append_kernel(
     k, v = load_new(
         new_key, new_value, sequence, kv_head, tokens, positions, present, rotary, HEAD_DIM, HALF, INTERLEAVED
     )
-    store_new(k, v, key_cache, value_cache, pages, sequence, kv_head, positions, present, HEAD_DIM, PAGE_SIZE)
+    cached = CachedHead(key_cache, value_cache, pages, sequence, kv_head)
+    store_new(k, v, cached, positions, present, HEAD_DIM, PAGE_SIZE)

@@ -5,14 +5,17 @@ once. Exactly one place adds the prompt branch: the kernel that writes `out`, wh
 are not split and the combine kernel where they are. Lengths, pages and prompt rows are read on the device.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .cache import Pages, Rotary, load_cached, load_new, load_rotated, store_new
+from .cache import CachedHead, Pages, Rotary, load_cached, load_new, load_rotated, store_new
 from .primitives import (
     RUN_TIME,
     Cap,
     Prompts,
+    Scoring,
     Window,
     always_careful,
     block_of,
@@ -34,6 +37,20 @@ from .softmax import (
 )
 
 
+class Result(NamedTuple):
+    """Where out and lse of the rows of a tile go."""
+
+    out: Any  # View [B, Hq, T, D]
+    lse_ptr: Any  # float32 [B, Hq, T]
+    num_heads_q: Any
+    seqlen_q: Any
+    sequence: Any
+    kv_head: Any
+    tokens: Any  # of each row, as `_tile_rows` gives them
+    heads: Any
+    valid: Any
+
+
 @triton.jit
 def _tile_rows(tile, kv_head, group, seqlen_q, BLOCK_M: tl.constexpr):
     """(token, query head, exists) of the rows of a tile; rows that do not exist name the last one that does."""
@@ -49,15 +66,7 @@ def _finish(
     lse,
     q,
     prompts,
-    sequence,
-    heads,
-    kv_head,
-    tokens,
-    valid,
-    out,
-    lse_ptr,
-    num_heads_q,
-    seqlen_q,
+    result,
     scale_log2,
     cap,
     BLOCK_P: tl.constexpr,
@@ -65,6 +74,7 @@ def _finish(
     TANH: tl.constexpr,
 ):
     """Adds the gated prompt branch to the token branch and writes out and lse: the only place that does."""
+    out, lse_ptr, num_heads_q, seqlen_q, sequence, kv_head, tokens, heads, valid = result
     acc = add_prompt_branch(
         acc, q, prompts, sequence, heads[:, None], kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH
     )
@@ -164,9 +174,10 @@ def zinit_decode_kernel(
         cached -= leftpad
         num_k -= leftpad
     pages = Pages(block_table_ptr, table_stride, num_pages, leftpad)
+    cache = CachedHead(key_cache, value_cache, pages, sequence, kv_head)
     position = num_k - seqlen_q
-    limits = key_limits(position + tokens, cached, window)
-    new_limits = key_limits(position + tokens, num_k, window)
+    scoring = Scoring(key_limits(position + tokens, cached, window), window, scale_log2, cap)
+    new_scoring = Scoring(key_limits(position + tokens, num_k, window), window, scale_log2, cap)
     stretches = key_stretches(position + tile * BLOCK_M // group, cached, window, BLOCK_M, BLOCK_N)
     lowest = stretches[0][0]  # no row sees a key before it
     if window_left is not None:
@@ -184,36 +195,9 @@ def zinit_decode_kernel(
             first = tl.maximum(split_first, stretches[phase][0])
             last = tl.minimum(split_last, stretches[phase][1])
             for start in range(first, last, BLOCK_N):
-                k, v = load_cached(
-                    key_cache,
-                    value_cache,
-                    pages,
-                    sequence,
-                    kv_head,
-                    start,
-                    lowest,
-                    cached,
-                    BLOCK_N,
-                    HEAD_DIM,
-                    PAGE_SIZE,
-                    phase < 2,
-                )
+                k, v = load_cached(cache, start, lowest, cached, BLOCK_N, HEAD_DIM, PAGE_SIZE, phase < 2)
                 acc, m, l = attend(
-                    acc,
-                    m,
-                    l,
-                    q,
-                    k,
-                    v,
-                    None,
-                    start,
-                    limits,
-                    window,
-                    scale_log2,
-                    cap,
-                    phase < 2,
-                    False,
-                    CAREFUL and phase < 2,
+                    acc, m, l, q, k, v, None, start, scoring, phase < 2, False, CAREFUL and phase < 2
                 )
         if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a value that not all of these rows see: the masked stretches again, with care.
@@ -223,23 +207,8 @@ def zinit_decode_kernel(
                     first = tl.maximum(split_first, stretches[masked][0])
                     last = tl.minimum(split_last, stretches[masked][1])
                     for one in tl.range(first, last, num_stages=1):
-                        k, v = load_cached(
-                            key_cache,
-                            value_cache,
-                            pages,
-                            sequence,
-                            kv_head,
-                            one,
-                            lowest,
-                            cached,
-                            1,
-                            HEAD_DIM,
-                            PAGE_SIZE,
-                            True,
-                        )
-                        acc = attend_visible(
-                            acc, m, q, k, v, None, one, limits, window, scale_log2, cap, False
-                        )
+                        k, v = load_cached(cache, one, lowest, cached, 1, HEAD_DIM, PAGE_SIZE, True)
+                        acc = attend_visible(acc, m, q, k, v, None, one, scoring, False)
     if new_key.ptr is not None:
         if split == num_splits - 1:
             new = tl.arange(0, BLOCK_T)
@@ -258,24 +227,10 @@ def zinit_decode_kernel(
                 INTERLEAVED,
             )
             if tile == 0:
-                store_new(
-                    k,
-                    v,
-                    key_cache,
-                    value_cache,
-                    pages,
-                    sequence,
-                    kv_head,
-                    cached + new,
-                    present,
-                    HEAD_DIM,
-                    PAGE_SIZE,
-                )
+                store_new(k, v, cache, cached + new, present, HEAD_DIM, PAGE_SIZE)
             if window_left is not None:
                 v = tl.where((cached + new >= lowest)[:, None], v, 0.0)
-            acc, m, l = attend(
-                acc, m, l, q, k, v, None, cached, new_limits, window, scale_log2, cap, True, False, HIDES
-            )
+            acc, m, l = attend(acc, m, l, q, k, v, None, cached, new_scoring, True, False, HIDES)
 
     # Where the keys are split, the combine kernel adds the sink, once.
     sink = None
@@ -286,26 +241,9 @@ def zinit_decode_kernel(
         prompts = Prompts(
             prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
         )
-        _finish(
-            acc,
-            natural_lse(lse, sink),
-            q,
-            prompts,
-            sequence,
-            heads,
-            kv_head,
-            tokens,
-            valid,
-            out,
-            lse_ptr,
-            num_heads_q,
-            seqlen_q,
-            scale_log2,
-            cap,
-            BLOCK_P,
-            HEAD_DIM,
-            TANH,
-        )
+        result = Result(out, lse_ptr, num_heads_q, seqlen_q, sequence, kv_head, tokens, heads, valid)
+        lse = natural_lse(lse, sink)
+        _finish(acc, lse, q, prompts, result, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH)
     else:
         num_sequences = tl.num_programs(0) // (num_splits * num_tiles * num_heads_kv)
         slots = ((split.to(tl.int64) * num_sequences + sequence) * num_heads_q + heads) * seqlen_q + tokens
@@ -386,23 +324,6 @@ def zinit_combine_kernel(
     q = load_rotated(
         query, sequence, heads, tokens, valid, rotary_positions, rotary, HEAD_DIM, HALF, INTERLEAVED
     )
-    _finish(
-        acc,
-        natural_lse(lse, sink),
-        q,
-        prompts,
-        sequence,
-        heads,
-        kv_head,
-        tokens,
-        valid,
-        out,
-        lse_ptr,
-        num_heads_q,
-        seqlen_q,
-        scale_log2,
-        cap,
-        BLOCK_P,
-        HEAD_DIM,
-        TANH,
-    )
+    result = Result(out, lse_ptr, num_heads_q, seqlen_q, sequence, kv_head, tokens, heads, valid)
+    lse = natural_lse(lse, sink)
+    _finish(acc, lse, q, prompts, result, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH)

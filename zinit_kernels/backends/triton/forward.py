@@ -7,6 +7,7 @@ from .primitives import (
     RUN_TIME,
     Cap,
     Prompts,
+    Scoring,
     Window,
     always_careful,
     block_of,
@@ -92,6 +93,7 @@ def zinit_forward_kernel(
 
     position = start + num_k - num_q
     limits = key_limits(position + tl.arange(0, BLOCK_M), num_k, window)
+    scoring = Scoring(limits, window, scale_log2, cap)
     stretches = key_stretches(position, num_k, window, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -103,21 +105,7 @@ def zinit_forward_kernel(
                     key_rows, value_rows, key_bias_ptr, first, num_k, BLOCK_N, HEAD_DIM, phase < 2
                 )
                 acc, m, l = attend(
-                    acc,
-                    m,
-                    l,
-                    q,
-                    k,
-                    v,
-                    bias,
-                    first,
-                    limits,
-                    window,
-                    scale_log2,
-                    cap,
-                    phase < 2,
-                    HAS_BIAS,
-                    CAREFUL and phase < 2,
+                    acc, m, l, q, k, v, bias, first, scoring, phase < 2, HAS_BIAS, CAREFUL and phase < 2
                 )
         if phase == 1 and HIDES and not CAREFUL:
             # NaN, perhaps of a value that not all of these queries see: the masked stretches again, with care.
@@ -128,9 +116,7 @@ def zinit_forward_kernel(
                         k, v, bias = load_key_tile(
                             key_rows, value_rows, key_bias_ptr, one, num_k, 1, HEAD_DIM, True
                         )
-                        acc = attend_visible(
-                            acc, m, q, k, v, bias, one, limits, window, scale_log2, cap, HAS_BIAS
-                        )
+                        acc = attend_visible(acc, m, q, k, v, bias, one, scoring, HAS_BIAS)
 
     sink = None  # not out of a function: Triton 3.6 cannot return None
     if sinks_ptr is not None:

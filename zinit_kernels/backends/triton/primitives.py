@@ -65,6 +65,15 @@ class Cap(NamedTuple):
     size: Any
 
 
+class Scoring(NamedTuple):
+    """How the scores of a tile become weights: which keys each row sees, and what a raw score is multiplied with."""
+
+    limits: Any  # (lower, upper) of the keys that each row sees, as `key_limits` gives them
+    window: Any
+    scale_log2: Any
+    cap: Any
+
+
 class Prompts(NamedTuple):
     """The prompt table: key and value are Views [N, Hkv, P, D] (no pointer: no prompt branch), gates [N or 1, Hq]."""
 

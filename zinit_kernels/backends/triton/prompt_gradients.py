@@ -9,6 +9,8 @@ bits every time: every program of the first writes the partial sum of its rows i
 partials of each prompt table row. The sinks' partials are added by torch.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -167,23 +169,25 @@ def _load_columns(
     return tl.load(rows.ptr + index[:, None] * rows.stride + columns[None, :], mask=mask, other=0.0)
 
 
+class Summands(NamedTuple):
+    """The partial results that belong to one table row and key head, and the elements that a program sums of each."""
+
+    prompt_index_ptr: Any
+    first: Any  # of the slots that may belong to the row, (sequence, head of the group, part)
+    last: Any
+    row: Any
+    kv_head: Any
+    num_heads_q: Any
+    group: Any  # heads of a key head
+    num_parts: Any
+    elements: Any
+    size: Any  # elements of a partial result
+
+
 @triton.jit
-def _sum_partials(
-    partial_ptr,
-    prompt_index_ptr,
-    first,
-    last,
-    row,
-    kv_head,
-    elements,
-    size,
-    num_heads_q,
-    group,
-    num_parts,
-    BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def _sum_partials(partial_ptr, summands, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr):
     """[BLOCK_E] sums over the sequences of a prompt row, the heads of a key head's group, and the parts."""
+    prompt_index_ptr, first, last, row, kv_head, num_heads_q, group, num_parts, elements, size = summands
     total = tl.zeros([BLOCK_E], tl.float32)
     per_sequence = group * num_parts
     for start in range(first, last, BLOCK_S):
@@ -236,40 +240,15 @@ def zinit_add_partials_kernel(
             first = row * per_sequence
             last = first + per_sequence
     offset = (row.to(tl.int64) * num_heads_kv + kv_head) * size
+    summands = Summands(
+        prompt_index_ptr, first, last, row, kv_head, num_heads_q, group, num_parts, elements, size
+    )
     if grad_prompt_key_ptr is not None:
-        total = _sum_partials(
-            partial_key_ptr,
-            prompt_index_ptr,
-            first,
-            last,
-            row,
-            kv_head,
-            elements,
-            size,
-            num_heads_q,
-            group,
-            num_parts,
-            BLOCK_E,
-            BLOCK_S,
-        )
+        total = _sum_partials(partial_key_ptr, summands, BLOCK_E, BLOCK_S)
         total = (total * scale).to(grad_prompt_key_ptr.dtype.element_ty)
         tl.store(grad_prompt_key_ptr + offset + elements, total, mask=elements < size)
     if grad_prompt_value_ptr is not None:
-        total = _sum_partials(
-            partial_value_ptr,
-            prompt_index_ptr,
-            first,
-            last,
-            row,
-            kv_head,
-            elements,
-            size,
-            num_heads_q,
-            group,
-            num_parts,
-            BLOCK_E,
-            BLOCK_S,
-        )
+        total = _sum_partials(partial_value_ptr, summands, BLOCK_E, BLOCK_S)
         total = total.to(grad_prompt_value_ptr.dtype.element_ty)
         tl.store(grad_prompt_value_ptr + offset + elements, total, mask=elements < size)
     if grad_gate_ptr is not None:

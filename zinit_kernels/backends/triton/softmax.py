@@ -112,28 +112,26 @@ def attend(
     v,
     bias,
     start,
-    limits,
-    window,
-    scale_log2,
-    cap,
+    scoring,
     MASKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXACT: tl.constexpr = False,
 ):
     """acc, m and l after one more tile of keys, from key `start` on.
 
-    limits: (lower, upper) of the keys that each query sees. Without MASKED every query sees every key of the tile.
+    Without MASKED every query sees every key of the tile.
 
     EXACT: a value that is not finite adds nothing to the queries that do not see it, where the product adds 0 * NaN.
     At most 63 keys then.
     """
     tl.static_assert(not EXACT or k.shape[0] < 64)
-    s = finish_scores(dot(q, tl.trans(k)), bias, scale_log2, cap, HAS_BIAS)
+    s = finish_scores(dot(q, tl.trans(k)), bias, scoring.scale_log2, scoring.cap, HAS_BIAS)
     if MASKED:
-        s = tl.where(is_visible(start, k.shape[0], limits, window), s, float("-inf"))
-    p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scale_log2, cap, HAS_BIAS))
+        s = tl.where(is_visible(start, k.shape[0], scoring.limits, scoring.window), s, float("-inf"))
+    p, m, l, alpha = online_softmax(s, m, l, exponent_scale(scoring.scale_log2, scoring.cap, HAS_BIAS))
     if EXACT:
-        sees = tl.where(is_visible(start, k.shape[0], limits, window), 1.0, 0.0).to(v.dtype)
+        visible = is_visible(start, k.shape[0], scoring.limits, scoring.window)
+        sees = tl.where(visible, 1.0, 0.0).to(v.dtype)
         acc = dot(p.to(v.dtype), finite_part(v), acc * alpha[:, None])
         acc += sum_of_others(sees, v)
     else:
@@ -142,15 +140,16 @@ def attend(
 
 
 @triton.jit
-def attend_visible(acc, m, q, k, v, bias, start, limits, window, scale_log2, cap, HAS_BIAS: tl.constexpr):
+def attend_visible(acc, m, q, k, v, bias, start, scoring, HAS_BIAS: tl.constexpr):
     """acc after the value of one more key, added to the queries that see it and to no other; m: the final one.
 
     `attend` multiplies a hidden value by the weight 0, which gives NaN if the value is NaN. This is the slow way out.
     """
     s = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None]
-    s = finish_scores(s, bias, scale_log2, cap, HAS_BIAS)
-    p = weights(s, m, exponent_scale(scale_log2, cap, HAS_BIAS))
-    return tl.where(is_visible(start, 1, limits, window), acc + p * v.to(tl.float32), acc)
+    s = finish_scores(s, bias, scoring.scale_log2, scoring.cap, HAS_BIAS)
+    p = weights(s, m, exponent_scale(scoring.scale_log2, scoring.cap, HAS_BIAS))
+    visible = is_visible(start, 1, scoring.limits, scoring.window)
+    return tl.where(visible, acc + p * v.to(tl.float32), acc)
 
 
 @triton.jit

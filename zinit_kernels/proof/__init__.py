@@ -90,23 +90,30 @@ def why_not(backend: str, call: AnyCall) -> str:
 
 def is_settled(backend: str, call: AnyCall) -> bool:
     """Whether the reason of `why_not` to leave a backend out holds until there is a new verdict."""
-    if MODE == "0" or backend not in FAMILIES:
-        return True
+    subjects = () if MODE == "0" else _subjects(backend, call)
+    return not subjects or any(_answers.get((str(call.query.device), subject)) for subject in subjects)
+
+
+def _subjects(backend: str, call: AnyCall) -> tuple[Subject, ...]:
+    """What has to be proven of a backend for a call: each family that it takes. () where none needs a proof."""
     query = call.query
-    subjects = [Subject(family, query.dtype, query.shape[-1]) for family in needed(backend, call)]
-    return any(_answers.get((str(query.device), subject)) for subject in subjects)
+    return tuple(Subject(family, query.dtype, query.shape[-1]) for family in needed(backend, call))
+
+
+def _is_off() -> bool:
+    """Whether nothing is tried; raises for a ZINIT_PROOF that means nothing."""
+    _check_mode()
+    return MODE == "0"
 
 
 def describe(backend: str, call: AnyCall) -> str:
     """What is known of the families that a call takes of a backend, for `explain`; '' where none needs a proof."""
-    if backend not in FAMILIES:
-        return ""
-    _check_mode()
-    if MODE == "0":
+    subjects = _subjects(backend, call)
+    if subjects and _is_off():
         return "not tried: ZINIT_PROOF=0"
     said = []
-    for family in needed(backend, call):
-        subject = Subject(family, call.query.dtype, call.query.shape[-1])
+    for subject in subjects:
+        family = subject.family
         with _lock:
             kept = _store_of(call.query.device)
             verdict = kept.verdicts.get(subject.key)
@@ -167,15 +174,12 @@ def _times_of(call: AnyCall) -> Mapping[str, float]:
 
 def known_why_not(backend: str, call: AnyCall) -> str:
     """`why_not` by what is known, without a trial: '' also for a family that was not tried yet."""
-    if backend not in FAMILIES:
-        return ""
-    _check_mode()
-    if MODE == "0":
-        return "ZINIT_PROOF=0"
+    subjects = _subjects(backend, call)
+    if not subjects or _is_off():
+        return "ZINIT_PROOF=0" if subjects else ""
     with _lock:
         kept = _store_of(call.query.device)
-        for family in needed(backend, call):
-            subject = Subject(family, call.query.dtype, call.query.shape[-1])
+        for subject in subjects:
             verdict = kept.verdicts.get(subject.key)
             if verdict is not None and not verdict.passed:
                 return verdict.said

@@ -25,16 +25,12 @@ Command = Callable[[Sequence[str]], None]
 # name -> a line about it, its module in finetune/, and the function there. Imported late: transformers takes seconds.
 FINE_TUNING = {
     "vtab": ("VTAB-1k and image classification of that kind, by its protocol", "vtab", "main"),
-    "base-to-novel": (
-        "CLIP learns half of the classes, and is tested on both halves",
-        "base_to_novel",
-        "main",
-    ),
+    "base-to-novel": ("CLIP learns half of the classes, and is tested on both halves", "base_to_novel", "main"),
     "ner": ("named entities in CoNLL files, span F1", "ner", "ner"),
     "srl": ("semantic roles by sentence and predicate, span F1", "ner", "srl"),
     "squad": ("SQuAD 1.1 and 2.0, exact match and F1", "squad", "main"),
     "instruct": ("zero-init prompts beside LoRA of several ranks, on instruction data", "instruct", "main"),
-}
+}  # fmt: skip
 
 
 def commands() -> dict[str, tuple[str, Command]]:

@@ -146,11 +146,7 @@ def test_images_are_seen_by_adapters_that_see(server, adapters, client):
 @pytest.mark.parametrize(
     "model, url, sentence",
     [
-        (
-            "sees",
-            "https://example.org/cat.png",
-            "image 1 must be a data URL .*, since this server fetches nothing",
-        ),
+        ("sees", "https://example.org/cat.png", "must be a data URL .*, since this server fetches nothing"),
         ("sees", "file:///etc/passwd", "must be a data URL"),
         ("sees", "data:image/png;base64,####", "image 1 is not valid base64"),
         ("sees", "data:image/png;base64,aGVsbG8=", "image 1 is no image in a known format"),

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .choice import choose
+from .device_steps import DeviceSteps
 from .errors import UserError
 from .llama import Adapter, KVCache, Llama, select_sequences
 from .lookup import Lookup
 
 NUM_SEEDS = 1 << 63  # a seed is below this
-MOST_LIKELY = 256  # tokens among which a nucleus is looked for first
 # Told each sequence's index and its new tokens so far, after every token; True ends that sequence.
 Watch = Callable[[int, list[int]], bool | None]
 
@@ -61,11 +62,16 @@ def generate(
     cache = _allocate(model, len(prompts), capacity)
     hidden = _prefill(model, prompts, adapter, cache)
     running = set(rows)
+    steps: _Steps | DeviceSteps
     if lookup:
-        draft = _Drafts(model, adapter, cache, prompts[0], min(lookup, MOST_DRAFT))
+        steps = _Drafts(model, adapter, cache, hidden, prompts[0], min(lookup, MOST_DRAFT))
+    elif model.device.type == "cuda":
+        steps = DeviceSteps(model, adapter, cache, hidden)
+    else:
+        steps = _Steps(model, adapter, cache, hidden)
     for step in range(1, max_new_tokens + 1):
-        tokens = choose(model.logits(hidden), temperature, top_p, [generators[i] for i in rows])
-        for index, token in zip(rows, tokens.tolist(), strict=True):
+        tokens = steps.next(temperature, top_p, [generators[i] for i in rows], max_new_tokens + 1 - step)
+        for index, token in zip(rows, tokens, strict=True):
             if index not in running:
                 continue
             if token in stops:
@@ -79,29 +85,58 @@ def generate(
         # the finished leave when they are half the batch: the copies together are less than the first cache
         if 2 * len(running) <= len(rows):
             kept = [row for row, index in enumerate(rows) if index in running]
-            cache, tokens, rows = cache.select(kept), tokens[kept], [rows[row] for row in kept]
-            adapter = select_sequences(adapter, kept)
-        if lookup:
-            hidden = draft.after(int(tokens), max_new_tokens - step)
-        else:
-            hidden = model.hidden_states(tokens[:, None], adapter, cache=cache)[:, 0]
+            rows = [rows[row] for row in kept]
+            steps.select(kept)
     return outputs
+
+
+class _Steps:
+    """The next tokens of a batch, a step at a time."""
+
+    def __init__(self, model: Llama, adapter: Adapter | None, cache: KVCache, hidden: Tensor):
+        self.model, self.adapter, self.cache, self.hidden = model, adapter, cache, hidden
+        self.tokens: Tensor | None = None  # the last ones: the model has not read them yet
+
+    def next(
+        self, temperature: float, top_p: float, generators: Sequence[torch.Generator], most: int
+    ) -> list[int]:
+        """A token for each sequence. `most`: tokens of a sequence that may be asked for, this one too."""
+        if self.tokens is not None:
+            self.hidden = self.read(self.tokens, most)
+        self.tokens = choose(self.model.logits(self.hidden), temperature, top_p, generators)
+        return self.tokens.tolist()
+
+    def read(self, tokens: Tensor, most: int) -> Tensor:
+        """The hidden states [B, C] behind these tokens."""
+        return self.model.hidden_states(tokens[:, None], self.adapter, cache=self.cache)[:, 0]
+
+    def select(self, kept: list[int]) -> None:
+        """Goes on with these rows of the batch."""
+        self.cache, self.adapter = self.cache.select(kept), select_sequences(self.adapter, kept)
+        self.tokens = None if self.tokens is None else self.tokens[kept]
 
 
 MOST_DRAFT = 31  # with the token before them, 32: what one call decodes
 
 
-class _Drafts:
-    """The hidden states of one sequence, token by token; some were computed together with the one before."""
+class _Drafts(_Steps):
+    """The next tokens of one sequence; some hidden states were computed together with the one before."""
 
     def __init__(
-        self, model: Llama, adapter: Adapter | None, cache: KVCache, prompt: Sequence[int], length: int
+        self,
+        model: Llama,
+        adapter: Adapter | None,
+        cache: KVCache,
+        hidden: Tensor,
+        prompt: Sequence[int],
+        length: int,
     ):
-        self.model, self.adapter, self.cache, self.lookup = model, adapter, cache, Lookup(prompt, length)
+        super().__init__(model, adapter, cache, hidden)
+        self.lookup = Lookup(prompt, length)
         self.ahead: list[tuple[int, Tensor]] = []  # the draft's tokens, and the hidden state behind each
 
-    def after(self, token: int, most: int) -> Tensor:
-        """The hidden state [1, C] behind the next token. `most`: tokens that may be asked for, this one too."""
+    def read(self, tokens: Tensor, most: int) -> Tensor:
+        token = int(tokens)
         self.lookup.append(token)
         if self.ahead and self.ahead[0][0] == token:
             self.cache.lengths += 1
@@ -113,55 +148,6 @@ class _Drafts:
         self.cache.lengths -= len(draft)
         self.ahead = list(zip(draft, hidden[1:, None], strict=True))
         return hidden[:1]
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers."""
-    # one pass for both: in bfloat16 argmax alone takes 4 times as long
-    largest, likeliest = logits.max(-1, keepdim=True)
-    if not largest.isfinite().all():
-        raise UserError(
-            "the model's logits are not numbers: damaged weights, or a dtype too narrow for them (float16 ends at "
-            "65504: try bfloat16 or float32)."
-        )
-    if temperature == 0:
-        return likeliest[..., 0]
-    smallest = torch.finfo(torch.float32).tiny  # below it a temperature would be 0 in float32
-    scaled = (logits.float() - largest) / max(temperature, smallest)  # at most 0: no temperature overflows
-    probabilities = scaled.softmax(-1)
-    nucleus = _nucleus(probabilities, top_p)
-    # A race: a token with probability p comes in after a time that is exponential with rate p, and the first one wins.
-    # Rounding changes the winner of one token in 100 in bfloat16. Looking up one random number in the cumulative
-    # probabilities changes one in 18: every token behind a change of them is shifted.
-    shape = probabilities.shape[-1:]
-    times = torch.stack([torch.empty(shape).exponential_(generator=generator) for generator in generators])
-    times = times.clamp_min_(smallest).to(nucleus.device)  # torch may draw a 0, and 0 / 0 would win
-    return (nucleus / times).argmax(-1)
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities [B, vocab_size], with 0 for the tokens outside of each row's smallest set that reaches top_p.
-
-    The set rarely holds more than a few tokens. Sorting 49,152 probabilities takes 3.6 ms on one core, finding the
-    largest 256 takes 0.1. Only rows whose largest do not reach top_p are sorted. Each row is decided by itself: so a
-    sequence's tokens do not depend on the others.
-    """
-    count = probabilities.shape[-1]
-    ordered, order = probabilities.topk(min(MOST_LIKELY, count), -1)
-    nucleus, reached = _kept(probabilities, ordered, order, top_p)
-    # sums of probabilities are off by rounding: near top_p, let all tokens decide
-    short = reached <= top_p + 1e-6
-    if count > MOST_LIKELY and short.any():
-        rows = probabilities[short]
-        nucleus[short], _ = _kept(rows, *rows.sort(-1, descending=True), top_p)
-    return nucleus
-
-
-def _kept(probabilities: Tensor, ordered: Tensor, order: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The nucleus among the tokens `order`, whose probabilities fall, and the probability [B] of all of `order`."""
-    sums = ordered.cumsum(-1)
-    outside = sums - ordered > top_p
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0)), sums[..., -1]
 
 
 def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:

@@ -15,12 +15,13 @@ from tiny_models import KINDS, hf_directory, prompts, word_tokenizer
 
 from model.adapter import LlamaAdapter
 from model.adapter_files import load_adapter, save_adapter
+from model.choice import _nucleus, choose
 from model.config import AdapterConfig
 from model.errors import UserError, run_program
 from model.generate import Watcher, main
 from model.llama import Llama
 from model.loading import load_base
-from model.sampling import _nucleus, choose, generate
+from model.sampling import generate
 from model.tokenizer import Tokenizer, load_tokenizer
 
 LENGTHS = (7, 1, 19, 5)

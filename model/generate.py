@@ -53,7 +53,8 @@ class Watcher:
         if not self.stream and not self.stop:
             return False
         text = self.tokenizer.decode(tokens)
-        stopped = any(stop in text for stop in self.stop)
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character is not that one yet
+        stopped = any(stop in whole for stop in self.stop)
         if self.stream:
             self.show(text, stopped)
         return stopped

@@ -32,8 +32,8 @@ class AnswerText:
             self._settle(window[len(known) :])
             self._tokens = self._tokens[self._read :]
             self._read = len(self._tokens)
-        elif self._stops:  # what stands before the half character may end the answer
-            self._find_stop(self._text + window[len(known) :])
+        elif self._stops:  # what stands before the half character may end the answer, which itself may not
+            self._find_stop(self._text + window[len(known) :].rstrip("\N{REPLACEMENT CHARACTER}"))
         return self.stopped
 
     def take(self) -> str:

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tiny_models import word_tokenizer
 
+from model.generate import Watcher
 from model.serving.request import TokenLogprobs
 from model.serving.responses import Answer, Piece, Responses
 from model.serving.text import AnswerText
@@ -147,3 +148,20 @@ def test_offsets_count_broken_bytes_as_the_text_does(tmp_path):
     answer.told = [Piece(0, "", token, TokenLogprobs(-1.0, [])) for token in tokens]
     (choice,) = Responses("x", False, tokenizer).whole([answer], 1)["choices"]
     assert answer.text.startswith("\ufffd\ufffdt") and choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kept", [4, 5, 6, 7, 8])
+def test_half_a_character_is_no_broken_one(tmp_path, kept, capsys):
+    """With the replacement character as a stop string, every answer ended at its first emoji."""
+    byte_fallback(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = [258, 256, *"😀".encode(), 258, 0x80, 258][:kept]
+    answer, watcher = AnswerText(tokenizer.decode, ["\ufffd"]), Watcher(tokenizer, ["\ufffd"], stream=True)
+    pieces = ""
+    for count, token in enumerate(tokens, 1):
+        ends = answer.add(token), watcher(0, tokens[:count])
+        pieces += answer.take()
+        assert ends == (count == 9, count == 9)
+    watcher.show(watcher.cut(tokenizer.decode(tokens)), last=True)
+    expected = {4: "h ", 5: "h ", 6: "h 😀", 7: "h 😀h", 8: "h 😀h"}[kept]
+    assert pieces + answer.finish() == expected == capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from .adapter import LlamaAdapter
 from .config import LlamaConfig
 from .config_file import write_config
+from .errors import warn
 from .lora import Lora, save_lora
 from .pictures import layer_picture, loss_picture
 from .resume import save_checkpoint
@@ -68,6 +70,12 @@ class RunOutput:
             self.trackers = open_trackers(self.options.trackers, self.folder, vars(config), done)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", done, [self._track], self.writes)
         self.best = Best(self.metrics.entries, self.options.patience)
+        keeps = self.options.keep_best or self.options.patience
+        if self.writes and keeps and self.best.loss < math.inf and not self.best_file.exists():
+            warn(
+                f"the adapter with the lowest validation loss until now, {self.best.loss:.4f}, was not kept: "
+                f"{self.best_file} comes with the next lower one."
+            )
 
     def save_state(self, done: int) -> None:
         """The checkpoint after so many steps."""

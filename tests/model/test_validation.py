@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 
@@ -61,6 +62,16 @@ def test_the_best_adapter_is_kept_and_a_run_without_progress_ends(
     # a run that has ended does not begin again
     assert run(*words, "--resume") == 0
     assert "Stopped after step 3 of 6" in capsys.readouterr().err
+
+
+def test_a_best_adapter_that_was_not_kept_is_told(folder, whole_run, tmp_path, capsys):
+    """--keep-best on a run that began without it."""
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    assert run(*arguments(folder, output, "--resume"), "--keep-best") == 0
+    lowest = min(entry["val_loss"] for entry in read_metrics(output / "metrics.jsonl") if "val_loss" in entry)
+    said = f"warning: the adapter with the lowest validation loss until now, {lowest:.4f}, was not kept: "
+    assert said in capsys.readouterr().err and not (output / "best.safetensors").exists()
 
 
 def test_previews_are_written_and_change_nothing(folder, whole_run, tmp_path):

@@ -40,7 +40,8 @@ def generate(
     depend on what else is in the batch. Its logits do, by rounding: a matrix product of more rows adds up in another
     order. So a token may come out differently where two are nearly equal, and then all that follows it: of SmolLM2's
     answers of 12 tokens, alone and 15 at once, 3 of 30 in bfloat16 at temperature 0 and 5 at 1; none in float32. Packed
-    weights (int8, int4) differ more: of a random base's 24 answers of 30 tokens 10 to 12 in bfloat16, 0 to 3 in float16.
+    weights (int8, int4) differ more: of a random base's 24 answers of 30 tokens 10 to 12 in bfloat16, up to 3 in
+    float16.
 
     lookup: up to so many tokens that followed the sequence's last ones before are read in one pass (`lookup.py`). The
     tokens are those of lookup 0; it is for one prompt.

@@ -462,12 +462,7 @@ class BackwardUnit {
 
 int64_t backward_items(const BackwardWork& w) { return w.num_sequences * w.num_heads_kv * w.units(); }
 
-int64_t backward_scratch(const BackwardWork& w) {
-  int64_t bytes = BackwardScratch<FloatTile>(w, nullptr).bytes;  // any unit may have to be repeated
-  with_tile(w.query,
-            [&](auto tile) { bytes = max(bytes, BackwardScratch<decltype(tile)>(w, nullptr).bytes); });
-  return bytes;
-}
+int64_t backward_scratch(const BackwardWork& w) { return scratch_of_tiles<BackwardScratch>(w); }
 
 // A split whose inputs hold special numbers; apart from the code for all others, which is faster without it.
 template <class Tile>

@@ -75,23 +75,20 @@ struct BackwardScratch {
   }
 
   // Rows j and j + 1 of one column.
-  void store_p(int64_t j, int64_t column, Vec even, Vec odd) const {
-    if constexpr (Tile::kPack == 1) {
-      store(p + j * kGroup + column, even);
-      store(p + (j + 1) * kGroup + column, odd);
-    } else {
-      Tile::store_query_pairs(p + (j * kGroup + column) / 2, even);
-      Tile::store_query_pairs(p + ((j + 1) * kGroup + column) / 2, odd);
-    }
-  }
+  void store_p(int64_t j, int64_t column, Vec even, Vec odd) const { store_rows(p, j, column, even, odd); }
   void store_ds(int64_t j, int64_t column, Vec even, Vec odd) const {
+    store_rows(ds_by_query, j, column, even, odd);
+    if constexpr (Tile::kPack > 1) Tile::store_key_pair(ds_by_key + j / 2 * kGroup + column, even, odd);
+  }
+
+ private:
+  void store_rows(Unit* tile, int64_t j, int64_t column, Vec even, Vec odd) const {
     if constexpr (Tile::kPack == 1) {
-      store(dp + j * kGroup + column, even);
-      store(dp + (j + 1) * kGroup + column, odd);
+      store(tile + j * kGroup + column, even);
+      store(tile + (j + 1) * kGroup + column, odd);
     } else {
-      Tile::store_query_pairs(ds_by_query + (j * kGroup + column) / 2, even);
-      Tile::store_query_pairs(ds_by_query + ((j + 1) * kGroup + column) / 2, odd);
-      Tile::store_key_pair(ds_by_key + j / 2 * kGroup + column, even, odd);
+      Tile::store_query_pairs(tile + (j * kGroup + column) / 2, even);
+      Tile::store_query_pairs(tile + ((j + 1) * kGroup + column) / 2, odd);
     }
   }
 };
@@ -239,16 +236,8 @@ template <class Tile>
       s.store_p(j, column, zero, zero);
     }
   };
-  const int64_t full_begin = round_up(e.full_begin, Tile::kPack);
-  const int64_t full_end = e.full_end - e.full_end % Tile::kPack;
   clear(0, e.begin);
-  if (careful || how.rewritten || full_begin >= full_end) {
-    rows(e.begin, e.end, true);
-  } else {
-    rows(e.begin, full_begin, true);
-    rows(full_begin, full_end, false);
-    rows(full_end, e.end, true);
-  }
+  in_stretches<Tile>(e, careful || how.rewritten, rows);
   clear(e.end, keys);
 }
 

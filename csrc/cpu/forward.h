@@ -269,12 +269,7 @@ inline int64_t forward_blocks(const ForwardParams& w) { return ceil_div(w.seqlen
 
 int64_t forward_items(const ForwardParams& w) { return w.num_sequences * w.num_heads_q * forward_blocks(w); }
 
-int64_t forward_scratch(const ForwardParams& w) {
-  int64_t bytes = ForwardScratch<FloatTile>(w, nullptr).bytes;  // any item may have to be repeated
-  with_tile(w.query,
-            [&](auto tile) { bytes = max(bytes, ForwardScratch<decltype(tile)>(w, nullptr).bytes); });
-  return bytes;
-}
+int64_t forward_scratch(const ForwardParams& w) { return scratch_of_tiles<ForwardScratch>(w); }
 
 // For inputs with special numbers; apart from the code for all others, which is faster without it.
 template <class Tile>

@@ -101,16 +101,7 @@ template <class Tile>
       }
     }
   };
-  // Whole pairs of the part that every lane sees.
-  const int64_t full_begin = round_up(e.full_begin, Tile::kPack);
-  const int64_t full_end = e.full_end - e.full_end % Tile::kPack;
-  if (coarse || how.rewritten || full_begin >= full_end) {
-    run(e.begin, e.end, true);
-  } else {
-    run(e.begin, full_begin, true);
-    run(full_begin, full_end, false);
-    run(full_end, e.end, true);
-  }
+  in_stretches<Tile>(e, coarse || how.rewritten, run);
   store(state.m + lane, m);
   store(state.l + lane, l0 + l1);
   store(state.alpha + lane, alpha);

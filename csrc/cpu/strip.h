@@ -57,6 +57,21 @@ inline Extent extent_of(const Visibility& visible, int64_t first, int64_t lanes,
   return e;
 }
 
+// f(begin, end, masked) on the keys of an extent, in order. The part that every lane sees is not masked, in whole
+// units, unless `all_masked`.
+template <class Tile, class F>
+[[gnu::always_inline]] inline void in_stretches(const Extent& e, bool all_masked, const F& f) {
+  const int64_t full_begin = round_up(e.full_begin, Tile::kPack);
+  const int64_t full_end = e.full_end - e.full_end % Tile::kPack;
+  if (all_masked || full_begin >= full_end) {
+    f(e.begin, e.end, true);
+  } else {
+    f(e.begin, full_begin, true);
+    f(full_begin, full_end, false);
+    f(full_end, e.end, true);
+  }
+}
+
 // Both vectors of a strip of `rows` queries.
 template <class Tile>
 inline void strip_extents(const Visibility& visible, int64_t first, int64_t rows, int64_t block,

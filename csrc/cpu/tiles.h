@@ -227,5 +227,13 @@ inline void with_tile([[maybe_unused]] const View& query, F f) {
   f(FloatTile{});
 }
 
+// The bytes of a Scratch<Tile>: of the larger one, since an item may have to be repeated in floats.
+template <template <class> class Scratch, class Work>
+int64_t scratch_of_tiles(const Work& w) {
+  int64_t bytes = Scratch<FloatTile>(w, nullptr).bytes;
+  with_tile(w.query, [&](auto tile) { bytes = max(bytes, Scratch<decltype(tile)>(w, nullptr).bytes); });
+  return bytes;
+}
+
 }  // namespace
 }  // namespace zinit::cpu

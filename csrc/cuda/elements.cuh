@@ -96,6 +96,11 @@ void with_half_dtype(DType dtype, const F& f) {
   });
 }
 
+// On the host: a grid of blocks.
+inline dim3 grid_of(int64_t x, int64_t y, int64_t z) {
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
 // On the host: f.operator()<D>() for a head_dim that the kernels are compiled for.
 template <class F>
 void with_head_dim(int64_t head_dim, const F& f) {

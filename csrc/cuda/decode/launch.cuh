@@ -40,8 +40,7 @@ template <class T, int D>
 bool launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t stream) {
   constexpr int kSharedWithoutAsking = 48 << 10;
   const int shared_bytes = attention_shared(w, plan).bytes;
-  const dim3 grid(plan.num_splits, static_cast<unsigned>(w.num_heads_kv * plan.row_blocks),
-                  static_cast<unsigned>(w.num_sequences));
+  const dim3 grid = grid_of(plan.num_splits, w.num_heads_kv * plan.row_blocks, w.num_sequences);
   const auto attend = [&](auto* kernel) {
     if (shared_bytes > kSharedWithoutAsking && !ALLOW_SHARED((kernel), shared_bytes)) return false;
     LAUNCH((kernel), grid, dim3(kThreads), shared_bytes, stream, w);
@@ -57,8 +56,7 @@ bool launch_attention(const DecodeWork& w, const DecodePlan& plan, cudaStream_t 
 template <class T>
 void launch_combine(const DecodeWork& w, cudaStream_t stream) {
   if (w.splits == 1 || w.query_rows == 0) return;
-  const dim3 grid(static_cast<unsigned>(w.query_rows), static_cast<unsigned>(w.num_heads_kv),
-                  static_cast<unsigned>(w.num_sequences));
+  const dim3 grid = grid_of(w.query_rows, w.num_heads_kv, w.num_sequences);
   LAUNCH_PROGRAMMATIC_DEPENDENT((zinit_decode_combine<T>), grid, dim3(kThreads), combine_shared_bytes(w),
                                 stream, w);
 }

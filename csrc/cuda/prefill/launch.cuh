@@ -22,9 +22,9 @@ inline PrefillWork prefill_work(const PrefillParams& params) {
 template <class T>
 void launch_append(const PrefillWork& w, cudaStream_t stream) {
   const int64_t blocks = (w.seqlen_new + kTokensPerBlock - 1) / kTokensPerBlock;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(w.num_heads_kv),
-                  static_cast<unsigned>(w.num_sequences));
-  if (blocks > 0) LAUNCH((zinit_append<T>), grid, dim3(kThreads), 0, stream, w);
+  if (blocks == 0) return;
+  const dim3 grid = grid_of(blocks, w.num_heads_kv, w.num_sequences);
+  LAUNCH((zinit_append<T>), grid, dim3(kThreads), 0, stream, w);
 }
 
 template <class T, int D>
@@ -36,8 +36,7 @@ void launch_prefill_of(const PrefillWork& w, cudaStream_t stream) {
   launch_append<T>(w, stream);
   const int64_t blocks = (w.seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
   if (blocks == 0) return;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(w.num_heads_q),
-                  static_cast<unsigned>(w.num_sequences));
+  const dim3 grid = grid_of(blocks, w.num_heads_q, w.num_sequences);
   LAUNCH((zinit_prefill<T, D>), grid, dim3(kThreads), kSharedBytes, stream, w);
 }
 

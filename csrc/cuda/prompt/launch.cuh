@@ -19,8 +19,7 @@ void launch_prompt_of(const PromptWork& w, cudaStream_t stream) {
   static_assert(kSharedBytes <= kMaxSharedBytes);
   if (!ALLOW_SHARED((zinit_add_prompts<T, D>), kSharedBytes)) return;
   const int64_t blocks = (w.seqlen_q + Shape::kQueries - 1) / Shape::kQueries;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(w.num_heads_q),
-                  static_cast<unsigned>(w.num_sequences));
+  const dim3 grid = grid_of(blocks, w.num_heads_q, w.num_sequences);
   LAUNCH((zinit_add_prompts<T, D>), grid, dim3(kThreads), kSharedBytes, stream, w);
 }
 

@@ -53,17 +53,10 @@ __device__ __forceinline__ void score_prompts(const AttentionParams& w,
   multiply_keys<T, Shape>(scores, queries, keys);
   float scale = w.scale * kLog2E;
   if (w.softcap > 0.f) cap_tile(scores, scale, w.softcap), scale = 1.f;
-#pragma unroll
-  for (int t = 0; t < Shape::kRowTiles; ++t) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool exists = n * 8 + lane_index() % 4 * 2 + i % 2 < count;
-        scores[t][n][i] = exists ? scores[t][n][i] * scale : -INFINITY;
-      }
-    }
-  }
+  each_result<Shape, 2>([&](int t, int n, int i) {
+    const bool exists = n * 8 + lane_index() % 4 * 2 + i % 2 < count;
+    scores[t][n][i] = exists ? scores[t][n][i] * scale : -INFINITY;
+  });
 }
 
 // out += weight * softmax(scale * q pk^T) pv. The first tile of prompts is staged and visible to all. The
@@ -103,16 +96,9 @@ __device__ __forceinline__ void add_prompts(const AttentionParams& w, const Prom
     const int count = min(branch.prompts - first, Shape::kKeys);
     for (int j = 0; j < count; j += 16) {
       score_prompts<T, Shape>(w, scores, queries, keys + j * Shape::kStride, count - j);
-#pragma unroll
-      for (int t = 0; t < Shape::kRowTiles; ++t) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[t][n][i] = weights[t][i / 2] * fast_exp2(scores[t][n][i] - softmax.m[t][i / 2]);
-          }
-        }
-      }
+      each_result<Shape, 2>([&](int t, int n, int i) {
+        scores[t][n][i] = weights[t][i / 2] * fast_exp2(scores[t][n][i] - softmax.m[t][i / 2]);
+      });
       add_values<T, Shape>(out, scores, values + j * Shape::kStride);
     }
   }

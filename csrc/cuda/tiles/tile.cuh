@@ -52,6 +52,19 @@ __device__ __forceinline__ void each_vector(int rows, const F& f) {
   }
 }
 
+// f(t, n, i) for each number that a lane holds of a tile of COLUMNS * 8 columns.
+template <class Shape, int COLUMNS, class F>
+__device__ __forceinline__ void each_result(const F& f) {
+#pragma unroll
+  for (int t = 0; t < Shape::kRowTiles; ++t) {
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(t, n, i);
+    }
+  }
+}
+
 // scores = queries of the warp times the first COLUMNS * 8 keys.
 template <class T, class Shape, int COLUMNS>
 __device__ __forceinline__ void multiply_keys(float (&scores)[Shape::kRowTiles][COLUMNS][4], const T* queries,
@@ -59,14 +72,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[Shape::kRowTiles][
   const int lane = lane_index();
   const T* query = queries + (warp_index() * Shape::kWarpRows + lane % 16) * Shape::kStride + lane / 16 * 8;
   const T* key = keys + (lane / 16 * 8 + lane % 8) * Shape::kStride + lane / 8 % 2 * 8;
-#pragma unroll
-  for (int t = 0; t < Shape::kRowTiles; ++t) {
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[t][n][i] = 0.f;
-    }
-  }
+  each_result<Shape, COLUMNS>([&](int t, int n, int i) { scores[t][n][i] = 0.f; });
 #pragma unroll
   for (int d = 0; d < Shape::kHeadDim; d += 16) {
     uint32_t a[Shape::kRowTiles][4];
@@ -119,14 +125,7 @@ __device__ __forceinline__ void add_values(typename Shape::Output& out,
 template <class Shape>
 __device__ __forceinline__ void multiply_rows(typename Shape::Output& out,
                                               const typename Shape::Rows& factors) {
-#pragma unroll
-  for (int t = 0; t < Shape::kRowTiles; ++t) {
-#pragma unroll
-    for (int n = 0; n < Shape::kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[t][n][i] *= factors[t][i / 2];
-    }
-  }
+  each_result<Shape, Shape::kHeadDim / 8>([&](int t, int n, int i) { out[t][n][i] *= factors[t][i / 2]; });
 }
 
 // The warp's rows, rounded, into a tile that holds as many rows as queries, added to what is there if ADDS;

@@ -235,6 +235,11 @@ def _from_json(path: Path, config: TokenizerConfig) -> Tokenizer:
         next((known[name] for name in ([named] if given else usual) if name in known), None)
         for (given, named), usual in ((config.bos, _BOS_TOKENS), (config.eos, _EOS_TOKENS))
     )
+    if is_llama_tokenizer and config.is_code_llama:  # whatever the file's post-processor says
+        begin = [("begin", id) for id in [bos_id] if id is not None]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*(name for name, _ in begin), "$A"], special_tokens=begin
+        )
     byte_fallback = '"ByteFallback"' in content or is_llama_tokenizer
     wrapped = _wrapped(tokenizer, path, bos_id, eos_id, own_size, byte_fallback, config.chat_template)
     unlisted = frozenset(known[name] for name in missing)
@@ -313,7 +318,7 @@ def _wrapped(
 
 def _rebuild_as_llama_tokenizer(tokenizer: Any, config: TokenizerConfig) -> None:
     """What transformers' class LlamaTokenizer keeps of a tokenizer.json is the vocabulary and the post-processor; the
-    rest it makes itself. The ids differ for a text that begins with a space.
+    rest it makes itself, as CodeLlamaTokenizer does. The ids differ for a text that begins with a space.
     """
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -324,7 +329,8 @@ def _rebuild_as_llama_tokenizer(tokenizer: Any, config: TokenizerConfig) -> None
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * config.add_prefix_space)
+    strips = config.add_prefix_space or config.is_code_llama
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strips)
 
 
 def _around(tokenizer: Any, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:

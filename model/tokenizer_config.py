@@ -43,6 +43,7 @@ class TokenizerConfig:
     ]  # the name of the unk_token, pad_token, image_token, ..., where a file says it
     added_tokens: tuple[AddedToken, ...]  # by id
     is_llama_tokenizer: bool  # the class LlamaTokenizer makes the normaliser and the decoder itself
+    is_code_llama: bool  # and so does CodeLlamaTokenizer, and what it puts around a text
     legacy: bool
     add_prefix_space: bool
     chat_template: str | None
@@ -74,7 +75,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         raise UserError(f"{path} must name the added_tokens_decoder by an object.")
     model = _read_object(directory / "config.json")
     kind = told.get("tokenizer_class") or model.get("tokenizer_class")
-    is_llama = isinstance(kind, str) and kind.removesuffix("Fast") == "LlamaTokenizer"
+    kind = kind.removesuffix("Fast") if isinstance(kind, str) else None
     return TokenizerConfig(
         bos=("bos_token" in names, names.get("bos_token")),
         eos=("eos_token" in names, names.get("eos_token")),
@@ -83,8 +84,10 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         special_names=special,
         named=names,
         added_tokens=tuple(sorted(added)),
-        is_llama_tokenizer=is_llama and model.get("model_type") != "mistral",
-        legacy=bool(told.get("legacy", False)),
+        is_llama_tokenizer=kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        and model.get("model_type") != "mistral",
+        is_code_llama=kind == "CodeLlamaTokenizer" and model.get("model_type") != "mistral",
+        legacy=bool(told.get("legacy", False)) and kind != "CodeLlamaTokenizer",
         add_prefix_space=told.get("add_prefix_space") is None or bool(told["add_prefix_space"]),
         chat_template=_chat_template(told.get("chat_template"), directory),
     )

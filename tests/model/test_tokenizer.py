@@ -121,6 +121,25 @@ def test_the_ids_are_those_of_autotokenizer(tmp_path, make, kind, beside):
             assert ours.bos_id == theirs.bos_token_id
 
 
+@pytest.mark.parametrize("single", [None, "<s> $A </s>", "$A"])
+def test_the_ids_of_code_llama(tmp_path, single):
+    """transformers' class begins a text with BOS, whatever the tokenizer.json says."""
+    tokenizer = llama_tokenizer(tmp_path)
+    if single:
+        tokenizer.post_processor = template(single, tokenizer)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("silent", "names", "no bos", "nulls", "an added token", "prefix space"):
+        config = CONFIGS[name] | {"tokenizer_class": "CodeLlamaTokenizer"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+        ours = load_tokenizer(tmp_path)
+        for text in TEXTS:
+            ids = theirs(text).input_ids
+            assert ours.encode(text) == ids, (name, text)
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_a_prompt_has_no_end_and_an_answer_has_one(tmp_path):
     """Whatever the files put around a text; None is what they say."""
     tokenizer = word_tokenizer(tmp_path, 300)

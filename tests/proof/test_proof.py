@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 import warnings
 
@@ -432,3 +433,37 @@ def test_on_a_cpu_nothing_is_asked(monkeypatch):
     attend()
     explain(*make_inputs(CASE, torch.float32).tensors.values(), is_causal=True)
     assert os.environ.get("ZINIT_PROOF") is None
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_killed_while_it_writes_leaves_nothing_for_good(gpu, number):
+    """Each of them left a file. The verdicts until then stay, and the next process goes on."""
+    kept = store.Store(gpu.facts)
+    with kept.locked():
+        kept.end("before", store.Verdict(True, "", "2026-11-30"))
+
+    def write():
+        real, calls = os.replace, []
+
+        def replace(*paths):
+            calls.append(paths)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*paths)
+
+        os.replace = replace
+        with kept.locked():
+            kept.begin("killed")
+            kept.end("killed", store.Verdict(True, "", "2026-11-30"))
+
+    if (child := os.fork()) == 0:
+        try:
+            write()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(kept.path.parent.glob("*.new"))) == 1
+    other = store.Store(gpu.facts)
+    with other.locked():
+        assert other.begin("killed") == number - 1 and "before" in other.verdicts
+    assert not list(kept.path.parent.glob("*.new"))

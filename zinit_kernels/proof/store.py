@@ -118,6 +118,7 @@ class Store:
         try:
             if lock is not None:
                 _wait_for(lock)
+                self._remove_leftovers()
                 self.read()
             yield
         finally:
@@ -127,6 +128,13 @@ class Store:
     def is_kept(self) -> bool:
         """Whether what is written now will be there for the next process."""
         return self.path is not None and self.path.is_file() and os.access(self.path.parent, os.W_OK)
+
+    def _remove_leftovers(self) -> None:
+        """Removes what processes left that were killed while they wrote; under the lock nobody else writes."""
+        assert self.path is not None
+        for leftover in self.path.parent.glob(f"{self.path.stem}*.new"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
     def _content(self) -> dict[str, Any]:
         if self.path is None:

@@ -130,6 +130,15 @@ def _samples(
         raise UserError(f"--max-seq-len {max_seq_len} is beyond the model's context of {model.max_seq_len}.")
     if not 0 <= options.validation < 1:
         raise UserError(f"--validation must be a share from 0 to below 1, got {options.validation}.")
+    if (
+        options.chat_template is not None
+        and options.template == "auto"
+        and not _may_hold_conversations(files)
+    ):
+        warn(
+            f"--chat-template has no effect: {data} holds no conversations. Add --template chat, which takes it for "
+            "instructions too."
+        )
     encoded = [_encode(options, file, tokenizer, max_seq_len, console) for file in files]
     report = EncodingReport(max_seq_len, *map(sum, zip(*(part.report[1:] for part in encoded), strict=True)))
     num_records = sum(part.num_records for part in encoded)
@@ -170,6 +179,12 @@ def _samples(
     like = report_on(training, mixture.order(options.seed, 0), options.batch_size, options.max_tokens)
     outcome = f"{num_records} records: {report}; {like}"
     return Samples(training, Subset(samples, held_back), mixture, outcome, tokenizer)
+
+
+def _may_hold_conversations(files: Sequence[File]) -> bool:
+    return any(
+        isinstance(file, Path) or any(isinstance(record, Conversation) for record in file) for file in files
+    )
 
 
 class _Encoded(NamedTuple):

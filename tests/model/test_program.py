@@ -250,6 +250,15 @@ def test_preparing_much_data_is_not_silent(folder, tmp_path, capsys, monkeypatch
         assert line in capsys.readouterr().err.splitlines()
 
 
+def test_a_chat_template_for_no_conversation_is_said(folder, tmp_path, capsys):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    words = [*arguments(folder, tmp_path / "out"), "--dry-run", "--chat-template", str(template)]
+    for more, said in (([], True), (["--template", "chat"], False)):
+        assert run(*words, *more) == 0
+        assert ("--chat-template has no effect" in capsys.readouterr().err) == said
+
+
 def test_progress_is_a_bar_on_a_terminal():
     console = Console(force_terminal=True, width=100, _environ={"TERM": "xterm"})
     with console.capture() as shown, progress(console, total=4) as show:

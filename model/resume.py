@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zinit_kernels import explain
 from zinit_kernels.checkpoints.tensor_files import read_torch, regular_file
 
 from .errors import UserError, is_out_of_memory, warn
@@ -19,7 +20,7 @@ from .run_folder import write_file
 # What a group of AdamW cannot do without; torch adds others in newer versions
 _HYPERPARAMETERS = {"params", "lr", "betas", "eps", "weight_decay"}
 # of a run that names nothing else
-_USUAL = {"compile": False, "processes": 1, "tensor parallel": 1, "sharded": False}
+_USUAL = {"attention": "cpu", "compile": False, "processes": 1, "tensor parallel": 1, "sharded": False}
 _LATER = {"validation data"}  # checkpoints of before December 2026 do not say
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
@@ -56,7 +57,7 @@ def refuse_missing(path: Path) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What decides the last digits of a run, beside its recipe: the number of threads, the chip and torch."""
+    """What decides the last digits of a run, beside its recipe: the threads, the chip, torch and the kernels."""
     chip = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cuda":
@@ -68,12 +69,17 @@ def machine(device: torch.device) -> dict[str, Any]:
             if "model name" in line
         ]
         chip = (names or [chip])[0]
-    return {
+    found = {
         "threads": torch.get_num_threads(),
         "chip": chip,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__),
     }
+    if device.type == "cpu":  # an installation without the compiled kernels computes in PyTorch
+        row = torch.zeros(1, 1, 1, 8)
+        attention = explain(row, row, row, None, None, None).selected
+        found |= {} if attention == _USUAL["attention"] else {"attention": attention}
+    return found
 
 
 def load_checkpoint(path: str | Path, run: dict[str, Any], num_steps: int) -> Checkpoint:

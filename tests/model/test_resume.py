@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import arguments, contents, losses_of, make_base, run, write_tokenizer
 
-from model import run_output
+from model import resume, run_output
 from model import train as program
 from model.adapter_files import load_adapter, save_adapter
 from model.config import AdapterConfig
@@ -206,6 +206,14 @@ def test_other_conditions_are_warned_of(folder, whole_run, tmp_path, capsys, mon
     assert run(*arguments(folder, output, *words, "--resume")) == 0
     warning = f"this run has {changed} 77: its numbers will differ in their last digits from those of a run without a"
     assert warning in capsys.readouterr().err
+
+
+def test_an_installation_without_kernels_is_a_condition(folder, whole_run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    monkeypatch.setattr(resume, "explain", lambda *_: SimpleNamespace(selected="composed"))
+    assert run(*arguments(folder, output, "--resume")) == 0
+    assert "was written with attention cpu, this run has attention composed" in capsys.readouterr().err
 
 
 def test_compiled_layers_are_a_condition(folder, whole_run, tmp_path, capsys, monkeypatch):

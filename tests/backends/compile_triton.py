@@ -145,10 +145,34 @@ def read_binary(cubin: bytes) -> dict[str, object]:
             if products:
                 loop_spills += count["LDL"] + count["STL"]
                 loops.append(f"{count.total()}/{products}/{count['MUFU']}")
+    spills = sum(op in ("LDL", "STL") for _, op in operations)
     return {
-        "registers": int(found[1]), "local": int(found[2]), "spills": sum(op in ("LDL", "STL") for _, op in operations),
-        "loop_spills": loop_spills, "instructions": len(code), "loops": loops,
+        "registers": int(found[1]), "local": int(found[2]), "spills": spills, "loop_spills": loop_spills,
+        "instructions": len(code), "loops": loops, "late_registers": count_late_registers([text for _, text in code]),
     }  # fmt: skip
+
+
+def count_late_registers(code: list[str]) -> int:
+    """Warpgroup products one of whose registers is written between them and the fence before them (WARPGROUP.ARRIVE).
+
+    In the PTX that LLVM makes, arithmetic stands between the fence and the product. ptxas has to put that right.
+    """
+    written: set[int] = set()
+    late = 0
+    for text in code:
+        operation, _, rest = text.partition(" ")
+        registers = [int(number) for number in re.findall(r"(?<!U)R(\d+)", rest.replace("gdesc[UR", "["))]
+        if operation.startswith("WARPGROUP.ARRIVE"):
+            written = set()
+        elif shape := re.match(r"HGMMA\.64x(\d+)x", operation):
+            used = {registers[0] + i for i in range(int(shape[1]) // 2)}
+            if left := re.match(r"R\d+, R(\d+)", rest):
+                used |= {int(left[1]) + i for i in range(4)}
+            late += bool(used & written)
+        elif registers and re.match(r"R\d+", rest) and not operation.startswith(("ST", "RED")):
+            width = 4 if ".128" in operation or ".WIDE" in operation else 2 if ".64" in operation else 1
+            written |= {registers[0] + i for i in range(width)}
+    return late
 
 
 if __name__ == "__main__":

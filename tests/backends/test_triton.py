@@ -45,10 +45,51 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
         assert kernel["shared"] <= kernel["limit"], kernel
         if kernel["head_dim"] <= 128:
             assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
+        assert kernel["late_registers"] == 0, kernel
         # dK and dV of 256 dimensions take tiles of 32 keys, too small for warpgroup products: larger ones spill
         too_small = kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
         if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query") and not too_small:
             assert kernel["wgmma"] > 0, kernel
+
+
+@NEEDS_TRITON
+def test_registers_of_products_are_written_before_their_fence(tmp_path):
+    """With a window the PTX has 240 instructions between a fence and its product; the machine code must have none."""
+    chosen = (
+        "--kernels",
+        "forward,grad_key_value,grad_query",
+        "--masks",
+        "window,softcap",
+        "--head-dims",
+        "64",
+    )
+    script = "tests/backends/compile_triton.py"
+    result = run(script, "90", *chosen, interpret=False, TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert kernel["wgmma"] > 0 and kernel["late_registers"] == 0, kernel
+
+
+@NEEDS_TRITON
+def test_a_register_written_behind_the_fence_is_counted():
+    file = ROOT / "tests" / "backends" / "compile_triton.py"
+    specification = importlib.util.spec_from_file_location("compile_triton", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    count_late_registers = module.count_late_registers
+    first, second = (
+        "HGMMA.64x64x16.F32.BF16 R24, R132, gdesc[UR28].tnspB, R24",
+        "HGMMA.64x8x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT",
+    )
+    write, arrive = "F2FP.BF16.F32.PACK_AB R134, R201, R230", "WARPGROUP.ARRIVE"
+    assert count_late_registers([write, arrive, first, second]) == 0
+    assert count_late_registers([arrive, write, first, second]) == 1  # the left operand is R132 to R135
+    assert (
+        count_late_registers([arrive, "FMUL R55, R1, R2", first, second]) == 1
+    )  # and the accumulator R24 to R55
+    assert count_late_registers([arrive, "FMUL R56, R134, R2", "STS [R24], R134", first, second]) == 0
 
 
 @NEEDS_TRITON

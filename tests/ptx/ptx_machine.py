@@ -15,6 +15,7 @@ import ptx_arithmetic
 import ptx_matrices
 import ptx_memory
 import ptx_warpgroup
+from ptx_counters import Counters
 from ptx_memory import BLOCK, EPOCH, PARAMETERS, SHARED, WARP_EPOCH, Buffers, Fault, Memory
 from ptx_module import TYPES, Entry, Instruction
 
@@ -30,20 +31,28 @@ OPERATIONS = {
 
 
 def run(
-    entry: Entry, grid: tuple[int, int, int], threads: int, shared: int, argument: bytes, buffers: Buffers
+    entry: Entry,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared: int,
+    argument: bytes,
+    buffers: Buffers,
+    counters: Counters | None = None,
 ) -> None:
     """One launch of a kernel; argument: the parameters' memory."""
     buffers.new_launch()
     every = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
     together = max(1, LANES // threads)
     for first in range(0, len(every), together):
-        Blocks(entry, first, every[first : first + together], grid, threads, shared, argument, buffers).run()
+        indices = every[first : first + together]
+        Blocks(entry, first, indices, grid, threads, shared, argument, buffers, counters).run()
 
 
 class Blocks:
     """Blocks that run side by side: registers, control, barriers."""
 
-    def __init__(self, entry, first, indices, grid, threads, shared, argument, buffers):
+    def __init__(self, entry, first, indices, grid, threads, shared, argument, buffers, counters=None):
+        self.counters = counters
         self.entry, self.threads, self.count, self.first = entry, threads, len(indices), first
         self.lanes = threads * self.count
         self.lane_numbers = np.arange(self.lanes)
@@ -72,12 +81,12 @@ class Blocks:
         self._tags: np.ndarray | None = None
         self.memory = Memory(self, shared, argument, buffers)
         self.products = ptx_warpgroup.Products(self)
-        self.line, self.whole = 0, False
+        self.line, self.whole = "", False
         self.steps = {name: _step_of(name) for name in {instruction.name for instruction in entry.code}}
 
     def fault(self, message: str) -> None:
         last = f" to {self.first + self.count - 1}" if self.count > 1 else ""
-        raise Fault(f"{self.entry.name}, line {self.line}: {message} [block {self.first}{last}]")
+        raise Fault(f"{self.entry.name}, {self.line}: {message} [block {self.first}{last}]")
 
     def tags(self) -> np.ndarray:
         """Of an access now, by lane; see ptx_memory.py."""
@@ -125,6 +134,8 @@ class Blocks:
             if instruction.guard:
                 chosen = mask & (self.registers[instruction.guard] ^ instruction.negated)
                 self.whole = bool(chosen.all())
+            if self.counters:
+                self.counters.instruction(instruction.name, chosen)
             step = self.steps[instruction.name]
             if step is None:
                 self._turn(instruction, mask, chosen, at)

@@ -144,24 +144,34 @@ class Memory:
     def access(
         self, space: str, at: np.ndarray, size: int, lanes: np.ndarray, values: np.ndarray | None = None
     ) -> np.ndarray:
-        """Bytes [lanes, size] at the addresses; writes `values` where there are any."""
+        """Bytes [lanes, size] at the addresses, by one instruction; writes `values` where there are any."""
         if (at % size).any():
             self.blocks.fault(f"{space} access of {size} bytes is misaligned")
         if space == "param":
             return self.parameters[(at - PARAMETERS)[:, None] + np.arange(size)]
         if space == "shared":
+            self._count_shared(at, size, lanes)
             return self._shared(at, size, lanes, values)
         if space == "generic":
             inside = (at >= SHARED) & (at < SHARED + self.shared_size)
             if inside.all():
-                return self._shared(at, size, lanes, values)
+                return self.access("shared", at, size, lanes, values)
             if inside.any():
                 result = np.zeros((len(at), size), np.uint8)
                 for where, chosen in (("shared", inside), ("global", ~inside)):
                     part = None if values is None else values[chosen]
                     result[chosen] = self.access(where, at[chosen], size, lanes[chosen], part)
                 return result
+        self._count_global(at, size, lanes, values is not None)
         return self._global(at, size, lanes, values)
+
+    def _count_shared(self, at: np.ndarray, size: int, lanes: np.ndarray) -> None:
+        if self.blocks.counters:
+            self.blocks.counters.shared(at, size, lanes, self.blocks.line)
+
+    def _count_global(self, at: np.ndarray, size: int, lanes: np.ndarray, writes: bool) -> None:
+        if self.blocks.counters and len(at):
+            self.blocks.counters.global_memory(at, size, lanes, writes, self.blocks.line)
 
     def _global(self, at, size, lanes, values):
         which = np.searchsorted(self.buffers.starts, at, side="right") - 1
@@ -232,6 +242,8 @@ class Memory:
         if race := self.shared_shadow.access(cells, self.blocks.tags()[lanes], True):
             self.blocks.fault(f"shared memory race: a copy begins over what is in use ({race})")
         reads = read_size == size
+        self._count_shared(to, size, lanes)
+        self._count_global(source[reads], size, lanes[reads], False)
         which = np.searchsorted(self.buffers.starts, source[reads], side="right") - 1
         for i in np.unique(which):
             self._require_inside(int(i), source[reads][which == i], size)

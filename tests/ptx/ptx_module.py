@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     guard: str  # the predicate register, or ""
     negated: bool
-    line: int  # of the source
+    line: str  # of the source, e.g. "forward.py:112"
 
 
 @dataclass
@@ -57,6 +57,7 @@ def names(operand: str) -> list[str]:
 def parse(text: str) -> dict[str, Entry]:
     """The entries of a PTX module, by their mangled names."""
     text = re.sub(r"//.*", "", text)
+    files = dict(re.findall(r'\.file\s+(\d+) .*?"(?:[^"]*/)?([^"/]+)"\s*(?:$|,)', text, re.MULTILINE))
     shared = set(re.findall(r"\.extern \.shared \.align \d+ \.b8 (\w+)\[\]", text))
     found = {}
     for name, parameters, directives, body in re.findall(
@@ -67,7 +68,7 @@ def parse(text: str) -> dict[str, Entry]:
         offsets, types = _parameters(parameters)
         threads = re.search(r"\.reqntid (\d+)", directives)
         found[name] = entry = Entry(name, offsets, types, shared, int(threads[1]) if threads else 0)
-        _parse_body(entry, body)
+        _parse_body(entry, body, files)
     return found
 
 
@@ -85,12 +86,13 @@ def _parameters(text: str) -> tuple[dict[str, int], tuple[str, ...]]:
     return offsets, tuple(types)
 
 
-def _parse_body(entry: Entry, body: str) -> None:
-    line = 0
+def _parse_body(entry: Entry, body: str, files: dict[str, str]) -> None:
+    line = ""
     for raw in body.splitlines():
         text = raw.strip().lstrip("{ ")  # a scope's own registers come behind its brace
         if text.startswith(".loc"):
-            line = int(text.split()[2])
+            _, file, number, *_ = text.split()
+            line = f"{files.get(file, file)}:{number}"
         elif label := re.match(r"(\$\w+):", text):
             entry.labels[label[1]] = len(entry.code)
         elif register := re.match(r"\.reg \.(\w+)\s+(%?\w+)(?:<(\d+)>)?;", text):
@@ -102,7 +104,7 @@ def _parse_body(entry: Entry, body: str) -> None:
                 entry.code.append(_instruction(statement, line))
 
 
-def _instruction(statement: str, line: int) -> Instruction:
+def _instruction(statement: str, line: str) -> Instruction:
     guard, name, rest = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", statement).groups()
     operands = tuple(o.strip() for o in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest))
     guard = guard or ""

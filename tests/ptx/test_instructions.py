@@ -326,7 +326,7 @@ def test_a_product_of_a_warpgroup(turned):
         (RIGHT.replace(WAIT, ""), "which a product in flight uses"),
         (RIGHT.replace(WAIT, "wgmma.wait_group.sync.aligned 1;\n"), "which a product in flight uses"),
         (RIGHT.replace(FENCE, ""), "without a fence before the first"),
-        (RIGHT.replace(FENCE, "").replace(START, FENCE + START), "without a fence after an access"),
+        (RIGHT + START + MULTIPLY.format(turned=0) + WAIT, "without a fence after an access"),
         (RIGHT.replace(FENCED, "bar.sync 0;\n"), "without fence.proxy.async"),
         (RIGHT.replace(FENCED, "bar.sync 0;\n").replace(WAIT, FENCED + WAIT), "without fence.proxy.async"),
         (RIGHT.replace(FENCED, "fence.proxy.async.shared::cta;\n"), "race"),
@@ -334,7 +334,7 @@ def test_a_product_of_a_warpgroup(turned):
         (RIGHT.replace("OPERANDS", "OPERANDScvt.u64.u32 %d1, %t;\n"), "different descriptors"),
     ],
     ids=[
-        "no wait", "waits for too few", "no fence", "fence too early", "no proxy fence", "proxy fence too late",
+        "no wait", "waits for too few", "no fence", "no second fence", "no proxy fence", "proxy fence too late",
         "no barrier", "overwritten", "not uniform",
     ],
 )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import ptx_machine
 import ptx_module
+import pytest
 import torch
 import triton
+from ptx_counters import Counters
 from triton.backends.compiler import GPUTarget
 
 from zinit_kernels.backends import triton as backend
@@ -20,13 +23,14 @@ PROCESSORS = 8  # as many as Triton's own interpreter is told
 class Chip:
     """Launches of Triton kernels, compiled for sm_`arch` and interpreted.
 
-    change: PTX -> PTX, to plant a bug. launched: the names of the kernels that have run.
+    change: PTX -> PTX, to plant a bug. launched: the names of the kernels that have run. counted: their counters.
     """
 
     def __init__(self, arch: int, change: Callable[[str], str] = lambda text: text) -> None:
         self.arch, self.change = arch, change
         self.tensors: list[torch.Tensor] = []
         self.launched: list[str] = []
+        self.counted: dict[str, Counters] | None = None  # by kernel, where it is a dictionary
         self._entries: dict[str, ptx_module.Entry] = {}
 
     def run(self, compiled, grid: tuple[int, ...], arguments) -> None:
@@ -38,19 +42,13 @@ class Chip:
         values: list[int | float] = []
         for kind, argument in zip(compiled.src.signature.values(), arguments, strict=True):
             _flatten(kind, argument, values, memory)
-        values += [0] * (
-            len(entry.parameter_types) - len(values)
-        )  # scratch memory, which these kernels do not use
+        scratch = len(entry.parameter_types) - len(values)  # memory that these kernels do not use
+        values += [0] * scratch
         grid = (*grid, 1, 1)[:3]
         self.launched.append(entry.name)
-        ptx_machine.run(
-            entry,
-            grid,
-            32 * compiled.metadata.num_warps,
-            compiled.metadata.shared,
-            entry.pack(values),
-            memory,
-        )
+        threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+        counters = None if self.counted is None else self.counted.setdefault(entry.name, Counters())
+        ptx_machine.run(entry, grid, threads, shared, entry.pack(values), memory, counters)
 
 
 def _flatten(kind, argument, values: list[int | float], memory: ptx_machine.Buffers) -> None:
@@ -65,7 +63,19 @@ def _flatten(kind, argument, values: list[int | float], memory: ptx_machine.Buff
         values.append(argument)
 
 
-def install(monkeypatch, chip: Chip) -> None:
+@contextlib.contextmanager
+def operators() -> Iterator[None]:
+    """The Triton backend's operators on CPU tensors."""
+    library = torch.library.Library("zinit", "IMPL")
+    for stage in ("forward", "backward", "decode"):
+        library.impl(f"{stage}_triton", getattr(launch, stage), "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
     """backend="triton" compiles for the chip and interprets, until the test ends."""
     compile_only = triton.runtime.jit.JITFunction.run
 

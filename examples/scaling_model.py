@@ -49,7 +49,7 @@ class Cluster(NamedTuple):
 
     flops: float = 989e12  # H100 SXM, bfloat16, dense: the data sheet
     utilisation: float = 0.4  # assumed
-    overhead: float = 1.16  # a step's time over its products': measured on a CPU
+    overhead: float = 1.05  # a step's time over its products': measured on a CPU
     inside: float = 450e9 * 0.8  # NVLink 4, bytes/s; 0.8 assumed
     between: float = 50e9 * 0.8  # 400 Gb/s a GPU
     latency: float = 10e-6  # of one hop, assumed

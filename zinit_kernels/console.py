@@ -7,6 +7,7 @@ the cursor or forge a line of output, so all text from outside passes `printable
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import reprlib
@@ -187,7 +188,37 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = refuse(InputError(f"{what}: set PYTHONIOENCODING=utf-8"))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except SystemExit as error:
+        code = error.code
+        if not _ends_at_once or isinstance(code, str):
+            raise
+        status = code
+    if _ends_at_once:
+        _end(int(status or 0))
     sys.exit(0 if status is None else status)
+
+
+_ends_at_once = False
+
+
+def end_at_once() -> None:
+    """From now on `run` ends the process without taking Python apart, for one that has threads of torch.distributed.
+
+    Until 3.13 Python ends a thread that asks for the GIL meanwhile by pthread_exit, which within torch's noexcept code
+    is std::terminate. gloo's thread asks for it to let go of the last tensor: of 31 runs of two processes that
+    trained together, one aborted with its work done.
+    """
+    global _ends_at_once
+    _ends_at_once = True
+
+
+def _end(status: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # its reader has gone, or it is closed
+                stream.flush()
+    os._exit(status)
 
 
 _silent = False

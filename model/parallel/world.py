@@ -22,6 +22,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from zinit_kernels.console import end_at_once
+
 from ..errors import UserError
 
 _JOIN = 180.0  # seconds until all processes have found each other
@@ -133,6 +135,7 @@ def open_world(device: str, tensor_parallel: int = 1, shard: bool = False) -> Wo
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
+    end_at_once()
     with _ends_after(_JOIN):
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         distributed.init_process_group(

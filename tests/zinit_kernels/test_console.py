@@ -145,3 +145,33 @@ def test_no_escape_sequence_of_a_file_reaches_the_terminal(tmp_path, capsys):
         printed = capsys.readouterr()
         lines = (printed.out + printed.err).split("\n")
         assert len(lines) > 2 and all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("return", 0), ("return 3", 3), ("sys.exit(130)", 130), ("raise InputError('no')", 2)]
+)
+def test_a_process_with_threads_of_gloo_is_not_taken_apart(end, status):
+    """What is registered runs, what was said arrives, the status is the program's; no object dies after that."""
+    program = f"""
+import atexit, sys
+from zinit_kernels.console import InputError, end_at_once, run
+
+class Last:
+    def __del__(self):
+        sys.stderr.write("taken apart")
+
+kept = Last()
+
+def main():
+    atexit.register(print, "registered")
+    print("said")
+    end_at_once()
+    {end}
+
+run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, "said\nregistered\n")
+    assert "taken apart" not in done.stderr

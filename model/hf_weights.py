@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,8 +55,7 @@ def read_packed(
             weights[ours] = tensors[name]
     kept: dict[str, PackedWeight] = {}
     if (settings := content.get("quantization_config")) is not None:
-        embedding = weights.get("embed_tokens.weight")
-        dtype = dtype or (torch.bfloat16 if embedding is None else embedding.dtype)
+        dtype = dtype or embedding_dtype(weights)
         weights, kept = read_matrices(settings, weights, str(directory / "config.json"), dtype, keep)
     if config.tie_embeddings and "lm_head.weight" in weights:
         output = weights.pop("lm_head.weight")
@@ -65,6 +65,13 @@ def read_packed(
                 "of transformers differ in which one they use. Write false, or take lm_head.weight out."
             )
     return config, weights, kept
+
+
+def embedding_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The embedding's dtype; bfloat16 where the embedding is quantised."""
+    embedding = weights.get("embed_tokens.weight")
+    is_plain = embedding is not None and embedding.is_floating_point() and embedding.element_size() > 1
+    return embedding.dtype if is_plain else torch.bfloat16
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:

@@ -102,7 +102,7 @@ def _load(
         model = Llama(config)
     stand_ins = {name: torch.empty(w.rows, w.columns, device="meta") for name, w in packed.items()}
     _check_keys(model.state_dict(), {**weights, **stand_ins}, directory)
-    dtype = dtype or weights["embed_tokens.weight"].dtype
+    dtype = dtype or hf_weights.embedding_dtype(weights)
     put_packed(model, packed, dtype)
     state = {}
     for name, weight in list(weights.items()):

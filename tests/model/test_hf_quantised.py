@@ -106,6 +106,22 @@ def test_an_adapter_fits_the_folder_packed_and_as_numbers(tmp_path):
     assert adapter_metadata(kept) == adapter_metadata(plain)
 
 
+@pytest.mark.parametrize("kind", ["torchao, 8 bits", "compressed, bytes"])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_the_embedding_may_be_quantised_too(tmp_path, kind, format):
+    settings, writer, _ = FOLDERS[kind]
+    hf_directory(tmp_path, num_hidden_layers=1)
+    expected = write_folder(
+        tmp_path, settings, writer, ("_proj.weight", "embed_tokens.weight", "lm_head.weight")
+    )
+    base = load_base(tmp_path, quantise=format)
+    assert base.dtype == torch.bfloat16
+    numbers = base.embed_tokens.weight if format is None else base.embed_tokens.packed.unpack(torch.bfloat16)
+    torch.testing.assert_close(numbers, expected["embed_tokens.weight"].bfloat16(), rtol=0, atol=0)
+    with torch.no_grad():
+        assert base.logits(base.hidden_states(TOKENS)).isfinite().all()
+
+
 def test_scales_that_float16_cannot_hold_make_numbers(tmp_path):
     hf_directory(tmp_path, num_hidden_layers=1)
     expected = write_folder(tmp_path, BITSANDBYTES, whole_bytes("SCB"))

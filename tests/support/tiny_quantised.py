@@ -18,11 +18,13 @@ Written = tuple[dict[str, Tensor], np.ndarray]
 Writer = Callable[[int, int], Written]
 
 
-def write_folder(folder: Path, settings: dict[str, Any], writer: Writer) -> dict[str, Tensor]:
-    """Replaces every linear layer of the layers in a plain folder. Returns the numbers of each, by its name."""
+def write_folder(
+    folder: Path, settings: dict[str, Any], writer: Writer, ends: str | tuple[str, ...] = "_proj.weight"
+) -> dict[str, Tensor]:
+    """Replaces the weights with these ends (all linear layers) in a plain folder. Returns each one's numbers by name."""
     weights = load_file(folder / "model.safetensors")
     numbers = {}
-    for name in [name for name in weights if name.endswith("_proj.weight")]:
+    for name in [name for name in weights if name.endswith(ends)]:
         parts, expected = writer(*weights.pop(name).shape)
         layer = name.removesuffix(".weight")
         weights |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in parts.items()}

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 parallel_steps.py OUT plain shard tensor
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from model.parallel.divide import divide
 from model.parallel.world import World, open_world
 from model.recipe import Recipe
 from model.train_loop import evaluate, make_optimizer, train
+from zinit_kernels.console import run
 
 RECIPE = Recipe(epochs=2, warmup_epochs=0, base_lr=0.5, batch_size=4, max_tokens=64)
 MODES = {
@@ -59,7 +59,7 @@ def steps(world: World, mode: str) -> dict:
     return {"reports": reports, "loss": loss, "trained": dict(adapter.state_dict())}
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     first = open_world("cpu")
     for mode in sys.argv[2:]:
@@ -67,6 +67,7 @@ if __name__ == "__main__":
         result = steps(dataclasses.replace(first, tensor_parallel=tensor_parallel, shard=shard), mode)
         torch.save(result, Path(sys.argv[1]) / f"{mode}.{first.rank}")
     first.close()
-    # Until 3.13 Python ends a thread that asks for the GIL at exit by pthread_exit, which is std::terminate within
-    # torch's noexcept code: once in some 40 starts a process aborted here, with its work done.
-    os._exit(0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -16,7 +16,6 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_state
 
 from zinit_kernels.projected import KeptProjections, sources_of, stamp
 
@@ -80,12 +79,12 @@ class LlamaAdapter(nn.Module):
     def made_of(self) -> tuple[Hashable, tuple[Tensor, ...] | None]:
         """What the prompts of all layers are made of, beside the layers' projections: settings and tensors.
 
-        The tensors are None where calling the adapter may do more than compute prompts: with hooks, or in a subclass.
+        The tensors are None where calling the adapter may do more than compute prompts: with hooks of its own, or in a
+        subclass. The decoder asks for hooks of all modules.
         """
         hooks = self._forward_hooks, self._forward_pre_hooks
-        everywhere = module_state._global_forward_hooks, module_state._global_forward_pre_hooks
         settings = self._times_forgotten, self.config, self.layers
-        if type(self) is not LlamaAdapter or "forward" in self.__dict__ or any(hooks) or any(everywhere):
+        if type(self) is not LlamaAdapter or "forward" in self.__dict__ or any(hooks):
             return settings, None
         return settings, (self.prompts,) if self.gates is None else (self.prompts, self.gates)
 

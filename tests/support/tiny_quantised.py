@@ -21,7 +21,7 @@ Writer = Callable[[int, int], Written]
 def write_folder(
     folder: Path, settings: dict[str, Any], writer: Writer, ends: str | tuple[str, ...] = "_proj.weight"
 ) -> dict[str, Tensor]:
-    """Replaces the weights with these ends (all linear layers) in a plain folder. Returns each one's numbers by name."""
+    """Replaces the weights with these ends (all linear layers) in a plain folder. Returns their numbers by name."""
     weights = load_file(folder / "model.safetensors")
     numbers = {}
     for name in [name for name in weights if name.endswith(ends)]:

@@ -265,6 +265,9 @@ CALL = Form(Call)
 CACHE_CALL = Form(CacheCall)
 PROMPT_CALL = Form(PromptCall)
 SAVED = Form(Saved)
+# The tensors of `zero_init_attention` that come to the operator as they are, or with one more dimension in front.
+PUBLIC_TENSORS = (*CALL.differentiable, "prompt_index")
+assert CALL.names[: len(PUBLIC_TENSORS)] == PUBLIC_TENSORS
 
 
 def from_backward_arguments(arguments: tuple[Any, ...]) -> tuple[Saved, Call, int]:

@@ -12,7 +12,7 @@ be converted. `is_on_gpu` alone looks for a GPU; the tests put another function 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from . import arguments, dispatch, proof, values
 from .backends import fused, triton
-from .call import CACHE_CALL, CALL, CacheCall, Call, Form
+from .call import CACHE_CALL, CALL, PUBLIC_TENSORS, CacheCall, Call, Form
 from .call_keys import Key, autocast_dtype, is_plain_state, key_function
 
 MOST = 1024  # keys of each function
@@ -35,20 +35,34 @@ class Kept(NamedTuple):
     """What is known of a key.
 
     plan: Triton's launches; None: the backend's operator is called. unsqueezed: the tensors that the operator takes
-    with one more dimension in front. numbers: the operator's. records_grad: whether autograd is on and an input
-    requires grad. reach: of a call that appends, the bytes that the longer cache spans, and the distance of the two;
-    (0, 0) otherwise.
+    with one more dimension in front. numbers: the operator's. reach: of a call that appends, the bytes that the longer
+    cache spans, and the distance of the two; (0, 0) otherwise.
     """
 
     backend: str
     plan: Any
     unsqueezed: tuple[int, ...]
     numbers: tuple[Any, ...]
-    records_grad: bool
     reach: tuple[int, int]
     reads: tuple[
         tuple[int, int], ...
     ]  # of a call that appends: (place of a tensor that is read, the bytes it spans)
+    gradients: Any  # the launches of backward; None: autograd records nothing, or there is no plan
+
+    def operands(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The operator's arguments, of its tensors as the public function was given them."""
+        given: list[Any] = [*tensors]
+        for i in self.unsqueezed:
+            given[i] = given[i].unsqueeze(0)
+        return (*given, *self.numbers)
+
+    def without_rows(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients without the dimension that the operator takes some tensors with."""
+        given = [*grads]
+        for i in self.unsqueezed:
+            grad = given[i]
+            given[i] = None if grad is None else grad.squeeze(0)
+        return given
 
 
 def is_on_gpu(query: Any) -> bool:
@@ -142,17 +156,13 @@ class Door:
         if isinstance(call, CacheCall) and call.new_key is not None:
             reach = max(_reach(call.key_cache), _reach(call.value_cache)), _distance(call)
             reads = tuple((i, _reach(tensors[i])) for i in _READ if tensors[i] is not None)
-        records = not isinstance(call, CacheCall) and fused.requires_grad(call)
-        return Kept(name, plan, tuple(unsqueezed), numbers, records, reach, reads)
+        records = plan is not None and not isinstance(call, CacheCall) and fused.requires_grad(call)
+        gradients = triton.gradients_of(tuple(unsqueezed)) if records else None
+        return Kept(name, plan, tuple(unsqueezed), numbers, reach, reads, gradients)
 
-    def operands(self, kept: Kept, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The operator's arguments."""
-        tensors: Any = self._tensors(given)
-        if kept.unsqueezed:
-            tensors = list(tensors)
-            for i in kept.unsqueezed:
-                tensors[i] = tensors[i].unsqueeze(0)
-        return (*tensors, *kept.numbers)
+    def tensors(self, given: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        """Those of the operator, as the public function was given them."""
+        return self._tensors(given)
 
 
 def _is_window(window: Any) -> bool:
@@ -174,7 +184,7 @@ _WHOLE = Door(
     CALL,
     "forward",
     arguments.from_sdpa,
-    {name: name for name in (*CALL.differentiable, "prompt_index")},
+    {name: name for name in PUBLIC_TENSORS},
     ("is_causal", "window_size", "scale", "softcap", "gate_activation"),
     ("attn_mask",),
 )
@@ -218,12 +228,11 @@ def attention(backend: str, given: tuple[Any, ...]) -> Found:
         return None, key
     plan = kept.plan
     if plan is None:
-        return fused.attention_of(kept.backend, *_WHOLE.operands(kept, given)), None
+        return fused.attention_of(kept.backend, *kept.operands(_WHOLE.tensors(given))), None
     if not triton.may_be_kept(given[_QUERY]) or plan.has_hooks():
         return None, None
-    if kept.records_grad:
-        operands = _WHOLE.operands(kept, given)
-        return fused.launched(kept.backend, lambda: plan.run(addresses), operands), None
+    if kept.gradients is not None:
+        return fused.launched(kept, addresses, _WHOLE.tensors(given)[: len(PUBLIC_TENSORS)]), None
     return plan.run(addresses), None
 
 
@@ -243,7 +252,8 @@ def attention_with_cache(backend: str, given: tuple[Any, ...]) -> Found:
                     return None, None
     plan = kept.plan
     if plan is None:
-        return fused.attention_with_cache(CacheCall(*_CACHED.operands(kept, given)), kept.backend), None
+        call = CacheCall(*kept.operands(_CACHED.tensors(given)))
+        return fused.attention_with_cache(call, kept.backend), None
     if not triton.may_be_kept(given[_QUERY]) or plan.has_hooks():
         return None, None
     done = plan.run(addresses)

@@ -6,14 +6,14 @@ even under no_grad.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import operators
-from ..call import CALL, FLOATS, AnyCall, CacheCall, Call, PromptCall, Saved
+from ..call import CALL, FLOATS, PUBLIC_TENSORS, AnyCall, CacheCall, Call, PromptCall, Saved
 from ..values import why_transformed
 from . import formula
 
@@ -96,9 +96,18 @@ def attention_of(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return OPERATORS["forward", backend](*arguments)
 
 
-def launched(backend: str, launch: Launch, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """`attention_of` with gradients, where `launch` stands for the forward operator with these arguments."""
-    return _Attention.apply(backend, launch, *arguments)
+def launched(
+    call: KeptCall, addresses: list[int], tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a kept call, differentiable in the public function's tensors, `PUBLIC_TENSORS`.
+
+    Who looks at saved tensors sees the same ones at every call: a checkpoint compares those of a call that was checked
+    with those of a kept one.
+    """
+    if _saved_tensors_hooks(True) is not None:
+        operands = call.operands((*tensors, *_NOT_PUBLIC))
+        return _Attention.apply(call.backend, lambda: call.plan.run(addresses), *operands)
+    return _Launched.apply(call, addresses, *tensors)
 
 
 def attention_with_cache(call: CacheCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -137,7 +146,6 @@ def requires_grad(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
-Launch = Callable[[], tuple[Tensor, ...]]
 # What may stand for an operator: a function of its arguments that returns its results, or None where it has to be
 # called. A backend adds it where torch's dispatcher takes longer than the launch of its kernels.
 DIRECT: dict[tuple[str, str], Callable[..., tuple[Tensor, ...] | None]] = {}
@@ -146,6 +154,11 @@ OPERATORS: dict[tuple[str, str], Any] = {
     for backend, stages in operators.STAGES.items()
     for stage in stages
 }
+
+
+_NOT_PUBLIC = (None,) * (len(CALL.specs) - len(PUBLIC_TENSORS))
+# (True): the hooks that see what autograd saves, or None; True leaves out whether somebody traces
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _unaliased(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -161,7 +174,9 @@ class _Attention(torch.autograd.Function):
     """Saves the tensors, `out` and `lse`, nothing of size T x S. An input that wants no gradient costs none."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, launch: Launch | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, backend: str, launch: Callable[[], tuple[Tensor, ...]] | None, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
         out, lse = OPERATORS["forward", backend](*arguments) if launch is None else launch()
         tensors, numbers = CALL.split(arguments)
         ctx.save_for_backward(out, lse, *tensors)
@@ -172,36 +187,103 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         _, _, *needed = ctx.needs_input_grad
-        wanted = needed[: len(CALL.differentiable)]
         nothing = (None,) * len(needed)
         if grad_out is None and grad_lse is None:
             return None, None, *nothing
         out, lse, *tensors = ctx.saved_tensors
-        arguments = (*tensors, *ctx.numbers)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = formula.differentiable_gradients(Call(*arguments), wanted, grad_out, grad_lse)
-        else:
-            saved = Saved(
-                _dense(grad_out, out), None if grad_lse is None else grad_lse.contiguous(), out, lse
-            )
-            grads = _gradients(ctx.backend, saved, arguments, wanted)
+        wanted = needed[: len(CALL.differentiable)]
+        grads = _gradients(ctx.backend, (*tensors, *ctx.numbers), wanted, grad_out, grad_lse, out, lse)
         return None, None, *grads, *nothing[len(grads) :]
 
 
-def _dense(grad_out: Tensor | None, out: Tensor) -> Tensor:
-    if grad_out is None:
-        return torch.zeros_like(out)
-    return grad_out.contiguous() if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1 else grad_out
+class KeptCall(Protocol):
+    """A call of the public function whose launches are kept."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def plan(self) -> Any:
+        """.run(addresses) -> (out, lse)."""
+
+    @property
+    def gradients(self) -> Any:
+        """A `triton.kept_gradients.Gradients`."""
+
+    def operands(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """The arguments of the operator, of its tensors as the public function was given them."""
+
+    def without_rows(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of the public function's tensors, of those of the operator's."""
+
+
+class _Launched(torch.autograd.Function):
+    """`_Attention` of a kept call. It takes the tensors of the public function: a view of each prompt table and of the
+    gate, as the operator takes them, cost 7 us of autograd's engine each and 3 us of the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: KeptCall, addresses: list[int], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = call.plan.run(addresses)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(needed)
+        saved, call, key = (grad_out, grad_lse, *ctx.saved_tensors), ctx.call, None
+        wanted = needed[2 : 2 + len(CALL.differentiable)]
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            grads, key = call.gradients.find(saved, wanted)
+            if grads is not None:
+                return None, None, *grads, None
+        _, _, out, lse, *tensors = saved
+        arguments = call.operands((*tensors, *_NOT_PUBLIC))
+        grads = _gradients(call.backend, arguments, wanted, grad_out, grad_lse, out, lse)
+        if key is not None:
+            call.gradients.learn(key, saved, _operands(arguments, wanted, grad_out, grad_lse, out, lse))
+        return None, None, *call.without_rows(grads), None
 
 
 def _gradients(
-    backend: str, saved: Saved, arguments: tuple[Any, ...], wanted: list[bool]
+    backend: str,
+    arguments: tuple[Any, ...],
+    wanted: Sequence[bool],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> list[Tensor | None]:
-    needs = sum(1 << i for i, want in enumerate(wanted) if want)
-    operands = (*saved, *arguments, needs)
+    """The gradients of an operator's arguments, None where one is not wanted."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return formula.differentiable_gradients(Call(*arguments), wanted, grad_out, grad_lse)
+    operands = _operands(arguments, wanted, grad_out, grad_lse, out, lse)
     grads = None
     if not torch.compiler.is_compiling() and (direct := DIRECT.get(("backward", backend))):
         grads = direct(*operands)
     if grads is None:
         grads = OPERATORS["backward", backend](*operands)
     return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+
+def _operands(
+    arguments: tuple[Any, ...],
+    wanted: Sequence[bool],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Any, ...]:
+    """The arguments of the backward operator."""
+    saved = Saved(_dense(grad_out, out), None if grad_lse is None else grad_lse.contiguous(), out, lse)
+    return (*saved, *arguments, sum(1 << i for i, want in enumerate(wanted) if want))
+
+
+def _dense(grad_out: Tensor | None, out: Tensor) -> Tensor:
+    if grad_out is None:
+        return torch.zeros_like(out)
+    return grad_out.contiguous() if grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1 else grad_out

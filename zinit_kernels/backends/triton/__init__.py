@@ -89,6 +89,11 @@ def plan_of(call: Call | CacheCall) -> Any:
     return _kept().plan_of("forward", CALL.arguments(call))
 
 
+def gradients_of(without_rows: tuple[int, ...]) -> Any:
+    """An empty `kept_gradients.Gradients`."""
+    return importlib.import_module(".kept_gradients", __name__).Gradients(without_rows)
+
+
 def may_be_kept(query: Tensor) -> bool:
     """Whether kept launches may run now: nobody has to see them beside Triton, and the device is the current one."""
     return bool(_kept().may_be_kept(query))

@@ -11,7 +11,8 @@ versions of Triton whose launcher was not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Plan:
     def __init__(self, recorder: Recorder, results: Sequence[Tensor | None]) -> None:
         self.kernels = recorder.kernels
         self._names: dict[str, Any] = {"current_stream": current_stream, "total": torch.sum}
-        self._lines = ["def run(a):"]
+        self._lines: list[str] = []
         where: dict[int, str] = {}  # address -> the source of an address
         for slot, tensor in enumerate(recorder.inputs):
             if tensor is not None:
@@ -136,13 +137,10 @@ class Plan:
         device = next(tensor.device for tensor in recorder.inputs if tensor is not None)
         self._names["empty"] = allocator(device)
         made = {id(tensor): f"m{number}" for number, tensor in enumerate(recorder.made)}
+        self._made = [(tuple(tensor.shape), tensor.stride()) for tensor in recorder.made]
+        self._zeroed = recorder.zeroed
         for number, tensor in enumerate(recorder.made):
-            name = made[id(tensor)]
             self._names[f"d{number}"] = tensor.dtype
-            self._lines.append(f" {name} = empty({tuple(tensor.shape)}, {tensor.stride()}, d{number})")
-            if number in recorder.zeroed:
-                self._lines.append(f" {name}.zero_()")
-            self._lines.append(f" p{number} = {name}.data_ptr()")
             where.setdefault(tensor.data_ptr(), f"p{number}")
         for piece, number in recorder.pieces:
             offset = piece.data_ptr() - recorder.made[number].data_ptr()
@@ -162,9 +160,35 @@ class Plan:
             text = self._source(arguments, where, f"k{number}_")
             self._lines.append(" " + call_of(compiled, programs, text, self._names, f"k{number}_"))
         self._names["none"] = torch.float32
-        given = ["empty((0,), (1,), none)" if t is None else made[id(t)] for t in results]
-        self._lines.append(f" return {', '.join(given)}{',' if len(given) == 1 else ''}")
-        self._run: Callable[[list[int]], tuple[Tensor, ...]] | None = None
+        self._results = [None if t is None else made[id(t)] for t in results]
+        self._absent = "empty((0,), (1,), none)"
+        self._run: Callable[[list[int]], tuple[Any, ...]] | None = None
+
+    def _source_of_run(self) -> str:
+        """The function `run`, as Python."""
+        lines = ["def run(a):"]
+        for number, (shape, strides) in enumerate(self._made):
+            lines.append(f" m{number} = empty({shape}, {strides}, d{number})")
+            if number in self._zeroed:
+                lines.append(f" m{number}.zero_()")
+            lines.append(f" p{number} = m{number}.data_ptr()")
+        lines += self._lines
+        lines.append(f" return ({', '.join(name or self._absent for name in self._results)},)")
+        return "\n".join(lines)
+
+    def for_public_tensors(self, without_rows: Collection[int]) -> Plan:
+        """The same launches; a result that is not wanted is None, and those named lack their first dimension of 1.
+
+        The operator takes a prompt table of one row with that dimension, and the public function without it.
+        """
+        plan = copy.copy(self)
+        plan._run, plan._absent, plan._names = None, "None", dict(self._names)
+        plan._made = list(self._made)
+        for place in without_rows:
+            if (name := self._results[place]) is not None:
+                shape, strides = plan._made[int(name[1:])]
+                plan._made[int(name[1:])] = shape[1:], strides[1:]
+        return plan
 
     def _source(self, arguments: tuple[Any, ...], where: dict[int, str], prefix: str) -> str:
         """The source of a kernel's arguments: addresses, and all other values as constants."""
@@ -186,11 +210,10 @@ class Plan:
         """Whether somebody wants to be told before one of the kernels runs."""
         return any(kernel.pre_run_hooks for kernel in self.kernels)
 
-    def run(self, addresses: list[int]) -> tuple[Tensor, ...]:
+    def run(self, addresses: list[int]) -> tuple[Any, ...]:
         if self._run is None:  # made at the second call: 0.5 ms, and many lengths come once
-            exec("\n".join(self._lines), self._names)
+            exec(self._source_of_run(), self._names)
             self._run = self._names["run"]
-            self._lines.clear()
         return self._run(addresses)
 
 
@@ -212,10 +235,14 @@ def may_be_kept(query: Tensor) -> bool:
     ):
         return False
     runtime = triton.knobs.runtime
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    if any(hook is not None and getattr(hook, "calls", True) for hook in hooks) or runtime.debug:
+    if runtime.debug or _wants_calls(runtime.launch_enter_hook) or _wants_calls(runtime.launch_exit_hook):
         return False
     return getattr(runtime, "add_stages_inspection_hook", None) is None
+
+
+def _wants_calls(hook: Any) -> bool:
+    """Whether a launch hook of Triton is there: a function, or in later versions a chain with functions in it."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def run(

@@ -115,8 +115,9 @@ def zero_init_attention(
 
     Returns:
         out [B, Hq, T, D] in the query's dtype, stored token-major, or (out, lse). A query whose keys are all
-        masked gets its prompt branch alone, never NaN. Each gradient has its tensor's dtype and is the same at
-        every run; an input that does not require grad costs nothing.
+        masked gets its prompt branch alone, never NaN. Each gradient has its tensor's dtype; an input that does not
+        require grad costs nothing. The fused backends give the same gradients at every run. PyTorch's attention,
+        which "composed" and "hybrid" call, gives them under `torch.use_deterministic_algorithms(True)`.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule. The message names it, what is expected and what was given.

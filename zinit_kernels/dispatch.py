@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import proof
-from .backends import composed, cpu, cuda, reference, triton
+from .backends import composed, cpu, cuda, hybrid, reference, triton
 from .call import AnyCall, CacheCall, Call, PromptCall
 from .values import check_values
 
@@ -40,6 +40,7 @@ BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
     "triton": triton,
     "cuda": cuda,
+    "hybrid": hybrid,
     "composed": composed,
     "reference": reference,
 }
@@ -52,6 +53,8 @@ CUDA_ORDER: dict[type, tuple[str, ...]] = {
     CacheCall: ("cuda", "triton", *PLAIN),
     PromptCall: ("cuda", "triton", *PLAIN),
 }
+# On an NVIDIA GPU too, but only where `zinit tune` has found them faster on this chip.
+IF_FASTER: dict[type, tuple[str, ...]] = {Call: ("hybrid",), CacheCall: (), PromptCall: ()}
 # devices of CUDA_ORDER; AMD's chips have the same name in torch, and nobody has tried the kernels there
 PROVED = set() if torch.version.hip else {"cuda"}
 IS_LOGGED = os.environ.get("ZINIT_LOG") == "1"
@@ -157,7 +160,7 @@ def _order(call: AnyCall) -> tuple[str, ...]:
     """The backends that auto asks, in this order."""
     device = call.query.device.type
     if device in PROVED:
-        return proof.ordered(call, CUDA_ORDER[type(call)])
+        return proof.ordered(call, CUDA_ORDER[type(call)], IF_FASTER[type(call)])
     if call.query.dtype == torch.float64 and device == "cpu":
         # float64 is for checking gradients, and SDPA's CPU kernel has no second derivative
         return ("reference",)

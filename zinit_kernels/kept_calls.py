@@ -132,7 +132,7 @@ class Door:
 
     def _kept(self, backend: str, call: Any, given: tuple[Any, ...]) -> Any:
         name = dispatch.settled(backend, call)
-        if name not in ("triton", "cuda"):
+        if name not in ("triton", "cuda", "hybrid"):
             return _NEVER if name else _SEEN
         tensors, numbers = self.form.split(self.form.arguments(call))
         unsqueezed = []

@@ -41,6 +41,7 @@ STAGES = {
     "cpu": ("forward", "backward", "decode"),
     "triton": ("forward", "backward", "decode"),
     "cuda": ("forward", "decode", "prompt"),
+    "hybrid": ("forward", "backward"),
 }
 SCHEMAS = {
     "forward": f"({CALL.parameters}) -> (Tensor out, Tensor lse)",

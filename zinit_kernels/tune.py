@@ -28,7 +28,7 @@ _CANONICAL: dict[str, Callable[..., AnyCall]] = {
     "training": from_sdpa,
     "cache": from_cache,
 }
-_ORDER = {stage: dispatch.CUDA_ORDER[CacheCall if stage == "cache" else Call] for stage in _CANONICAL}
+_FORM: dict[str, type] = {stage: CacheCall if stage == "cache" else Call for stage in _CANONICAL}
 
 
 def call_of(shape_class: ShapeClass, given: dict[str, Any]) -> AnyCall:
@@ -55,7 +55,8 @@ def times(shape_class: ShapeClass, device: torch.device) -> Iterator[tuple[str, 
     """(backend, its milliseconds or the reason why it has none) of the backends that auto may take."""
     given = proof.timed_arguments(shape_class, device)
     call = call_of(shape_class, given)
-    for backend in _ORDER[shape_class.stage]:
+    form = _FORM[shape_class.stage]
+    for backend in (*dispatch.CUDA_ORDER[form], *dispatch.IF_FASTER[form]):
         if backend == "reference":  # no calls take it that others can run
             continue
         if reason := dispatch.why_not(backend, call, False) or proof.why_not(backend, call):
@@ -81,7 +82,8 @@ def tune(device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequenc
                 measured = {name: time for name, time in found.items() if isinstance(time, float)}
                 if measured:
                     proof.keep_times(shape_class, device, measured)
-                order = proof.fastest_first(measured, _ORDER[shape_class.stage])
+                form = _FORM[shape_class.stage]
+                order = proof.fastest_first(measured, dispatch.CUDA_ORDER[form], dispatch.IF_FASTER[form])
                 listed = ", ".join(
                     f"{name} {time:.4g} ms" if isinstance(time, float) else f"{name}: {time}"
                     for name, time in found.items()

@@ -71,10 +71,10 @@ def test_random_packed_shapes(
     check_case(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("backend", backends("cpu", "composed", "triton"), indirect=True)
+@pytest.mark.parametrize("backend", backends("cpu", "composed", "triton", "hybrid"), indirect=True)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3, 4, 5), (5,), (4,), (0, 5), (1, 2)], ids=str)
 def test_gradients_of_some_inputs_equal_those_of_all(backend, wanted):
-    small = backend == "triton"
+    small = backend in ("triton", "hybrid")
     case = Case(
         "subset",
         batch=1 if small else 2,
@@ -84,14 +84,14 @@ def test_gradients_of_some_inputs_equal_those_of_all(backend, wanted):
         head_dim=16,
     )
     inputs = make_inputs(case, torch.float32)
-    with_lse = backend != "composed"
+    with_lse = backend not in ("composed", "hybrid")
     everything = gradients(inputs.call(backend, return_lse=with_lse), inputs)
     some = inputs.to(None)
     for i, tensor in enumerate(some.tensors.values()):
         tensor.requires_grad_(i in wanted)
     found = gradients(some.call(backend, return_lse=with_lse), some)
     assert set(found) == {name for i, name in enumerate(everything) if i in wanted}
-    tolerance = 0 if backend == "triton" else 1e-5
+    tolerance = 0 if small else 1e-5
     for name, grad in found.items():
         torch.testing.assert_close(grad, everything[name], rtol=tolerance, atol=tolerance)
 

@@ -39,7 +39,9 @@ CUDA = [("cuda.decode", 80), ("cuda.prefill", 64), ("cuda.prompt", 96)]
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("family", ["triton.forward", "triton.backward", "triton.decode"])
+@pytest.mark.parametrize(
+    "family", ["triton.forward", "triton.backward", "triton.decode", "hybrid.forward", "hybrid.backward"]
+)
 def test_interpreted_kernels_pass(family, narrow):
     trial.run(Subject(family, torch.float32, 32), CPU)
 
@@ -68,6 +70,38 @@ def test_a_fault_of_interpreted_kernels_is_found(family, kernel, narrow, monkeyp
     monkeypatch.setattr(launch, kernel, spoilt)
     with pytest.raises(AssertionError, match="call 0, seed 0: (out|gradient of query): error"):
         trial.run(Subject(f"triton.{family}", torch.float32, 32), CPU)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    "part, family, said",
+    [
+        ("forward", "forward", "out"),
+        ("backward", "backward", "gradient of query"),
+        ("add_prompts", "forward", "out"),
+        ("add_grad_query", "backward", "gradient of query"),
+    ],
+)
+def test_a_fault_of_either_half_of_hybrid_is_found(part, family, said, narrow, monkeypatch):
+    """The vendor's scale is off by 1 %, or the prompts' by 5 %, in forward or in backward."""
+    from zinit_kernels.backends.hybrid import vendor
+    from zinit_kernels.backends.triton import prompt_launch
+
+    if part in ("forward", "backward"):
+        right = getattr(vendor.CPU, part)
+        spoilt = vendor.CPU._replace(**{part: lambda *given: right(*given[:-1], 1.01 * given[-1])})
+        monkeypatch.setattr(vendor, "CPU", spoilt)
+    else:
+        right = getattr(prompt_launch, part)
+        monkeypatch.setattr(
+            prompt_launch, part, lambda call, *rest, **named: right(spoil(call), *rest, **named)
+        )
+
+        def spoil(call):
+            return call._replace(scale=1.05 * call.scale)
+
+    with pytest.raises(AssertionError, match=f"call 0, seed 0: {said}: error"):
+        trial.run(Subject(f"hybrid.{family}", torch.float32, 32), CPU)
 
 
 @pytest.mark.parametrize("family, head_dim", CUDA)

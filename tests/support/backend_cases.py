@@ -3,6 +3,7 @@
 The backend "cuda" is emulated, and has no backward. "triton" is interpreted: it is slow, so the named cases run with
 fewer heads and shorter sequences. Its tiles are 32 x 32 there, so 70 tokens still take whole, masked and cut tiles.
 bfloat16 queries are left out: the interpreter computes them on bit patterns (triton issue 11584).
+"hybrid" runs its prompt kernels in the interpreter too, and takes no masks.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from zinit_kernels.testing import CACHE_CASES, CASES, SINK_CACHE_CASES, SINK_CAS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DENSE = Case("dense", mask="dense", causal=False)
-_MARKS = {"cpu": pytest.mark.native, "triton": pytest.mark.interpreted}
+_MARKS = {"cpu": pytest.mark.native, "triton": pytest.mark.interpreted, "hybrid": pytest.mark.interpreted}
 
 
 def backends(*names):
@@ -85,6 +86,11 @@ INTERPRETED = [
         window=(15, -1), table="indexed", prompt_length=65, head_dim=20,
     ),
 ]  # fmt: skip
+_UNMASKED = (
+    "plain", "one_query", "odd", "tiny_head", "head_dim_256", "cross", "cross_short_keys", "grouped", "no_prompt",
+    "prompt_length_0", "prompt_length_128", "indexed", "gate_zero", "float32_prompts", "sliced", "scaled",
+)  # fmt: skip
+_UNMASKED_HALF_PRECISION = ("odd", "multi_query", "cross", "indexed", "token_major", "float32_prompts")
 _CACHE_HALF_PRECISION = (
     "grouped", "chunk", "paged_chunk", "rotary", "rotary_interleaved", "split", "odd_head", "indexed",
 )  # fmt: skip
@@ -151,6 +157,8 @@ ATTENTION = _parameters(
         # with all heads: the rule compares with eager's largest error, and of one gate's gradient that is luck
         ("triton", [short(case) for case in CASES if case.name in _HALF_PRECISION], [torch.float16]),
         ("cuda", EMULATED, DTYPES[1:]),
+        ("hybrid", [small(case) for case in CASES if case.name in _UNMASKED], DTYPES[:1]),
+        ("hybrid", [short(case) for case in CASES if case.name in _UNMASKED_HALF_PRECISION], [torch.float16]),
     ]
 )
 CACHE = _parameters(

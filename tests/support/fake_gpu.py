@@ -1,4 +1,4 @@
-"""A chip that is not there: CPU tensors take the ways of tensors on an NVIDIA GPU, and two rooms stand for its kernels.
+"""A chip that is not there: CPU tensors take the ways of tensors on an NVIDIA GPU, and rooms stand for its kernels.
 
 The rooms compute by the reference, so they are right until a test says otherwise. Everything between the public
 function and the rooms is the package's own: the order of the backends, the proof, its trials, its files.
@@ -50,7 +50,7 @@ class Gpu:
 
     def __init__(self):
         self.facts, self.capturing, self.broken = dict(CHIP), False, False
-        self.triton, self.cuda = Room(), Room()
+        self.triton, self.cuda, self.hybrid = Room(), Room(), Room()
 
     def synchronize(self, device):
         if self.broken:
@@ -78,7 +78,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(chip, "synchronize", machine.synchronize)
     monkeypatch.setattr(dispatch, "PROVED", {"cpu"})
     monkeypatch.setattr(dispatch, "CPU_IS_FIRST", False)
-    for name in ("triton", "cuda"):
+    for name in ("triton", "cuda", "hybrid"):
         monkeypatch.setitem(dispatch.BACKENDS, name, getattr(machine, name))
         monkeypatch.setitem(trial.ROOMS, name, getattr(machine, name))
     machine.new_process()

@@ -22,6 +22,9 @@ CPP_TYPES = {
 OPERATORS = [(stage, backend) for backend, stages in operators.STAGES.items() for stage in stages]
 
 
+IN_PYTHON = ("triton", "hybrid")
+
+
 def schema_of(stage, backend):
     """(type, name) of each argument of a registered operator; sizes are ints to C++."""
     arguments = operators.operator(stage, backend)._schema.arguments
@@ -42,15 +45,21 @@ def binding_of(stage, backend):
     return found
 
 
-@pytest.mark.parametrize(("stage", "backend"), [pair for pair in OPERATORS if pair[1] != "triton"])
+@pytest.mark.parametrize(("stage", "backend"), [pair for pair in OPERATORS if pair[1] not in IN_PYTHON])
 def test_the_bindings_take_the_fields_in_their_order(stage, backend):
     """The stable ABI passes arguments by position and checks neither names nor types."""
     assert binding_of(stage, backend) == schema_of(stage, backend)
 
 
-@pytest.mark.parametrize("stage", operators.STAGES["triton"])
-def test_the_launchers_take_the_fields_in_their_order(stage):
-    source = (ROOT / "zinit_kernels" / "backends" / "triton" / "launch.py").read_text()
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        *((stage, "triton/launch.py") for stage in operators.STAGES["triton"]),
+        *((stage, "hybrid/run.py") for stage in operators.STAGES["hybrid"]),
+    ],
+)
+def test_the_launchers_take_the_fields_in_their_order(stage, file):
+    source = (ROOT / "zinit_kernels" / "backends" / file).read_text()
     (function,) = [f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef) and f.name == stage]
     names = tuple(parameter.arg for parameter in function.args.args)
     assert names == operators.NAMES[stage] or (not names and function.args.vararg)  # then they build the call

@@ -322,7 +322,14 @@ def test_each_backend_says_where_it_runs():
 @pytest.mark.native
 def test_explain_names_the_choice_and_every_reason():
     found = explain(**sdpa())
-    assert found.selected == "cpu" and set(found) == {"cpu", "triton", "cuda", "composed", "reference"}
+    assert found.selected == "cpu" and set(found) == {
+        "cpu",
+        "triton",
+        "cuda",
+        "hybrid",
+        "composed",
+        "reference",
+    }
     assert found["cpu"] == "usable" and "-> cpu: usable" in str(found)
     dense = explain(**sdpa(attn_mask=x(2, 4, 6, 6)))
     assert dense.selected == "composed" and "attn_mask depends on the query" in dense["cpu"]

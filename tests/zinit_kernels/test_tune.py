@@ -35,7 +35,7 @@ def machine(gpu, monkeypatch):  # noqa: F811
     monkeypatch.setattr(
         shape_classes, "_NEW", (("one token", 1, 1), ("few tokens", 4, 3), ("a chunk", 1 << 62, 6))
     )
-    gpu.speed = {"triton": 2.0, "cuda": 3.0, "composed": 4.0}
+    gpu.speed = {"triton": 2.0, "cuda": 3.0, "composed": 4.0, "hybrid": 5.0}
     gpu.timed = []
 
     def one_call(shape_class, given, backend):
@@ -103,9 +103,12 @@ def test_every_class_is_timed_by_a_call_of_that_class(machine):
 
 def test_all_that_can_run_is_timed_and_kept(machine, capsys):
     assert run() == 0
-    expected = {(c.key, backend) for c in CLASSES for backend in ("triton", "cuda", "composed")}
-    assert set(machine.timed) == expected
-    assert kept() == {c.key: {"triton": 2.0, "cuda": 3.0, "composed": 4.0} for c in CLASSES}
+    expected = {c.key: {"triton": 2.0, "cuda": 3.0, "composed": 4.0} for c in CLASSES}
+    for key in expected:
+        if not key.startswith("cache"):
+            expected[key]["hybrid"] = 5.0
+    assert set(machine.timed) == {(key, backend) for key, times in expected.items() for backend in times}
+    assert kept() == expected
     out = capsys.readouterr().out
     assert all(c.key in out for c in CLASSES) and f"kept in {proof.store_of(DEVICE).path}" in out
     assert proof.store_of(DEVICE).verdicts  # the families were tried before
@@ -124,6 +127,44 @@ def test_auto_takes_the_fastest_of_the_class(machine):
     assert len(machine.triton.calls) == before + 1
     zero_init_attention_with_kvcache(**decode(capacity=33))
     assert len(machine.triton.calls) == before + 2
+
+
+def test_hybrid_is_taken_where_it_was_measured_to_be_faster_and_nowhere_else(machine):
+    """The vendor's attention with our prompts: no written order has it, whatever failed."""
+    machine.speed["hybrid"] = lambda key: 1.0 if "long" in key else 1.99
+    machine.triton.refused = machine.cuda.refused = "no"
+    assert selected(attend(length=33)) == "composed"
+    machine.triton.refused = machine.cuda.refused = ""
+    assert selected(attend(length=33)) == "triton" and not machine.hybrid.calls
+    run()
+    assert selected(attend(length=33)) == "hybrid" and selected(decode(capacity=33)) == "triton"
+    assert selected(attend(length=32)) == "triton"  # less than 5 % faster
+    machine.triton.refused = "no"
+    assert selected(attend(length=32)) == "cuda"
+    zero_init_attention(**attend(length=33))
+    assert machine.hybrid.calls[-1].query.shape[2] == 33
+    assert {subject for subject in proof.store_of(DEVICE).verdicts if subject.startswith("hybrid")} == {
+        "hybrid.forward float32 16", "hybrid.backward float32 16",
+    }  # fmt: skip
+
+
+def test_hybrid_is_left_out_where_its_trial_failed(machine):
+    machine.speed["hybrid"] = 1.0
+    machine.hybrid.error = 0.5
+    with pytest.warns(RuntimeWarning, match="hybrid.forward .* failed their trial"):
+        run()
+    assert all("hybrid" not in times for times in kept().values())
+    assert selected(attend(length=33)) == "triton"
+    machine.hybrid.error = 0.0
+
+
+def test_a_slower_one_of_two_that_were_timed_is_asked_last_or_not():
+    times = {"triton": 2.0, "composed": 1.0, "hybrid": 1.5}
+    written, if_faster = ("triton", "cuda", "composed"), ("hybrid",)
+    assert proof.fastest_first(times, written, if_faster) == ("composed", "hybrid", "triton", "cuda")
+    assert proof.fastest_first(times | {"hybrid": 1.95}, written, if_faster) == ("composed", "triton", "cuda")
+    assert proof.fastest_first({"hybrid": 1.0}, written, if_faster) == written
+    assert proof.fastest_first({"triton": 2.0, "hybrid": 1.95}, written, if_faster) == written
 
 
 def test_the_next_process_reads_the_times_and_another_chip_does_not(machine):
@@ -188,7 +229,7 @@ def test_a_family_that_failed_its_trial_is_not_timed(machine, capsys):
 def test_want_of_memory_leaves_a_backend_without_a_time(machine, capsys):
     machine.speed["triton"] = torch.OutOfMemoryError("CUDA out of memory")
     run()
-    assert kept()[CLASSES[0].key] == {"cuda": 3.0, "composed": 4.0}
+    assert kept()[CLASSES[0].key] == {"cuda": 3.0, "composed": 4.0, "hybrid": 5.0}
     assert "triton: not enough memory on the device" in capsys.readouterr().out
 
 

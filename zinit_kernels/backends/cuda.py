@@ -70,19 +70,7 @@ def _why_not_kernels(call: AnyCall) -> str:
             f"its attention of more than {MAX_DECODE_TOKENS} tokens runs on tensor cores, which take bfloat16 and "
             "float16; the tensors are float32 (backend='triton' takes them)"
         )
-    return next(filter(None, (_misaligned(name, tensor) for name, tensor in read.items())), "")
-
-
-def _misaligned(name: str, tensor: Tensor) -> str:
-    """Why a tensor cannot be read 16 bytes at a time; '' if it can."""
-    steps = [
-        n * tensor.element_size() for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
-    ]
-    if any(step % 16 for step in steps[:-1]):
-        return f"the rows of {name} must start at multiples of 16 bytes, got strides {tensor.stride()}"
-    if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
-        return f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}"
-    return ""
+    return next(filter(None, (fused.why_misaligned(name, tensor) for name, tensor in read.items())), "")
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,18 @@ def _why_not_chip(index: int) -> str:
     return ""
 
 
+def why_misaligned(name: str, tensor: Tensor) -> str:
+    """Why a tensor cannot be read 16 bytes at a time; '' if it can."""
+    steps = [
+        n * tensor.element_size() for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ]
+    if any(step % 16 for step in steps[:-1]):
+        return f"the rows of {name} must start at multiples of 16 bytes, got strides {tensor.stride()}"
+    if not torch.compiler.is_compiling() and tensor.data_ptr() % 16:
+        return f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}"
+    return ""
+
+
 def attention(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) by a backend's operator, differentiable in the call's differentiable tensors."""
     return attention_of(backend, *CALL.arguments(call))
@@ -93,7 +105,7 @@ def attention_of(backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             arguments = _unaliased(arguments)
         return _Attention.apply(backend, None, *arguments)
-    return OPERATORS["forward", backend](*arguments)
+    return run("forward", backend, arguments)
 
 
 def launched(
@@ -156,6 +168,15 @@ OPERATORS: dict[tuple[str, str], Any] = {
 }
 
 
+def run(stage: str, backend: str, arguments: tuple[Any, ...]) -> Any:
+    """The results of an operator, or of what stands for it."""
+    if not torch.compiler.is_compiling() and (direct := DIRECT.get((stage, backend))):
+        found = direct(*arguments)
+        if found is not None:
+            return found
+    return OPERATORS[stage, backend](*arguments)
+
+
 _NOT_PUBLIC = (None,) * (len(CALL.specs) - len(PUBLIC_TENSORS))
 # (True): the hooks that see what autograd saves, or None; True leaves out whether somebody traces
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -177,7 +198,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, backend: str, launch: Callable[[], tuple[Tensor, ...]] | None, *arguments: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = OPERATORS["forward", backend](*arguments) if launch is None else launch()
+        out, lse = run("forward", backend, arguments) if launch is None else launch()
         tensors, numbers = CALL.split(arguments)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.backend, ctx.numbers = backend, numbers
@@ -262,11 +283,7 @@ def _gradients(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return formula.differentiable_gradients(Call(*arguments), wanted, grad_out, grad_lse)
     operands = _operands(arguments, wanted, grad_out, grad_lse, out, lse)
-    grads = None
-    if not torch.compiler.is_compiling() and (direct := DIRECT.get(("backward", backend))):
-        grads = direct(*operands)
-    if grads is None:
-        grads = OPERATORS["backward", backend](*operands)
+    grads = run("backward", backend, operands)
     return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
 
 

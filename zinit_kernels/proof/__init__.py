@@ -129,21 +129,30 @@ def describe(backend: str, call: AnyCall) -> str:
     return "; ".join(said)
 
 
-def ordered(call: AnyCall, written: tuple[str, ...]) -> tuple[str, ...]:
+def ordered(call: AnyCall, written: tuple[str, ...], if_faster: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The backends in the order that auto asks them for a call: the written one, but the fastest first.
 
     Only where `zinit tune` has timed the call's class on this chip. torch.compile keeps the written order.
     """
     if MODE == "0" or torch.compiler.is_compiling():
         return written
-    return fastest_first(_times_of(call), written)
+    return fastest_first(_times_of(call), written, if_faster)
 
 
-def fastest_first(milliseconds: Mapping[str, float], written: tuple[str, ...]) -> tuple[str, ...]:
-    """The backends by their times, those without one behind; the written order where little would be gained."""
+def fastest_first(
+    milliseconds: Mapping[str, float], written: tuple[str, ...], if_faster: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The backends by their times, those without one behind; the written order where little would be gained.
+
+    if_faster: backends that are asked only where they are faster than the first of the written order that has a time.
+    """
     timed = [name for name in written if name in milliseconds]
-    ranked = sorted(timed, key=milliseconds.__getitem__)
-    if not timed or milliseconds[ranked[0]] > (1.0 - LEAST_GAIN) * milliseconds[timed[0]]:
+    if not timed:
+        return written
+    bound = (1.0 - LEAST_GAIN) * milliseconds[timed[0]]
+    faster = [name for name in if_faster if milliseconds.get(name, bound + 1.0) <= bound]
+    ranked = sorted((*timed, *faster), key=milliseconds.__getitem__)
+    if milliseconds[ranked[0]] > bound:
         return written
     return (*ranked, *(name for name in written if name not in milliseconds))
 

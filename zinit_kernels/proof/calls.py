@@ -20,6 +20,8 @@ def calls(family: str, dtype: torch.dtype, head_dim: int, seed: int) -> list[Any
     given = random, dtype, head_dim
     if family in ("triton.forward", "triton.backward"):
         return _attention_calls(*given)
+    if family in ("hybrid.forward", "hybrid.backward"):
+        return _unmasked_calls(*given)
     if family in ("triton.decode", "cuda.decode"):
         return _decode_calls(*given, chunk=5)
     if family == "cuda.prefill":
@@ -37,26 +39,62 @@ def _ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
-def _attention_calls(random: torch.Generator, dtype: torch.dtype, head_dim: int) -> list[AnyCall]:
-    """Causal with shared prompts, as most adapters are trained; and padded, with prompts for some sequences."""
+def _tensors(
+    random: torch.Generator, dtype: torch.dtype, head_dim: int, batch: int, seqlen: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """query, key, value, prompt_key, prompt_value, gate"""
     heads_q, heads_kv, prompts = 4, 2, 10
+    whole, short = (batch, heads_kv, seqlen, head_dim), (rows, heads_kv, prompts, head_dim)
+    return (
+        _normal(random, dtype, batch, heads_q, seqlen, head_dim),
+        _normal(random, dtype, *whole),
+        _normal(random, dtype, *whole),
+        _normal(random, dtype, *short),
+        _normal(random, dtype, *short),
+        _normal(random, torch.float32, rows, heads_q) + 0.3,
+    )
 
-    def tensors(batch: int, seqlen: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """query, key, value, prompt_key, prompt_value, gate"""
-        whole, short = (batch, heads_kv, seqlen, head_dim), (rows, heads_kv, prompts, head_dim)
-        return (
-            _normal(random, dtype, batch, heads_q, seqlen, head_dim),
-            _normal(random, dtype, *whole),
-            _normal(random, dtype, *whole),
-            _normal(random, dtype, *short),
-            _normal(random, dtype, *short),
-            _normal(random, torch.float32, rows, heads_q) + 0.3,
-        )
 
-    causal = Call(*tensors(2, 150, 1))._replace(
+def _causal_call(random: torch.Generator, dtype: torch.dtype, head_dim: int) -> Call:
+    """With shared prompts, as most adapters are trained."""
+    return Call(*_tensors(random, dtype, head_dim, 2, 150, 1))._replace(
         max_seqlen_q=150, max_seqlen_k=150, scale=head_dim**-0.5, window_right=0
     )
-    query, key, value, prompt_key, prompt_value, gate = tensors(3, 90, 3)
+
+
+def _unmasked_calls(random: torch.Generator, dtype: torch.dtype, head_dim: int) -> list[AnyCall]:
+    """Causal with shared prompts, stored as a model's projections are and as SDPA's users have it; and without a mask,
+    of more keys than queries, with prompts for some sequences."""
+    causal = _causal_call(random, dtype, head_dim)
+    projected = causal._replace(
+        **{
+            name: getattr(causal, name).transpose(1, 2).contiguous().transpose(1, 2)
+            for name in ("query", "key", "value")
+        }
+    )
+    query, key, value, prompt_key, prompt_value, gate = _tensors(random, dtype, head_dim, 3, 130, 3)
+    for tensor in (prompt_key, prompt_value, gate):
+        tensor[0] = _NAN
+    cross = Call(
+        query[:, :, :70].contiguous(),
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        gate,
+        prompt_index=_ints(2, -1, 1),
+        max_seqlen_q=70,
+        max_seqlen_k=130,
+        scale=head_dim**-0.5,
+        tanh_gate=False,
+    )
+    return [projected, causal, cross]
+
+
+def _attention_calls(random: torch.Generator, dtype: torch.dtype, head_dim: int) -> list[AnyCall]:
+    """Causal with shared prompts, as most adapters are trained; and padded, with prompts for some sequences."""
+    causal = _causal_call(random, dtype, head_dim)
+    query, key, value, prompt_key, prompt_value, gate = _tensors(random, dtype, head_dim, 3, 90, 3)
     bias = torch.zeros(3, 90, dtype=torch.float32, device="cpu")
     bias[0, 70:], bias[1, :5] = float("-inf"), float("-inf")
     for tensor in (key, value):

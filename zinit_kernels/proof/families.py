@@ -17,6 +17,7 @@ from ..call import AnyCall, CacheCall, PromptCall
 FAMILIES: dict[str, tuple[str, ...]] = {
     "triton": ("triton.forward", "triton.backward", "triton.decode"),
     "cuda": ("cuda.decode", "cuda.prefill", "cuda.prompt"),
+    "hybrid": ("hybrid.forward", "hybrid.backward"),
 }
 
 
@@ -48,6 +49,8 @@ def needed(backend: str, call: AnyCall) -> tuple[str, ...]:
         if not isinstance(call, PromptCall) and fused.requires_grad(call):
             return ("triton.forward", "triton.backward")
         return ("triton.forward",)
+    if backend == "hybrid":
+        return FAMILIES["hybrid"] if fused.requires_grad(call) else ("hybrid.forward",)
     if backend == "cuda":
         if isinstance(call, PromptCall):
             return ("cuda.prompt",)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import cuda, reference, triton
+from ..backends import cuda, hybrid, reference, triton
 from ..call import CALL, AnyCall, CacheCall, Call, PromptCall
 from ..testing.magnitude import magnitudes
 from ..testing.tolerance import assert_within_eager_error
@@ -19,7 +19,8 @@ from .calls import calls
 from .families import Subject
 
 SEEDS = (0, 1)
-ROOMS: dict[str, Any] = {"triton": triton, "cuda": cuda}
+ROOMS: dict[str, Any] = {"triton": triton, "cuda": cuda, "hybrid": hybrid}
+WITHOUT_GRAD_LSE = ("hybrid",)  # backends whose log-sum-exp has no gradient
 _T = TypeVar("_T", bound=AnyCall)
 
 
@@ -34,7 +35,9 @@ def run(subject: Subject, device: torch.device) -> None:
             elif isinstance(call, PromptCall):
                 _try_prompts(room, call, subject.dtype, device, where)
             else:
-                _try_attention(room, call, subject.dtype, device, subject.family.endswith("backward"), where)
+                backward = subject.family.endswith("backward")
+                differentiable = 1 if subject.backend in WITHOUT_GRAD_LSE else 2
+                _try_attention(room, call, subject.dtype, device, backward, differentiable, where)
 
 
 def _poison(call: AnyCall, device: torch.device) -> None:
@@ -65,8 +68,15 @@ def converted(call: _T, dtype: torch.dtype | None, device: torch.device | None =
 
 
 def _try_attention(
-    room: Any, call: Call, dtype: torch.dtype, device: torch.device, backward: bool, where: str
+    room: Any,
+    call: Call,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+    differentiable: int,
+    where: str,
 ) -> None:
+    """differentiable: of how many of (out, log-sum-exp) the gradients are compared."""
     actual_call, eager_call, oracle_call = (
         converted(call, None, device), converted(call, None), converted(call, torch.float64)
     )  # fmt: skip
@@ -83,19 +93,21 @@ def _try_attention(
     random = torch.Generator(device="cpu").manual_seed(2)
     # numbers that every dtype holds exactly: else their rounding would count as the kernel's
     grads = [
-        torch.randint(-16, 17, o.shape, generator=random, device="cpu").to(torch.float32) / 8 for o in oracle
+        torch.randint(-16, 17, o.shape, generator=random, device="cpu").to(torch.float32) / 8
+        for o in oracle[:differentiable]
     ]
     with torch.no_grad():
         plain = converted(call, torch.float64)
-        terms = magnitudes(plain, grads[0].double(), grads[1].double(), oracle[0].detach(), dtype)
+        grad_lse = grads[1].double() if differentiable > 1 else None
+        terms = magnitudes(plain, grads[0].double(), grad_lse, oracle[0].detach(), dtype)
         pairs = {"out": (actual[0], eager[0], oracle[0], dtype)}
         pairs["lse"] = (actual[1], eager_lse, oracle[1], torch.float32)
     if wanted:
         found = [
             torch.autograd.grad(
-                outputs,
+                outputs[:differentiable],
                 [getattr(one, name) for name in wanted],
-                [g.to(o.device, o.dtype) for g, o in zip(grads, outputs, strict=True)],
+                [g.to(o.device, o.dtype) for g, o in zip(grads, outputs, strict=False)],
             )
             for outputs, one in ((actual, actual_call), (eager, eager_call), (oracle, oracle_call))
         ]

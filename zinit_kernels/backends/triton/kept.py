@@ -173,7 +173,8 @@ class Plan:
                 lines.append(f" m{number}.zero_()")
             lines.append(f" p{number} = m{number}.data_ptr()")
         lines += self._lines
-        lines.append(f" return ({', '.join(name or self._absent for name in self._results)},)")
+        results = "".join(f"{name or self._absent}, " for name in self._results)
+        lines.append(f" return ({results})")
         return "\n".join(lines)
 
     def for_public_tensors(self, without_rows: Collection[int]) -> Plan:

@@ -322,6 +322,7 @@ def prefill_providers() -> tuple[Provider, ...]:
         for variant in ("", WITHOUT_PROMPTS)
         for name in BACKENDS
     ]  # fmt: skip
+    ours.append(Provider("zinit hybrid", partial(fused, "hybrid", True), partial(fused_why_not, "hybrid")))
     plain = [
         Provider(name, make, by_trying(make), prompted=False, quadratic=name.endswith("math"))
         for name, make in PLAIN_ATTENTION.items()

@@ -22,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zinit_kernels.backends.triton import backward, cache, configs, decode, forward, prompt_gradients
+from zinit_kernels.backends.triton import (
+    backward,
+    cache,
+    configs,
+    decode,
+    forward,
+    prompt_gradients,
+    prompt_terms,
+)
 from zinit_kernels.backends.triton.operands import View
 
 HEAD_DIMS = (64, 128, 256)
@@ -32,6 +40,8 @@ KERNELS = {
     "add_partials": (prompt_gradients.zinit_add_partials_kernel, "prompt_gradients"),
     "grad_key_value": (backward.zinit_grad_key_value_kernel, "grad_key_value"),
     "grad_query": (backward.zinit_grad_query_kernel, "grad_query"),
+    "add_prompts": (prompt_terms.zinit_add_prompts_kernel, "prompt_gradients"),
+    "add_prompt_grad_query": (prompt_terms.zinit_add_prompt_grad_query_kernel, "prompt_gradients"),
     "append": (cache.zinit_append_kernel, "decode"),
     "decode": (decode.zinit_decode_kernel, "decode"),
     "extend": (decode.zinit_decode_kernel, "extend"),
@@ -44,7 +54,7 @@ INT32 = (
 )  # fmt: skip
 VIEWS = (
     "query", "key", "value", "out", "prompt_key", "prompt_value", "grad_out", "grad_query", "grad_key", "grad_value",
-    "key_cache", "value_cache", "new_key", "new_value",
+    "key_cache", "value_cache", "new_key", "new_value", "source", "target",
 )  # fmt: skip
 # what a mask adds to the call without any: run-time arguments that are there
 MASKS = {
@@ -81,6 +91,7 @@ def compile_kernel(
         "CHUNK_D": min(block_d, 8192 // block_p), "BLOCK_E": 128, "BLOCK_S": 16, "BLOCK_T": 16,
         "PAGE_SIZE": 16 if mask == "paged" else 1, "HALF": head_dim // 2, "INTERLEAVED": False, "ADVANCE": True,
         "TANH": True, "SCALE_SIGN": 1, "ONE_TOKEN": name == "decode",
+        "SUBTRACT": True,
     } | dict.fromkeys(ABSENT - set(MASKS[mask]))  # fmt: skip
     signature: dict[str, object] = {}
     values: dict[tuple[int, ...], object] = {}

@@ -4,9 +4,12 @@ Skipped elsewhere; what has run on which chip stands in the results, not here.
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zinit_kernels import (
     dispatch,
@@ -47,6 +50,30 @@ def test_attention(case, dtype):
 @pytest.mark.parametrize("case", CACHE_CASES, ids=str)
 def test_cache(case, dtype):
     check_cache_case(case, dtype, "triton", device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hybrid_attention(case, dtype):
+    run_or_hear_why(
+        dispatch.why_not("hybrid", make_inputs(case, dtype, device="cuda").canonical(), False),
+        lambda: check_case(case, dtype, "hybrid", device="cuda"),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["CUDNN_ATTENTION", "FLASH_ATTENTION"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hybrid_by_each_kernel_of_the_vendor(head_dim, kernel):
+    """Right, and at gate 0 with the bits of that kernel."""
+    case = Case(
+        "case", batch=2, heads_q=8, heads_kv=2, seqlens_q=(517,), head_dim=head_dim, layout="token_major"
+    )
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        check_case(case, torch.bfloat16, "hybrid", device="cuda")
+        inputs = make_inputs(replace(case, gate="zero"), torch.bfloat16, device="cuda")
+        query, key, value = (inputs.tensors[name] for name in ("query", "key", "value"))
+        plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        assert torch.equal(inputs.call("hybrid", return_lse=False)[0], plain)
 
 
 @needs_cuda_kernels

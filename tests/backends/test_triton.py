@@ -39,7 +39,7 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 27
+    assert len(kernels) == 33
     for kernel in kernels:
         print(kernel)
         assert kernel["shared"] <= kernel["limit"], kernel

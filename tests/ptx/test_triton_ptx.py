@@ -12,6 +12,7 @@ import pytest
 import torch
 from ptx_memory import Fault
 
+from zinit_kernels import dispatch
 from zinit_kernels.testing import (
     CACHE_CASES,
     CASES,
@@ -21,6 +22,7 @@ from zinit_kernels.testing import (
     Case,
     check_cache_case,
     check_case,
+    make_inputs,
 )
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -36,9 +38,15 @@ TRAINING_KERNELS = [
 ]  # fmt: skip
 
 
-def check(case, dtype):
+HYBRID_KERNELS = [
+    "zinit_add_prompts_kernel", "zinit_add_prompts_kernel", "zinit_add_prompt_grad_query_kernel",
+    "zinit_partial_sums_kernel", "zinit_add_partials_kernel",
+]  # fmt: skip
+
+
+def check(case, dtype, backend="triton"):
     run = check_cache_case if isinstance(case, CacheCase) else check_case
-    run(case, dtype, "triton")
+    run(case, dtype, backend)
 
 
 @pytest.mark.parametrize("arch", CHIPS)
@@ -57,6 +65,14 @@ def test_against_the_reference(chip, case, dtype, kernels, arch):
     assert launches.launched == kernels
 
 
+@pytest.mark.parametrize("arch", CHIPS)
+def test_the_prompts_of_hybrid(chip, arch):
+    """Around PyTorch's CPU kernel; bfloat16, which Triton's own interpreter cannot compute."""
+    launches = chip(arch)
+    check(TRAINING, torch.bfloat16, "hybrid")
+    assert launches.launched == HYBRID_KERNELS
+
+
 if WHOLE_LIST_OF:
 
     @pytest.mark.parametrize("arch", WHOLE_LIST_OF)
@@ -69,6 +85,18 @@ if WHOLE_LIST_OF:
     def test_every_named_case(chip, case, dtype, arch):
         chip(arch)
         check(case, dtype)
+
+    @pytest.mark.parametrize("arch", WHOLE_LIST_OF)
+    @pytest.mark.parametrize("dtype", HALVES, ids=str)
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_every_named_case_of_hybrid(chip, case, dtype, arch):
+        chip(arch)
+        reason = dispatch.why_not("hybrid", make_inputs(case, dtype).canonical(), False)
+        if reason:
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                check(case, dtype, "hybrid")
+        else:
+            check(case, dtype, "hybrid")
 
 
 # Bugs in the code: (chip, kernel, pattern, replacement, how many of its occurrences are wrong)

@@ -15,7 +15,8 @@ from ptx_counters import Counters
 from triton.backends.compiler import GPUTarget
 
 from zinit_kernels.backends import triton as backend
-from zinit_kernels.backends.triton import launch
+from zinit_kernels.backends.hybrid import run as hybrid_run
+from zinit_kernels.backends.triton import launch, prompt_launch
 
 PROCESSORS = 8  # as many as Triton's own interpreter is told
 
@@ -65,10 +66,12 @@ def _flatten(kind, argument, values: list[int | float], memory: ptx_machine.Buff
 
 @contextlib.contextmanager
 def operators() -> Iterator[None]:
-    """The Triton backend's operators on CPU tensors."""
+    """The operators of the backends "triton" and "hybrid" on CPU tensors."""
     library = torch.library.Library("zinit", "IMPL")
     for stage in ("forward", "backward", "decode"):
         library.impl(f"{stage}_triton", getattr(launch, stage), "CPU")
+    for stage in ("forward", "backward"):
+        library.impl(f"{stage}_hybrid", getattr(hybrid_run, stage), "CPU")
     try:
         yield
     finally:
@@ -76,7 +79,7 @@ def operators() -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
-    """backend="triton" compiles for the chip and interprets, until the test ends."""
+    """The backends "triton" and "hybrid" compile for the chip and interpret, until the test ends."""
     compile_only = triton.runtime.jit.JITFunction.run
 
     def run(kernel, *args, grid, warmup, **named):
@@ -92,6 +95,7 @@ def install(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
     )
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(launch, "arch_of", lambda tensor: chip.arch)
+    for module in (launch, prompt_launch):
+        monkeypatch.setattr(module, "arch_of", lambda tensor: chip.arch)
     monkeypatch.setattr(launch, "num_processors", lambda tensor: PROCESSORS)
     monkeypatch.setattr(backend, "_why_not_here", lambda call: "")

@@ -28,6 +28,7 @@ from zinit_kernels.backends.triton import (
     configs,
     decode,
     forward,
+    launch,
     prompt_gradients,
     prompt_terms,
 )
@@ -47,6 +48,7 @@ KERNELS = {
     "extend": (decode.zinit_decode_kernel, "extend"),
     "combine": (decode.zinit_combine_kernel, "combine"),
 }
+FIXED = {"add_partials": launch._ADD_PARTIALS, "append": launch._APPEND}
 FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr", "sinks_ptr")
 INT32 = (
     "cache_seqlens_ptr", "cache_leftpad_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr",
@@ -84,7 +86,7 @@ def compile_kernel(
     """keep: a file name for the cubin; config: other than the written choice."""
     kernel, stage = KERNELS[name]
     block_d = configs.block_of(head_dim)
-    config = config or configs.choose(stage, block_d, block_p, itemsize, arch)
+    config = config or FIXED.get(name) or configs.choose(stage, block_d, block_p, itemsize, arch)
     element = "*bf16" if itemsize == 2 else "*fp32"
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_P": block_p,

@@ -39,7 +39,7 @@ from .ranges import named
 
 _PARTIAL_ELEMENTS = 8192  # of dpk and of dpv that one program accumulates: 64 KB of registers together
 _PARTIAL_ROWS = 64  # queries in the unit that the partial sums are dealt in
-_ADD_PARTIALS = Config(0, 0, 4, 1)
+_ADD_PARTIALS = Config(0, 0, 1, 1)  # one warp: a thread adds up its columns, and none through shared memory
 _APPEND = Config(0, 0, 4, 1)
 _BLOCK_E = 128
 _BLOCK_T = 16  # new tokens of a tile

@@ -218,7 +218,7 @@ def add_prompt_branch(
 ):
     """acc + act(gate) * softmax(scale q pk^T) pv; acc where the sequence has no prompts.
 
-    head: one, or [BLOCK_M, 1]. The gate multiplies the weights in float32, before they are rounded.
+    head: one, or [BLOCK_M]. The gate multiplies the weights in float32, before they are rounded.
     """
     if prompts.key.ptr is not None:
         row = prompt_row(prompts, sequence)
@@ -226,7 +226,10 @@ def add_prompt_branch(
             gate = load_gate(prompts, row, head, TANH)
             prompt_k = load_prompts(prompts.key, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
             p, _ = prompt_softmax(q, prompt_k, prompts.length, scale_log2, cap, BLOCK_P)
-            p *= gate
+            if len(head.shape) == 1:
+                p *= gate[:, None]
+            else:
+                p *= gate
             prompt_v = load_prompts(prompts.value, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
             acc = dot(p.to(q.dtype), prompt_v, acc)
     return acc

@@ -46,7 +46,7 @@ class Recorder:
         self.inputs = inputs
         self.made: list[Tensor] = []
         self.zeroed: set[int] = set()
-        self.pieces: list[tuple[Tensor, int]] = []  # (a part of the last allocation, its first byte there)
+        self.pieces: list[tuple[Tensor, int]] = []  # (a part of an allocation, the allocation's number)
         self.kernels: list[Any] = []
         self.steps: list[
             tuple[Any, ...]
@@ -73,19 +73,32 @@ class Recorder:
 
     def scratch(self, like: Tensor, shapes: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
         """A float32 tensor of each shape, None for None, all in one allocation: each would cost the host 1 us."""
-        sizes = [0 if shape is None else _rounded(shape) for shape in shapes]
-        if not any(shape is not None for shape in shapes):
-            return [None] * len(sizes)
-        memory = self.empty(like, (sum(sizes),), torch.float32)
+        size = sum(_rounded(shape) for shape in shapes if shape is not None)
+        if not size:
+            return [None] * len(shapes)
+        return self._pieces_of(self.empty(like, (size,), torch.float32), shapes)
+
+    def scratch_in(
+        self, result: Tensor | None, shapes: Sequence[Sequence[int] | None]
+    ) -> list[Tensor | None] | None:
+        """`scratch` in the memory of a result that no kernel has written yet; None where it is too small."""
+        size = sum(_rounded(shape) for shape in shapes if shape is not None)
+        if result is None or 4 * size > result.numel() * result.element_size():
+            return None
+        return self._pieces_of(result, shapes)
+
+    def _pieces_of(self, memory: Tensor, shapes: Sequence[Sequence[int] | None]) -> list[Tensor | None]:
+        (number,) = (i for i, tensor in enumerate(self.made) if tensor is memory)
+        storage, first = memory.untyped_storage(), memory.storage_offset() * memory.element_size() // 4
         found: list[Tensor | None] = []
-        first = 0
-        for shape, size in zip(shapes, sizes, strict=True):
+        for shape in shapes:
             piece = None
             if shape is not None:
-                piece = memory[first:].as_strided(tuple(shape), _contiguous_strides(shape))
-                self.pieces.append((piece, len(self.made) - 1))
+                piece = memory.new_empty((0,), dtype=torch.float32)
+                piece.set_(storage, first, tuple(shape), _contiguous_strides(shape))
+                self.pieces.append((piece, number))
+                first += _rounded(shape)
             found.append(piece)
-            first += size
         return found
 
     def launch(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]) -> None:
@@ -145,9 +158,9 @@ class Plan:
         for piece, number in recorder.pieces:
             offset = piece.data_ptr() - recorder.made[number].data_ptr()
             where.setdefault(piece.data_ptr(), f"p{number} + {offset}")
-            made[id(piece)] = (
-                f"m{number}.as_strided({tuple(piece.shape)}, {piece.stride()}, {offset // piece.element_size()})"
-            )
+            if piece.dtype == recorder.made[number].dtype:  # else kernels alone take it, by its address
+                at = offset // piece.element_size()
+                made[id(piece)] = f"m{number}.as_strided({tuple(piece.shape)}, {piece.stride()}, {at})"
         self._lines.append(f" stream = current_stream({device.index})")
         for number, step in enumerate(recorder.steps):
             if len(step) == 2:

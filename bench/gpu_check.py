@@ -71,7 +71,7 @@ def steps(results: Path) -> list[Step]:
     return [
         Step("build", 55, [python, "setup.py", "--quiet", "build_ext", "--inplace"], this_chip()),
         # whether backend="auto" takes the kernels here at all; what whole models need later comes first
-        Step("proof", 28, [*prove, "--dtype", "bfloat16", "--head-dim", "128", "64"]),
+        Step("proof", 36, [*prove, "--dtype", "bfloat16", "--head-dim", "128", "64"]),
         Step("test", 60, [*test, f"not test_cuda and not {other_dtypes}"]),
         Step("test", 40, [*test, "test_cuda"]),
         Step("attention", 80, bench("attention", results, "--compile", "none")),
@@ -82,7 +82,7 @@ def steps(results: Path) -> list[Step]:
         # the targets' two shapes again, with the providers that compile for a minute
         Step("attention", 45, bench("attention", results, *compiled_jobs())),
         # float32 with 256 dimensions alone compiles for 50 s
-        Step("test", 40, [*test, f"not test_cuda and {other_dtypes}"]),
+        Step("test", 32, [*test, f"not test_cuda and {other_dtypes}"]),
         # without torch's memory cache, in which a stray read would land in another tensor
         *(
             Step("sanitize", seconds, [*sanitizer(tool), *short], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

@@ -95,8 +95,10 @@ def explain(call: AnyCall, return_lse: bool, backend: str) -> Explanation:
     if call.query.device.type in PROVED:
         usable = [name for name, reason in explanation.items() if reason == "usable"]
         for name in usable:
-            said = filter(None, (proof.describe(name, call), proof.describe_time(name, call)))
-            if text := "; ".join(said):
+            time = proof.describe_time(name, call)
+            if name in IF_FASTER[type(call)] and not time:
+                explanation.proof[name] = "auto takes it only where `zinit tune` has found it the fastest"
+            elif text := "; ".join(filter(None, (proof.describe(name, call), time))):
                 explanation.proof[name] = text
     if backend == "auto":
         explanation.selected = next(

@@ -28,6 +28,7 @@ from threads import on_threads
 
 from zinit_kernels import call_keys, dispatch, kept_calls, proof, zero_init_attention
 from zinit_kernels import zero_init_attention_with_kvcache as with_kvcache
+from zinit_kernels.backends.triton import prompt_launch
 
 
 class Marked(torch.Tensor):
@@ -290,6 +291,25 @@ def test_a_choice_that_may_change_is_not_kept(on_gpu, monkeypatch):
         for _ in range(5):
             with_kvcache(**given)
         assert on_gpu.checked == checked - is_settled
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_hybrid_is_kept_too(on_gpu, monkeypatch, trains):
+    """The vendor's attention around launches that are kept: the third call is not checked any more."""
+    monkeypatch.setattr(prompt_launch, "arch_of", lambda tensor: 90)
+    given = whole() | {"backend": "hybrid"}
+    leaves = [t.requires_grad_(trains) for t in given.values() if torch.is_tensor(t)]
+    launched = []
+    for _ in range(4):
+        on_gpu.clear()
+        out = zero_init_attention(**given)
+        if trains:
+            torch.autograd.grad(out, leaves, torch.ones_like(out))
+        launched.append([(name, programs) for name, _, programs, _ in on_gpu])
+    backward = [("zinit_add_prompts_kernel", 8), ("zinit_add_prompt_grad_query_kernel", 8)]
+    backward += [("zinit_partial_sums_kernel", 8), ("zinit_add_partials_kernel", 10)]
+    assert launched == [[("zinit_add_prompts_kernel", 8), *backward * trains]] * 4
+    assert on_gpu.checked == 2 and on_gpu.by_triton == 1 + 4 * trains
 
 
 def test_threads_get_what_they_asked_for(on_gpu):

@@ -136,7 +136,10 @@ def test_hybrid_is_taken_where_it_was_measured_to_be_faster_and_nowhere_else(mac
     assert selected(attend(length=33)) == "composed"
     machine.triton.refused = machine.cuda.refused = ""
     assert selected(attend(length=33)) == "triton" and not machine.hybrid.calls
+    assert explain(**attend()).proof["hybrid"].startswith("auto takes it only where `zinit tune`")
     run()
+    assert "hybrid.forward proven on Imagined H200" in explain(**attend()).proof["hybrid"]
+    assert "1.99 ms in zinit tune" in explain(**attend()).proof["hybrid"]
     assert selected(attend(length=33)) == "hybrid" and selected(decode(capacity=33)) == "triton"
     assert selected(attend(length=32)) == "triton"  # less than 5 % faster
     machine.triton.refused = "no"

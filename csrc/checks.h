@@ -203,7 +203,10 @@ class Device {
         static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type_, index_, &handle));
     Tensor tensor(handle);
-    if (poison_outputs()) torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
+    if (poison_outputs()) {
+      constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kNoIndex = -1e9;
+      torch::stable::fill_(tensor, dtype == ScalarType::Long ? kNoIndex : kNaN);
+    }
     return tensor;
   }
 

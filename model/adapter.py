@@ -88,6 +88,11 @@ class LlamaAdapter(nn.Module):
             return settings, None
         return settings, (self.prompts,) if self.gates is None else (self.prompts, self.gates)
 
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether its prompts stay the same from token to token: not known where calling it may do more."""
+        return self.made_of()[1] is not None
+
     @torch.no_grad()
     def layer_gradient_norms(self) -> list[float]:
         """The norm of each adapted layer's gradient, prompts and gates together, lowest layer first."""

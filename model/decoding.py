@@ -113,6 +113,14 @@ class Decoder:
         self.places.append((module.__dict__[held], "weight", weight))
         return True
 
+    @classmethod
+    def of(cls, model: nn.Module, cache: Any) -> Decoder:
+        """The one that the cache keeps for this model, made anew where a weight was replaced."""
+        kept: tuple[nn.Module, Decoder] | None = cache.decoder
+        if kept is None or kept[0] is not model or not kept[1].is_current():
+            cache.decoder = kept = model, cls(model)
+        return kept[1]
+
     def is_current(self) -> bool:
         """Whether the modules still hold these tensors, and the tensors their memory. 20 us for 30 layers."""
         for (place, name, tensor), address in zip(self.places, self._addresses, strict=True):
@@ -166,13 +174,11 @@ def decode(model: nn.Module, x: Tensor, adapter: Callable[[Any], Any] | None, ca
         or not NATIVE
     ):
         return None
-    decoder = cache.decoder
-    if decoder is None or decoder[0] is not model or not decoder[1].is_current():
-        cache.decoder = decoder = model, Decoder(model)
-    if not decoder[1].usable or x.dtype != model.dtype or decoder[1].is_hooked():
+    decoder = Decoder.of(model, cache)
+    if not decoder.usable or x.dtype != model.dtype or decoder.is_hooked():
         return None
-    prompts = decoder[1].prompts(model, adapter)
-    return None if prompts is None else decoder[1].run(model, x.contiguous(), prompts, cache)
+    prompts = decoder.prompts(model, adapter)
+    return None if prompts is None else decoder.run(model, x.contiguous(), prompts, cache)
 
 
 _NO_PROMPTS = Prompts([], [], None, True)

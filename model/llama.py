@@ -213,7 +213,8 @@ class Layer(nn.Module):
 
 # An adapter: given a layer's attention, the prompt it adds there, or None. One whose prompts depend on images also has
 # `about(images)`, the adapter for a batch whose sequences are about these image files; and that one has `select(rows)`,
-# the adapter for these sequences of the batch.
+# the adapter for these sequences of the batch. One whose prompts stay the same from token to token says so by
+# `keeps_prompts`: a generation then asks it once.
 Adapter = Callable[[Attention], Prompt | None]
 
 
@@ -253,11 +254,12 @@ class Llama(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """[vocab_size, C]: what projects hidden states to logits. Of a packed weight, its numbers, made anew."""
-        head = self._head
+        head = self.head
         return head.packed.unpack(head.dtype) if isinstance(head, packed.Packed) else head.weight
 
     @property
-    def _head(self) -> nn.Module:
+    def head(self) -> nn.Module:
+        """What holds the output weight: the embedding, where the two are tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     @property
@@ -307,7 +309,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocab_size] of hidden states [..., C]."""
-        head = self._head
+        head = self.head
         if isinstance(head, packed.Packed):
             return head.packed.multiply(hidden)
         # [B, C] is decoding. Whole sequences have the same bits with gradients and without.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .choice import choose
+from .choice import NOT_NUMBERS, choose
 from .device_steps import DeviceSteps
 from .errors import UserError
+from .kept_layers import keep
 from .llama import Adapter, KVCache, Llama, select_sequences
 from .lookup import Lookup
 
@@ -97,32 +99,47 @@ class _Steps:
 
     def __init__(self, model: Llama, adapter: Adapter | None, cache: KVCache, hidden: Tensor):
         self.model, self.adapter, self.cache, self.hidden = model, adapter, cache, hidden
+        self.kept = keep(model, adapter, cache)
         self.tokens: Tensor | None = None  # the last ones: the model has not read them yet
 
     def next(
         self, temperature: float, top_p: float, generators: Sequence[torch.Generator], most: int
     ) -> list[int]:
         """A token for each sequence. `most`: tokens of a sequence that may be asked for, this one too."""
-        if self.tokens is not None:
-            self.hidden = self.read(self.tokens, most)
-        self.tokens = choose(self.model.logits(self.hidden), temperature, top_p, generators)
-        return self.tokens.tolist()
+        likeliest: Tensor | None = None
+        if self.tokens is None:
+            logits = self.model.logits(self.hidden)
+        else:
+            logits, likeliest = self.read(self.tokens, most)
+        if likeliest is None or temperature > 0:
+            self.tokens = choose(logits, temperature, top_p, generators)
+            return self.tokens.tolist()
+        self.tokens, found = likeliest, likeliest.tolist()
+        if min(found) < 0:
+            raise UserError(NOT_NUMBERS)
+        return found
 
-    def read(self, tokens: Tensor, most: int) -> Tensor:
-        """The hidden states [B, C] behind these tokens."""
-        return self.model.hidden_states(tokens[:, None], self.adapter, cache=self.cache)[:, 0]
+    def read(self, tokens: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
+        """The logits [B, vocab_size] behind these tokens, and the likeliest tokens where they are known."""
+        if self.kept is not None:
+            return self.kept.read(tokens[:, None])
+        return self.model.logits(self._hidden(tokens[:, None])[:, 0]), None
 
     def select(self, kept: list[int]) -> None:
         """Goes on with these rows of the batch."""
         self.cache, self.adapter = self.cache.select(kept), select_sequences(self.adapter, kept)
+        self.kept = keep(self.model, self.adapter, self.cache)
         self.tokens = None if self.tokens is None else self.tokens[kept]
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        return self.model.hidden_states(tokens, self.adapter, cache=self.cache)
 
 
 MOST_DRAFT = 31  # with the token before them, 32: what one call decodes
 
 
 class _Drafts(_Steps):
-    """The next tokens of one sequence; some hidden states were computed together with the one before."""
+    """The next tokens of one sequence; some were read together with the one before."""
 
     def __init__(
         self,
@@ -135,21 +152,29 @@ class _Drafts(_Steps):
     ):
         super().__init__(model, adapter, cache, hidden)
         self.lookup = Lookup(prompt, length)
-        self.ahead: list[tuple[int, Tensor]] = []  # the draft's tokens, and the hidden state behind each
+        # the draft's tokens, and what `read` returns behind each
+        self.ahead: list[tuple[int, Callable[[], tuple[Tensor, Tensor | None]]]] = []
 
-    def read(self, tokens: Tensor, most: int) -> Tensor:
+    def read(self, tokens: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         token = int(tokens)
         self.lookup.append(token)
         if self.ahead and self.ahead[0][0] == token:
             self.cache.lengths += 1
-            return self.ahead.pop(0)[1]
+            return self.ahead.pop(0)[1]()
         draft = self.lookup.draft()[: most - 1]
-        tokens = torch.tensor([[token, *draft]], device=self.model.device)
-        hidden = self.model.hidden_states(tokens, self.adapter, cache=self.cache)[0]
+        read = self._read_all(torch.tensor([[token, *draft]], device=self.model.device))
         # what lies behind the cache's length is written again, unless the draft turns out right
         self.cache.lengths -= len(draft)
-        self.ahead = list(zip(draft, hidden[1:, None], strict=True))
-        return hidden[:1]
+        self.ahead = [(token, partial(read, row)) for row, token in enumerate(draft, 1)]
+        return read(0)
+
+    def _read_all(self, tokens: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+        """Reads tokens [1, T]; what `read` returns behind the i-th of them."""
+        if self.kept is not None:
+            logits, likeliest = self.kept.read(tokens)
+            return lambda row: (logits[row : row + 1], likeliest[row : row + 1])
+        hidden = self._hidden(tokens)[0]
+        return lambda row: (self.model.logits(hidden[row : row + 1]), None)
 
 
 def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:

@@ -18,6 +18,11 @@ and, on the CPU alone, what decoding does around attention:
     decode_layers -> out                    out [B, T, C]: the next T tokens of B cached sequences through all layers
                                             of a LLaMA and its last norm (`model/decoding.py`); writes the caches
 
+For many tokens, `keep_layers` takes the arguments of decode_layers once, with the embedding and the head, and returns a
+number. `decode_kept` takes that number and tokens [B, T]; it returns the logits [B * T, vocab_size] and of each row the
+first of the largest, or -1 where that is no finite number; it adds T to cache_seqlens. `drop_layers` frees what the
+number stands for. Between the two the tensors must keep their memory. None of the three can be traced.
+
 and what a training step does between its matrix products (`rows.py`): rms_norm, swiglu, rotate, cross_entropy, and the
 gradients of the first two.
 
@@ -64,6 +69,15 @@ AROUND = {
     "swiglu_backward": "(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
     "rotate": "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor",
     "cross_entropy": "(Tensor(a!) logits, Tensor targets, bool wants_gradient) -> Tensor",
+}
+# On the CPU alone: the arguments of `decode_layers` but the two that every token has anew
+LAYERS = {
+    "keep_layers": "(Tensor[] weights, int[] schemes, Tensor final_norm, float eps, int num_heads_q, int num_heads_kv, "
+    "int intermediate, Tensor key_cache, Tensor value_cache, Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, "
+    "int[] prompt_layers, Tensor? prompt_index, float scale, int window_left, bool tanh_gate, Tensor embedding, "
+    "int embedding_scheme, Tensor head, int head_scheme, int vocab_size) -> int",
+    "decode_kept": "(int layers, Tensor tokens, Tensor(a!) cache_seqlens) -> (Tensor logits, Tensor likeliest)",
+    "drop_layers": "(int layers) -> ()",
 }
 NAMES = {
     "forward": CALL.names,
@@ -161,7 +175,7 @@ def _define() -> tuple[torch.library.Library, set[str]]:
     implemented: set[str]
     if kept := vars(namespace).get(_KEPT):
         library, implemented, schemas = kept
-        if schemas != SCHEMAS | AROUND:
+        if schemas != SCHEMAS | AROUND | LAYERS:
             raise ImportError(
                 "another version of zinit_kernels has defined its operators in this process: start a new one"
             )
@@ -175,7 +189,9 @@ def _define() -> tuple[torch.library.Library, set[str]]:
     for stage, schema in AROUND.items():
         library.define(f"{stage}_cpu{schema}")
         torch.library.register_fake(f"{NAMESPACE}::{stage}_cpu", _fake(stage), lib=library)
-    setattr(namespace, _KEPT, (library, implemented, SCHEMAS | AROUND))
+    for stage, schema in LAYERS.items():
+        library.define(f"{stage}_cpu{schema}")
+    setattr(namespace, _KEPT, (library, implemented, SCHEMAS | AROUND | LAYERS))
     return library, implemented
 
 

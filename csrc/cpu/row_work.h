@@ -1,4 +1,4 @@
-// The parameters of what a training step does between its matrix products. Plain C++.
+// The parameters of what a model does to rows between its matrix products. Plain C++.
 //
 // Every matrix is contiguous, and every stage works on whole rows, so a result does not depend on the number of
 // threads.
@@ -49,6 +49,14 @@ struct CrossEntropyWork {
   float* loss;             // [rows]
   DType dtype;
   bool wants_gradient;
+};
+
+// likeliest[i] = the first column with the largest of row i's logits; -1 where the largest is no finite number.
+struct LikeliestWork {
+  int64_t num_rows, columns;
+  const void* logits;  // [rows, columns]
+  DType dtype;
+  int64_t* likeliest;  // [rows]
 };
 
 }  // namespace zinit::cpu

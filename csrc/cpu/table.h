@@ -25,6 +25,7 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .swiglu = {swiglu_items, no_scratch, swiglu_run},
     .rotate = {rotate_items, no_scratch, rotate_run},
     .cross_entropy = {cross_entropy_items, cross_entropy_scratch, cross_entropy_run},
+    .likeliest = {likeliest_items, no_scratch, likeliest_run},
 };
 
 }  // namespace zinit::cpu

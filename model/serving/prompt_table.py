@@ -67,11 +67,12 @@ class PromptTable:
             return None
         index = torch.tensor(rows, dtype=torch.int32, device=self.model.device)
 
-        def prompt_of(attention: Attention) -> Prompt | None:
-            tables = self._layers[attention.layer_index]
-            return None if tables is None else Prompt(*tables, "identity", index)
+        return _RowsOfTable(self, index)
 
-        return prompt_of
+    def prompt_of(self, attention: Attention, index: Tensor) -> Prompt | None:
+        """The prompts of a layer, for sequences that take these rows."""
+        tables = self._layers[attention.layer_index]
+        return None if tables is None else Prompt(*tables, "identity", index)
 
     def _make_room(self, prompts: Sequence[Prompt | None]) -> None:
         length = self.length
@@ -128,3 +129,19 @@ class PromptTable:
         times = (self.length // key.shape[-3], 1, 1)
         keys[row], values[row] = key.repeat(times), value.repeat(times)
         gates[row] = gate.float().tanh() if prompt.gate_activation == "tanh" else gate.float()
+
+
+class _RowsOfTable:
+    """The adapter of a batch: each sequence's row of the table. For one pass, or for one generation."""
+
+    keeps_prompts = True
+
+    def __init__(self, table: PromptTable, index: Tensor):
+        self.table, self.index = table, index
+
+    def __call__(self, attention: Attention) -> Prompt | None:
+        return self.table.prompt_of(attention, self.index)
+
+    def select(self, sequences: list[int]) -> _RowsOfTable:
+        """The adapter of these sequences of the batch."""
+        return _RowsOfTable(self.table, self.index[sequences])

@@ -124,6 +124,8 @@ class VisualAdapter(LlamaAdapter):
 class SeeingAdapter:
     """A `VisualAdapter` with the images of one call. It is made anew for every call, or for one generation."""
 
+    keeps_prompts = True
+
     def __init__(self, adapter: VisualAdapter, visual: Tensor | None, with_blind: bool, index: Tensor):
         self.adapter, self.visual, self.with_blind, self.index = adapter, visual, with_blind, index
         self._kept: KeptProjections[Prompt] = KeptProjections()

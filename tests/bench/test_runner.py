@@ -241,7 +241,7 @@ def test_a_run_of_some_providers_is_not_complete(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_layers_cpu")]
+    "what, operator", [("train", "zinit::backward_cpu"), ("generate", "zinit::decode_kept_cpu")]
 )
 def test_the_profile_shows_our_operators(tmp_path, capsys, what, operator):
     assert main(["profile", what, "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0

@@ -7,6 +7,7 @@ from tiny_models import hf_directory, prompts
 from model.adapter import LlamaAdapter
 from model.config import AdapterConfig
 from model.errors import UserError
+from model.kept_layers import KeptLayers
 from model.llama import Llama
 from model.loading import load_base
 from model.lookup import Lookup
@@ -33,13 +34,19 @@ def test_the_tokens_are_those_without(tmp_path, monkeypatch, dtype, quantise):
     torch.manual_seed(0)
     adapter = LlamaAdapter(model.config, AdapterConfig(gate_init="random"))
     prompt = prompts((6,))[0].tolist() * 3
-    passes, forward = [], Llama.hidden_states
+    passes = []
 
-    def counted(self, tokens, *arguments, **options):
-        passes.append(tokens.shape[-1])
-        return forward(self, tokens, *arguments, **options)
+    def count(kind, name):
+        forward = getattr(kind, name)
 
-    monkeypatch.setattr(Llama, "hidden_states", counted)
+        def counted(self, tokens, *arguments, **options):
+            passes.append(tokens.shape[-1])
+            return forward(self, tokens, *arguments, **options)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    count(Llama, "hidden_states")
+    count(KeptLayers, "read")
     for temperature in (0, 0.8):
         asked = {"max_new_tokens": 60, "temperature": temperature, "seed": 3, "eos_ids": []}
         plain = generate(model, [prompt], adapter, **asked)

@@ -17,6 +17,8 @@ and, on the CPU alone, what decoding does around attention:
     unpack -> out                           a packed weight's numbers, or those of some of its rows, in like's dtype
     decode_layers -> out                    out [B, T, C]: the next T tokens of B cached sequences through all layers
                                             of a LLaMA and its last norm (`model/decoding.py`); writes the caches
+    choose -> tokens                        int64 [B], one for each row of logits, -1 where the largest is no finite
+                                            number: the likeliest, or drawn by a seed of int64 (`model/choice.py`)
 
 For many tokens, `keep_layers` takes the arguments of decode_layers once, with the embedding and the head, and returns a
 number. `decode_kept` takes that number and tokens [B, T]; it returns the logits [B * T, vocab_size] and of each row the
@@ -63,6 +65,7 @@ AROUND = {
     "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
     "Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, Tensor? prompt_index, float scale, "
     "int window_left, bool tanh_gate) -> Tensor",
+    "choose": "(Tensor logits, float temperature, float top_p, Tensor seeds) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
     "swiglu": "(Tensor gate, Tensor up) -> Tensor",
@@ -127,6 +130,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (rows if indices is None else indices.shape[0], columns)
     ),
     "decode_layers": lambda input, *others: input.new_empty(input.shape),
+    "choose": lambda logits, temperature, top_p, seeds: logits.new_empty(logits.shape[:1], dtype=torch.int64),
     "rms_norm": lambda x, weight, eps: (
         x.new_empty(x.shape),
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),

@@ -81,9 +81,9 @@ class KeptLayers {
     head.num_rows = M, head.input = normed, head.dtype = stack_->dtype();
     head.num_weights = 1, head.weights[0] = head_, head.out[0] = logits.data_ptr();
     after.push_back(step_of(kernels().linear, head));
-    const LikeliestWork likely{M, V, logits.data_ptr(), stack_->dtype(),
-                               static_cast<int64_t*>(likeliest.data_ptr())};
-    after.push_back(step_of(kernels().likeliest, likely));
+    const ChoiceWork choice{M, V, logits.data_ptr(), stack_->dtype(),
+                            0, 1, nullptr,           static_cast<int64_t*>(likeliest.data_ptr())};
+    after.push_back(step_of(kernels().choice, choice));
     stack_->run(embedded, T, cache_seqlens, normed, before, after);
     auto* lengths = static_cast<int32_t*>(cache_seqlens.data_ptr());  // run() has checked them
     for (int64_t b = 0; b < B; ++b) lengths[b] += static_cast<int32_t>(T);

@@ -139,6 +139,27 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& targets, bool wants_gra
   return loss;
 }
 
+Tensor choose(const Tensor& logits, double temperature, double top_p, const Tensor& seeds) {
+  const Device device = Device::cpu();
+  ZINIT_CHECK(logits.dim() == 2, "logits must have shape (B, vocab_size), got ", shape_string(logits));
+  const int64_t B = logits.size(0), V = logits.size(1);
+  ZINIT_CHECK(V >= 1 && V < (int64_t{1} << 31), "logits must have 1 to 2^31 - 1 columns, got ", V);
+  ZINIT_CHECK(temperature >= 0 && top_p > 0,
+              "temperature must not be negative and top_p must be positive, got ", temperature, " and ",
+              top_p);
+  ChoiceWork w{};
+  w.num_rows = B, w.columns = V, w.dtype = dtype_of(logits, "logits");
+  w.logits = device.array<void>(logits, "logits", logits.scalar_type(), {B, V}).data;
+  w.temperature = temperature, w.top_p = top_p;
+  const auto* given =
+      device.array<int64_t>(seeds, "seeds", ScalarType::Long, {temperature == 0 ? -1 : B}).data;
+  w.seeds = reinterpret_cast<const uint64_t*>(given);
+  Tensor chosen = device.empty_contiguous({B}, ScalarType::Long);
+  w.chosen = static_cast<int64_t*>(chosen.data_ptr());
+  run_stage(kernels().choice, w);
+  return chosen;
+}
+
 }  // namespace
 }  // namespace zinit::cpu
 
@@ -149,4 +170,5 @@ STABLE_TORCH_LIBRARY_IMPL(zinit, CompositeExplicitAutograd, m) {
   m.impl("swiglu_backward_cpu", TORCH_BOX(&zinit::cpu::swiglu_gradients));
   m.impl("rotate_cpu", TORCH_BOX(&zinit::cpu::rotate_heads));
   m.impl("cross_entropy_cpu", TORCH_BOX(&zinit::cpu::cross_entropy));
+  m.impl("choose_cpu", TORCH_BOX(&zinit::cpu::choose));
 }

@@ -45,7 +45,7 @@ struct KernelTable {
   Stage<SwigluWork> swiglu;
   Stage<RotateWork> rotate;
   Stage<CrossEntropyWork> cross_entropy;
-  Stage<LikeliestWork> likeliest;
+  Stage<ChoiceWork> choice;
 };
 
 extern const KernelTable kGenericKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

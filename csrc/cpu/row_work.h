@@ -51,12 +51,16 @@ struct CrossEntropyWork {
   bool wants_gradient;
 };
 
-// likeliest[i] = the first column with the largest of row i's logits; -1 where the largest is no finite number.
-struct LikeliestWork {
+// chosen[i] = a column of row i of the logits, -1 where their largest is no finite number. temperature 0: the first
+// with the largest. Otherwise one is drawn: with probabilities softmax(logits / temperature), from the likeliest
+// columns, as few as reach top_p.
+struct ChoiceWork {
   int64_t num_rows, columns;
   const void* logits;  // [rows, columns]
   DType dtype;
-  int64_t* likeliest;  // [rows]
+  double temperature, top_p;
+  const uint64_t* seeds;  // [rows]; unused at temperature 0
+  int64_t* chosen;        // [rows]
 };
 
 }  // namespace zinit::cpu

@@ -26,7 +26,6 @@ inline void store_lanes(T* row, int64_t d, int64_t D, Vec x) {
 int64_t no_scratch(const NormBackwardWork&) { return 0; }
 int64_t no_scratch(const SwigluWork&) { return 0; }
 int64_t no_scratch(const RotateWork&) { return 0; }
-int64_t no_scratch(const LikeliestWork&) { return 0; }
 
 // with n = x rstd and g = grad weight: rstd (g - n mean(g n))
 int64_t norm_backward_items(const NormBackwardWork& w) {
@@ -189,40 +188,6 @@ void cross_entropy_run(const CrossEntropyWork& w, int64_t begin, int64_t end, vo
       float* exponentials =
           w.dtype == DType::kFloat32 ? reinterpret_cast<float*>(logits) : static_cast<float*>(scratch);
       w.loss[m] = cross_entropy_row(logits, w.targets[m], w.columns, w.wants_gradient, exponentials);
-    }
-  });
-}
-
-int64_t likeliest_items(const LikeliestWork& w) { return w.num_rows; }
-
-// The largest of a row, then the first column that has it.
-template <class T>
-inline int64_t likeliest_of(const T* logits, int64_t V) {
-  Vec most[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
-  Vec nans = broadcast(0.f);
-  const auto meet = [&](Vec x, int i) {
-    most[i] = max(x, most[i]);
-    nans = nans + select_ge(x, x, broadcast(0.f), broadcast(1.f));
-  };
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= V; d += 2 * kLanes) meet(load(logits + d), 0), meet(load(logits + d + kLanes), 1);
-  float highest = reduce_max(max(most[0], most[1]));
-  bool finite = reduce_add(nans) == 0.f;
-  for (; d < V; ++d) {
-    const float x = to_float(logits[d]);
-    finite = finite && x == x;
-    highest = x > highest ? x : highest;
-  }
-  if (!finite || !(highest >= -kMaxFloat && highest <= kMaxFloat)) return -1;
-  for (d = 0; d + kLanes <= V && !any_ge(load(logits + d), broadcast(highest));) d += kLanes;
-  while (!(to_float(logits[d]) >= highest)) ++d;
-  return d;
-}
-
-void likeliest_run(const LikeliestWork& w, int64_t begin, int64_t end, void*) {
-  with_dtype(w.dtype, [&]<class T>() {
-    for (int64_t m = begin; m < end; ++m) {
-      w.likeliest[m] = likeliest_of(static_cast<const T*>(w.logits) + m * w.columns, w.columns);
     }
   });
 }

@@ -1,6 +1,7 @@
 // Included by each isa_*.cpp: all kernels, compiled for its instruction set, and their table.
 #include "backward.h"
 #include "backward_reduce.h"
+#include "choice.h"
 #include "decode.h"
 #include "forward.h"
 #include "kernels.h"
@@ -25,7 +26,7 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .swiglu = {swiglu_items, no_scratch, swiglu_run},
     .rotate = {rotate_items, no_scratch, rotate_run},
     .cross_entropy = {cross_entropy_items, cross_entropy_scratch, cross_entropy_run},
-    .likeliest = {likeliest_items, no_scratch, likeliest_run},
+    .choice = {choice_items, choice_scratch, choice_run},
 };
 
 }  // namespace zinit::cpu

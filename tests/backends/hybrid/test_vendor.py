@@ -208,6 +208,21 @@ def test_right_by_the_operators_of_gpus(number, lse_dims, layout, choose):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("table", ["shared", "none"])
+def test_results_are_token_major_whatever_the_vendor_returns(table, choose):
+    """torch.compile was promised these strides; the operators keep the order of the query's dimensions."""
+    case = Case("case", heads_q=4, heads_kv=2, seqlens_q=(9,), head_dim=16, table=table)
+    choose(FLASH)
+    inputs = make_inputs(case, torch.float32)
+    tokens = [inputs.tensors[name] for name in ("query", "key", "value")]
+    assert all(t.is_contiguous() for t in tokens)
+    with stand_ins(4):
+        out, _ = inputs.call("hybrid", return_lse=False)
+        grads = torch.autograd.grad(out.square().sum(), tokens)
+    assert all(t.transpose(1, 2).is_contiguous() for t in (out, *grads))
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize("head_dim, number, expected", [
     (256, CUDNN, "flash"), (64, EFFICIENT, "flash"), (64, MATH, "flash"), (64, CUDNN, "cudnn"),
 ])  # fmt: skip

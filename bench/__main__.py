@@ -9,6 +9,7 @@
     python -m bench verdicts                   # the table of the targets again, from the ledgers
     python -m bench agree attention            # how far the speed-ups of one commit's last two runs differ
     python -m bench profile train              # where the time goes: a trace, the top operators, the machine's limits
+    python -m bench project --chip h200        # what the Triton kernels would take there, from their machine code
     python -m bench report                     # ledgers -> docs/benchmarks.md, its pictures, the README's table
 
 A provider whose result differs from the float64 reference gets no figure. Figures are medians of interleaved rounds.
@@ -32,8 +33,9 @@ from zinit_kernels.console import Parser, refuse
 from zinit_kernels.console import run as run_program
 
 from .ledger import BenchError, chips, renamed
-from .machine import ROOT
+from .machine import ROOT, why_missing
 from .measure import profile_call
+from .project.chips import CHIPS, TILED
 from .report.page import device_of, page, readme_block, with_block
 from .report.plots import draw
 from .report.tables import terminal_table
@@ -276,7 +278,36 @@ def profile_command(command: list[str], console: Console) -> int:
     return 0
 
 
+def project_command(command: list[str], console: Console) -> int:
+    about = (
+        "What the Triton kernels would take on a chip: a projection from their machine code and the chip's published "
+        "figures. No GPU runs anything. Needs triton, and takes up to a minute."
+    )
+    parser = command_parser("project", about)
+    parser.add_argument("--chip", choices=CHIPS, default="h200", help="default: h200")
+    parser.add_argument(
+        "--mode", action="append", choices=("forward", "backward", "decode"), help="repeatable (default: all)"
+    )
+    parser.add_argument("--shape", action="append", default=[], help="only shapes with this in their name")
+    parser.add_argument(
+        "--tiles", choices=TILED, default="", help="project each tile that tuning would try for this kernel"
+    )
+    parser.add_argument(
+        "--tutorial", type=Path, metavar="FILE",
+        help="check the model: Triton's 06-fused-attention.py, against its published speeds on an H100; exit code 1 "
+        "where one differs by more than 15 %%",
+    )  # fmt: skip
+    arguments = parser.parse_args(command)
+    if missing := why_missing("triton"):
+        raise BenchError(f"{missing}: pip install 'zinit_kernels[triton]'")
+    from .project import command as project
+
+    modes = arguments.mode or ["forward", "backward", "decode"]
+    return project.run(arguments.chip, modes, arguments.shape, arguments.tiles, arguments.tutorial, console)
+
+
 COMMANDS = {
+    "project": project_command,
     "report": report_command,
     "verdicts": verdicts_command,
     "goals": verdicts_command,  # its name until November 2026, as "bars" was that of the suite "targets"

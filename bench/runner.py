@@ -224,9 +224,12 @@ def target_cells(target: Target, verdict: Verdict) -> list[str]:
     return [target.what, f"{sign} {target.bound:.3g}", " to ".join(span), str(verdict)]
 
 
-def targets_table(targets: Sequence[Target], rows: Sequence[Row]) -> Table:
-    """A line for each target, also for those that were not measured."""
-    table = Table(*TARGET_HEADER, title="targets", box=None, title_justify="left", caption_justify="left")
+def targets_table(
+    targets: Sequence[Target], rows: Sequence[Row], title: str = "targets", found: str = "measured"
+) -> Table:
+    """A line for each target, also for those that were not measured. found: what the rows' figures are."""
+    header = [found if name == "measured" else name for name in TARGET_HEADER]
+    table = Table(*header, title=title, box=None, title_justify="left", caption_justify="left")
     verdicts = [judged(target, rows) for target in targets]
     for target, verdict in zip(targets, verdicts, strict=True):
         table.add_row(*target_cells(target, verdict))

@@ -14,63 +14,18 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from zinit_kernels.backends.triton import (
-    backward,
-    cache,
-    configs,
-    decode,
-    forward,
-    launch,
-    prompt_gradients,
-    prompt_terms,
-)
-from zinit_kernels.backends.triton.operands import View
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from bench.project import compiled as compiled_kernels  # noqa: E402 (needs the line above)
+from zinit_kernels.backends.triton import configs  # noqa: E402
 
 HEAD_DIMS = (64, 128, 256)
-KERNELS = {
-    "forward": (forward.zinit_forward_kernel, "forward"),
-    "partial_sums": (prompt_gradients.zinit_partial_sums_kernel, "prompt_gradients"),
-    "add_partials": (prompt_gradients.zinit_add_partials_kernel, "prompt_gradients"),
-    "grad_key_value": (backward.zinit_grad_key_value_kernel, "grad_key_value"),
-    "grad_query": (backward.zinit_grad_query_kernel, "grad_query"),
-    "add_prompts": (prompt_terms.zinit_add_prompts_kernel, "prompt_gradients"),
-    "add_prompt_grad_query": (prompt_terms.zinit_add_prompt_grad_query_kernel, "prompt_gradients"),
-    "append": (cache.zinit_append_kernel, "decode"),
-    "decode": (decode.zinit_decode_kernel, "decode"),
-    "extend": (decode.zinit_decode_kernel, "extend"),
-    "combine": (decode.zinit_combine_kernel, "combine"),
-}
-FIXED = {"add_partials": launch._ADD_PARTIALS, "append": launch._APPEND}
-FLOAT32 = ("gate_ptr", "lse_ptr", "grad_lse_ptr", "delta_ptr", "key_bias_ptr", "grad_gate_ptr", "sinks_ptr")
-INT32 = (
-    "cache_seqlens_ptr", "cache_leftpad_ptr", "block_table_ptr", "prompt_index_ptr", "cu_seqlens_q_ptr",
-    "cu_seqlens_k_ptr",
-)  # fmt: skip
-VIEWS = (
-    "query", "key", "value", "out", "prompt_key", "prompt_value", "grad_out", "grad_query", "grad_key", "grad_value",
-    "key_cache", "value_cache", "new_key", "new_value", "source", "target",
-)  # fmt: skip
-# what a mask adds to the call without any: run-time arguments that are there
-MASKS = {
-    "none": (),
-    "causal": ("window_right",),
-    "window": ("window_left", "window_right"),
-    "padding": ("key_bias_ptr",),
-    "packed": ("window_right", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"),
-    "paged": ("window_right", "block_table_ptr"),
-    "sinks": ("window_right", "sinks_ptr", "partial_sinks_ptr"),
-    "softcap": ("window_right", "cap_scale", "cap_size"),
-    "leftpad": ("window_right", "cache_leftpad_ptr"),
-}
-ABSENT = {name for names in MASKS.values() for name in names} | {"prompt_index_ptr", "grad_lse_ptr"}
 
 
 def compile_kernel(
@@ -84,40 +39,10 @@ def compile_kernel(
     keep: str = "",
 ) -> dict[str, object]:
     """keep: a file name for the cubin; config: other than the written choice."""
-    kernel, stage = KERNELS[name]
-    block_d = configs.block_of(head_dim)
-    config = config or FIXED.get(name) or configs.choose(stage, block_d, block_p, itemsize, arch)
-    element = "*bf16" if itemsize == 2 else "*fp32"
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_P": block_p,
-        "CHUNK_D": min(block_d, 8192 // block_p), "BLOCK_E": 128, "BLOCK_S": 16, "BLOCK_T": 16,
-        "PAGE_SIZE": 16 if mask == "paged" else 1, "HALF": head_dim // 2, "INTERLEAVED": False, "ADVANCE": True,
-        "TANH": True, "SCALE_SIGN": 1, "ONE_TOKEN": name == "decode",
-        "SUBTRACT": True,
-    } | dict.fromkeys(ABSENT - set(MASKS[mask]))  # fmt: skip
-    signature: dict[str, object] = {}
-    values: dict[tuple[int, ...], object] = {}
-    attributes: dict[tuple[int, ...], object] = {}
-    aligned = [["tt.divisibility", 16]]
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument], values[(i,)] = "constexpr", constants[argument]
-        elif argument in VIEWS:
-            signature[argument] = View(element, "i32", "i32", "i32")
-            attributes.update({(i, j): aligned for j in range(4)})
-        elif argument.endswith("_ptr"):
-            is_float = argument in FLOAT32 or argument.startswith("partial_")
-            signature[argument] = "*fp32" if is_float else "*i32" if argument in INT32 else element
-            attributes[(i,)] = aligned
-        else:
-            signature[argument] = "fp32" if argument.startswith(("scale", "cap_")) else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    if config.max_registers:
-        options["maxnreg"] = config.max_registers
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled, config = compiled_kernels.compile_kernel(name, head_dim, arch, itemsize, block_p, mask, config)
     if keep:
         Path(keep).write_bytes(compiled.asm["cubin"])
+    stage, block_d = compiled_kernels.KERNELS[name][1], configs.block_of(head_dim)
     return {
         "kernel": name, "head_dim": head_dim, "block_p": block_p, "arch": arch, "mask": mask,
         **read_binary(compiled.asm["cubin"]), "shared": compiled.metadata.shared,
@@ -197,7 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--head-dims", default=",".join(map(str, HEAD_DIMS)))
     options = parser.parse_args()
     sizes = [(int(d), 16) for d in options.head_dims.split(",")]
-    names = [name for name in options.kernels.split(",") if name] or list(KERNELS)
+    names = [name for name in options.kernels.split(",") if name] or list(compiled_kernels.KERNELS)
     if options.float32:
         sizes = [(128, 16), (256, 16), (256, 128)]
         names = [name for name in names if name not in ("append", "add_partials")]  # have no tiles

@@ -60,7 +60,10 @@ class Counters:
     def instruction(self, name: str, mask: np.ndarray) -> None:
         warps = int(mask.reshape(-1, 32).any(1).sum())
         kind = name.partition(".")[0]
-        self.pipes[PIPES.get(kind, "arithmetic")] += warps
+        waits = kind == "wgmma" and not name.startswith(
+            "wgmma.mma_async"
+        )  # fences, commits, waits for products
+        self.pipes["control" if waits else PIPES.get(kind, "arithmetic")] += warps
         self.barriers += warps * (kind == "bar")
 
     def shared(self, at: np.ndarray, size: int, lanes: np.ndarray, line: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ptx_counters import Counters
 
+from bench.problem import Shape
 from zinit_kernels.testing import CacheCase, Case, check_cache_case, check_case
 
 WARP = np.arange(32)
@@ -55,11 +56,27 @@ def test_instructions_are_counted_by_warp():
     counters = Counters()
     counters.instruction("ex2.approx.ftz.f32", np.arange(128) < 33)
     counters.instruction("bar.sync", np.arange(128) < 128)
-    assert counters.pipes == {"special": 2, "control": 4} and counters.barriers == 4
+    counters.instruction("wgmma.fence.sync.aligned", np.arange(128) < 128)
+    counters.instruction("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", np.arange(128) < 128)
+    assert counters.pipes == {"special": 2, "control": 8, "tensor": 4} and counters.barriers == 4
 
 
 TRAINING = Case("training", batch=1, heads_q=2, heads_kv=1, seqlens_q=(150,), layout="token_major")
 DECODE = CacheCase("decode", heads_q=8, heads_kv=2, seqlens=(300, 500), capacity=512, num_splits=2)
+
+
+def projected_products(name, arch):
+    """Products of warps in TRAINING by `python -m bench project`: trips through the loops of the machine code."""
+    from bench.project import launches, machine_code, model
+    from bench.project.chips import CHIPS
+
+    shape = Shape("training", 1, TRAINING.heads_q, TRAINING.heads_kv, TRAINING.head_dim, 150, 150)
+    launch = getattr(launches, name)(shape, CHIPS[{80: "a100", 90: "h100"}[arch]])
+    loops = [model.product_loops(launch.kernel.code)[which] for which in launch.kernel.loops]
+    codes = [*loops, model.straight_code(launch.kernel)]
+    trips = [*map(sum, zip(*launch.trips, strict=True)), len(launch.trips)]
+    products = [sum(map(machine_code.is_product, code)) for code in codes]
+    return launch.kernel.warps * sum(n * count for n, count in zip(trips, products, strict=True))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -74,6 +91,8 @@ def test_the_kernels_take_whole_sectors_and_have_no_bank_conflicts(chip, arch):
         counters = found.counted[f"zinit_{name}_kernel"]
         assert counters.wavefronts == counters.needed > 0, (name, counters.summary(3))
         assert counters.efficiency > 0.97, (name, counters.summary(3))
+        if name != "decode":
+            assert counters.pipes["tensor"] == projected_products(name, arch)
     counters = found.counted["zinit_add_partials_kernel"]
     assert counters.wavefronts == counters.barriers == 0, "its threads add up what they load"
     assert counters.efficiency > 0.97, counters.summary(3)

@@ -32,14 +32,14 @@ def cases(head_dim: int) -> list[Case | CacheCase]:
     ]
 
 
-def count(arch: int, case: Case | CacheCase, lines: int) -> list[dict[str, object]]:
-    """Of every kernel that the call launches, whose results are checked too."""
+def count(arch: int, case: Case | CacheCase, lines: int, backend: str) -> list[dict[str, object]]:
+    """Of every kernel that the call launches, whose results are checked too. Of hybrid, those that others lack."""
     chip = triton_kernels.Chip(arch)
     chip.counted = {}
     with pytest.MonkeyPatch.context() as patch, triton_kernels.operators():
         triton_kernels.install(patch, chip)
         run = check_cache_case if isinstance(case, CacheCase) else check_case
-        run(case, torch.bfloat16, "triton")
+        run(case, torch.bfloat16, backend)
     return [
         {
             "kernel": name,
@@ -49,6 +49,7 @@ def count(arch: int, case: Case | CacheCase, lines: int) -> list[dict[str, objec
             **counters.summary(lines),
         }
         for name, counters in chip.counted.items()
+        if backend == "triton" or name.startswith("zinit_add_prompt")
     ]
 
 
@@ -60,6 +61,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     head_dims = [int(head_dim) for head_dim in options.head_dims.split(",")]
     for chosen, head_dim in itertools.product(options.archs, head_dims):
-        for case in cases(head_dim):
-            for line in count(chosen, case, options.lines):
+        every = [(case, "triton") for case in cases(head_dim)]
+        for case, backend in (*every, (every[0][0], "hybrid")):
+            for line in count(chosen, case, options.lines, backend):
                 print(json.dumps(line), flush=True)

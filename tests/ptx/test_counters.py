@@ -102,3 +102,19 @@ def test_the_kernels_take_whole_sectors_and_have_no_bank_conflicts(chip, arch):
     row, rows = 2 * 64, 150
     ideal = (2 + 1 + 1) * rows * row + 2 * 10 * row + 2 * 4  # query, key, value; the prompts; the gates
     assert ideal <= found.counted["zinit_forward_kernel"].read <= 1.002 * ideal + 64
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("arch", (80, 90))
+def test_the_prompt_terms_of_hybrid_move_what_they_must(chip, arch):
+    """Forward's launch and backward's read the query and the output, and write one tensor each."""
+    found = chip(arch)
+    found.counted = {}
+    check_case(TRAINING, torch.bfloat16, "hybrid")
+    tensor, tables = 2 * 150 * 2 * 64, 2 * 10 * 2 * 64 + 2 * 4
+    for name, read, written in (("add_prompts", 2, 2), ("add_prompt_grad_query", 3, 1)):
+        counters = found.counted[f"zinit_{name}_kernel"]
+        assert counters.wavefronts == counters.needed > 0, (name, counters.summary(3))
+        assert counters.efficiency > 0.97, (name, counters.summary(3))
+        assert read * tensor + tables <= counters.read <= 1.002 * (read * tensor + tables) + 64
+        assert counters.written == written * tensor

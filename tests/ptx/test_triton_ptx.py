@@ -103,6 +103,11 @@ if WHOLE_LIST_OF:
 HOPPER = 4611686018427387904 + (1024 >> 4 << 32)  # a descriptor's mode and stride offset
 SWAPPED = 4611686018427387904 + (1024 >> 4 << 16)
 NARROWER = HOPPER + 4611686018427387904  # the mode of 64 bytes
+# a mask of scores: two columns that are compared with the limit of one row, and then with that of another one
+LESS = (
+    r"setp\.lt\.s32(\s+%p\d+, (%r\d+), (%r\d+);\s+setp\.lt\.s32\s+%p\d+, %r\d+, \3;"
+    r"\s+setp\.lt\.s32\s+%p\d+, \2, (?!\3))"
+)
 BUGS = {
     "copies_not_waited_for": (80, "forward", r"cp.async.wait_group\s+2", "cp.async.wait_group 4", 1),
     "no_barrier_after_the_wait": (80, "forward", r"(wait_group\s+2;\s+)bar.sync\s+0;", r"\1", 1),
@@ -110,6 +115,10 @@ BUGS = {
     "words_of_a_matrix_swapped": (80, "grad_query", r"(ldmatrix\S+ \{)(%r\d+), (%r\d+)", r"\1\3, \2", 1),
     "shuffle_of_another_lane": (80, "forward", r"bfly.b32(\s+%r\d+, %r\d+), 2", r"bfly.b32\1, 4", 1),
     "sum_over_half_of_the_keys": (80, "partial_sums", r"(add.f32\s+(%r\d+), (%r\d+)), %r\d+", r"\1, \3", 1),
+    # one comparison of the many of a tile: a key too far for some rows, a query too few for some keys
+    "mask_off_by_one": (80, "forward", LESS, r"setp.le.s32\1", 1),
+    "mask_off_by_one_on_hopper": (90, "forward", LESS, r"setp.le.s32\1", 1),
+    "mask_of_the_queries_off_by_one": (80, "grad_key_value", LESS.replace("lt", "ge"), r"setp.gt.s32\1", 1),
     "products_not_waited_for": (90, "forward", r"(wgmma.wait_group.sync.aligned) 0", r"\1 1", 1),
     "no_fence_of_the_registers": (90, "grad_query", r"wgmma.fence.sync.aligned;", "", 1),
     "no_fence_of_the_proxy": (90, "grad_key_value", r"fence.proxy.async.shared::cta;", "", 2),

@@ -48,11 +48,14 @@ def folder() -> Path | None:
     if named := os.environ.get("ZINIT_CACHE"):
         return Path(named).absolute()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    try:  # the standard tells programs to ignore a relative one
-        cache = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
+    if os.path.isabs(shared):  # the standard tells programs to ignore a relative one
+        return Path(shared) / "zinit_kernels"
+    if not os.path.isabs(os.environ.get("HOME", "/")):  # an empty one would be the root of all files
+        return None
+    try:
+        return Path.home() / ".cache" / "zinit_kernels"
     except RuntimeError:  # a user without an entry in passwd, and without HOME
         return None
-    return cache / "zinit_kernels"
 
 
 def remove_all() -> int:

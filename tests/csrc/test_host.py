@@ -68,7 +68,11 @@ SIZES = ("num_sequences", "num_heads_kv", "row_blocks", "capacity", "page_size")
     [
         ((1, 32, 1, 1024, 0), 8),  # one stream, 32 heads: 256 blocks for 264 places
         ((1, 32, 1, 16384, 0), 8),
-        ((1, 8, 1, 65536, 16), 30),  # 240 of 264 is the first to leave less than a tenth idle
+        ((1, 8, 1, 1024, 0), 16),  # 128 blocks of 64 keys, each with a multiprocessor to itself
+        ((1, 8, 1, 4096, 0), 32),  # 256 blocks of two rounds; 30 splits of 144 keys would take three
+        ((1, 8, 1, 16384, 0), 32),
+        ((1, 8, 1, 65536, 16), 32),
+        ((1, 8, 1, 1024, 128), 8),  # no split shorter than a page
         ((32, 32, 1, 4096, 0), 1),  # 1024 blocks fill the chip
         ((64, 8, 1, 8192, 16), 1),
         ((1, 1, 1, 100, 0), 1),  # nothing to split
@@ -80,13 +84,18 @@ def test_num_splits_on_132_multiprocessors(host, sizes, splits):
     assert host.choose_num_splits(132, **dict(zip(SIZES, sizes, strict=True))) == splits
 
 
-def test_no_other_number_of_splits_is_clearly_better(host):
+@pytest.mark.parametrize("capacity", [1024, 4096, 16384, 65536])
+def test_no_other_number_of_splits_is_clearly_better(host, capacity):
+    """In rounds of 64 keys, one after the other on the busiest place of the chip."""
+
+    def rounds(blocks, splits):
+        return -(-blocks * splits // 264) * -(-capacity // splits // 64)
+
     for blocks in range(1, 300):
-        splits = host.choose_num_splits(132, blocks, 1, 1, 1 << 20, 16)
-        idle = [1 - blocks * s / (-(-blocks * s // 264) * 264) for s in range(1, 129)]
-        assert 1 <= splits <= 128
-        assert idle[splits - 1] <= max(0.1, min(idle))
-        assert all(i > 0.1 for i in idle[: splits - 1])
+        splits = host.choose_num_splits(132, blocks, 1, 1, capacity, 16)
+        assert 1 <= splits <= min(128, capacity // 64)
+        least = min(rounds(blocks, s) for s in range(1, min(128, capacity // 128) + 1))
+        assert rounds(blocks, splits) <= max(1.2 * least, least + 4), (blocks, splits, least)
 
 
 @pytest.mark.parametrize(

@@ -22,22 +22,26 @@ struct DecodePlan {
   int num_splits;
 };
 
-// Splits of the keys, so that the blocks cover the chip: the fewest that leave at most a tenth of it idle in
-// the last wave, or else those that leave the least idle. Every split costs a partial result, so none is
-// shorter than 128 keys or a page.
+// Splits of the keys: those that end soonest, in rounds. A block takes 64 keys in a round, and the blocks run in
+// waves of two on each multiprocessor. A block also costs half a round before and after its keys, and a split's
+// partial result a thirtieth for the one that combines them. No split is shorter than a page, or than 128 keys; 64
+// are enough where every block has a multiprocessor to itself. Estimates: no GPU has timed them.
 inline int choose_num_splits(int multiprocessors, int64_t num_sequences, int64_t num_heads_kv,
                              int64_t row_blocks, int64_t capacity, int64_t page_size) {
-  constexpr int64_t kBlocksPerMultiprocessor = 2, kKeysWorthASplit = 128;
+  constexpr int64_t kBlocksPerMultiprocessor = 2, kKeysOfARound = 64;
   const int64_t blocks = std::max<int64_t>(num_sequences * num_heads_kv * row_blocks, 1);
-  const int64_t slots = std::max(multiprocessors, 1) * kBlocksPerMultiprocessor;
-  const int64_t most = std::clamp<int64_t>(capacity / std::max(kKeysWorthASplit, page_size), 1, kMaxSplits);
-  const auto busy = [&](int64_t splits) {
-    const int64_t waves = (blocks * splits + slots - 1) / slots;
-    return static_cast<double>(blocks * splits) / static_cast<double>(waves * slots);
-  };
+  const int64_t processors = std::max(multiprocessors, 1), slots = processors * kBlocksPerMultiprocessor;
   int64_t best = 1;
-  for (int64_t splits = 1; splits <= most && busy(best) < 0.9; ++splits) {
-    if (busy(splits) > busy(best)) best = splits;
+  double least = 0;
+  for (int64_t splits = 1; splits <= kMaxSplits; ++splits) {
+    const int64_t shortest = blocks * splits <= processors ? kKeysOfARound : 2 * kKeysOfARound;
+    if (splits > 1 && capacity / std::max(shortest, page_size) < splits) break;
+    const int64_t keys = ((capacity + splits - 1) / splits + 15) / 16 * 16;  // as Share::of_block deals them
+    const int64_t rounds = (keys + kKeysOfARound - 1) / kKeysOfARound;
+    const int64_t waves = (blocks * splits + slots - 1) / slots;
+    const double cost =
+        static_cast<double>(waves) * (static_cast<double>(rounds) + 0.5) + static_cast<double>(splits) / 32;
+    if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return static_cast<int>(best);
 }

@@ -180,6 +180,24 @@ def test_compiles_as_one_graph():
         assert ours.stride() == theirs.stride()
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", [
+    Case("case", seqlens_q=(9,), head_dim=16, heads_kv=2), Case("token_major", seqlens_q=(9,), layout="token_major"),
+    Case("no_prompt", table="none", seqlens_q=(9,), head_dim=16),
+], ids=str)  # fmt: skip
+def test_opcheck(case):
+    """What the operators return is new memory, each for itself, with the strides that their fake kernels promise."""
+    inputs = make_inputs(case, torch.float32)
+    args = tuple(
+        a.detach() if isinstance(a, torch.Tensor) else a for a in fused.CALL.arguments(inputs.canonical())
+    )
+    torch.library.opcheck(torch.ops.zinit.forward_hybrid.default, args)
+    out, lse = torch.ops.zinit.forward_hybrid(*args)
+    for needs in (0b111111, 0b111000, 0b000001):
+        given = (torch.randn_like(out), None, out, lse, *args, needs)
+        torch.library.opcheck(torch.ops.zinit.backward_hybrid.default, given)
+
+
 REFUSED = {
     "packed": (Case("packed", packed=True, seqlens_q=(5, 7)), "these are packed"),
     "sinks": (Case("sinks", sinks=True), "has no sinks"),

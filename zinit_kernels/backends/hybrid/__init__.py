@@ -1,8 +1,9 @@
 """The vendor's attention for the tokens, our own kernels for the prompts: NVIDIA GPUs from sm_80 on.
 
-Where sequences are long, the vendor's kernels (cuDNN's, flash-attention's) reach more of the chip than ours do, and the
-prompts are a small part of the work. So the tokens are left to them, forward and backward, and Triton kernels add the
-gated prompt term in place. At gate 0 the output has the bits of the vendor's attention.
+Where sequences are long, the prompts are a small part of the work, and on Hopper and Blackwell the vendor's kernels
+(cuDNN's, flash-attention's) are expected to be faster than ours. So the tokens are left to them, forward and
+backward, and Triton kernels add the gated prompt term in place. At gate 0 the output has the bits of the vendor's
+attention.
 
 auto takes it where `zinit tune` has measured on this chip that it is the fastest, and never before. On a CPU it runs
 under Triton's interpreter, for the tests.

@@ -42,8 +42,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     saved, call, needs = from_backward_arguments(arguments)
     names = CALL.differentiable
     wanted = {name: bool(needs >> i & 1) for i, name in enumerate(names)}
-    nothing = call.query.new_empty((0,), dtype=torch.float32)
-    found = dict.fromkeys(names, nothing)
+    found: dict[str, Tensor] = {}
     # Triton's backward computes the prompts' gradients. No vendor takes a gradient of the log-sum-exp: then it computes
     # all, since it reads the same `out` and log-sum-exp.
     is_fused = {name: wanted[name] and (name not in _TOKENS or saved.grad_lse is not None) for name in names}
@@ -53,7 +52,9 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         some = sum(1 << i for i, name in enumerate(names) if is_fused[name])
         given = zip(names, fused.run("backward", "triton", (*arguments[:-1], some)), strict=True)
         found |= {name: grad for name, grad in given if is_fused[name]}
-    return tuple(found.values())
+    return tuple(
+        found[name] if name in found else call.query.new_empty((0,), dtype=torch.float32) for name in names
+    )
 
 
 def _token_gradients(saved: Saved, call: Call, wanted: dict[str, bool]) -> dict[str, Tensor]:

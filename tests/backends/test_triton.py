@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -46,6 +47,8 @@ def test_kernels_compile_within_the_chip(chip, tmp_path):
         if kernel["head_dim"] <= 128:
             assert kernel["spills"] == 0 and kernel["local"] == 0, kernel
         assert kernel["late_registers"] == 0, kernel
+        if kernel["kernel"] in ("decode", "extend"):
+            assert kernel["shared"] <= kernel["estimate"], kernel
         # dK and dV of 256 dimensions take tiles of 32 keys, too small for warpgroup products: larger ones spill
         too_small = kernel["kernel"] == "grad_key_value" and kernel["head_dim"] == 256
         if chip == 90 and kernel["kernel"] in ("forward", "grad_key_value", "grad_query") and not too_small:
@@ -180,6 +183,10 @@ def test_every_choice_fits_its_chip_and_the_safe_one_fits_every_chip():
                     for other in candidates[1:]:
                         assert configs.shared_memory(stage, other, block_d, block_p, 2) <= limit
                 assert configs.choose(stage, block_d, block_p, 4, 90) == configs.FLOAT32
+    for stage, block_d in itertools.product(
+        ("decode", "extend"), (64, 128, 256)
+    ):  # 99 KB are enough for them
+        assert configs.choose(stage, block_d, 128, 2, 89) == configs.choose(stage, block_d, 128, 2, 80)
     assert configs.choose("forward", 128, 16, 2, 90)[:4] == (128, 64, 8, 3)
     assert configs.choose("forward", 128, 16, 2, 80)[:4] == (128, 32, 8, 3)
     assert configs.choose("forward", 128, 16, 2, 0) == configs.SAFE

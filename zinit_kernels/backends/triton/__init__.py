@@ -55,7 +55,8 @@ def _why_too_large(call: AnyCall) -> str:
     prompt_length = call.prompt_key.shape[1 if cached else 2]
     backward = not cached and fused.requires_grad(call)
     arch = fused.arch_of(query.device)
-    return configs.why_too_large(query.shape[-1], prompt_length, query.element_size(), arch, cached, backward)
+    ask = configs.find_why_too_large if torch.compiler.is_compiling() else configs.why_too_large
+    return ask(query.shape[-1], prompt_length, query.element_size(), arch, cached, backward)
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor]:

@@ -130,8 +130,7 @@ def candidates(stage: str, block_d: int, block_p: int, itemsize: int, arch: int)
     return (choice, *others)[:8]
 
 
-@lru_cache(maxsize=1024)  # it is asked at every call, and takes a fifth of the time before the launch
-def why_too_large(
+def find_why_too_large(
     head_dim: int, prompt_length: int, itemsize: int, arch: int, cached: bool, backward: bool
 ) -> str:
     """Where the prompts alone leave a stage no tile that fits the chip's shared memory; '' where all do."""
@@ -147,6 +146,10 @@ def why_too_large(
                 "prompts, or two-byte elements"
             )
     return ""
+
+
+# It is asked at every call, and takes a fifth of the time before the launch. torch.compile warns of such a cache.
+why_too_large = lru_cache(maxsize=1024)(find_why_too_large)
 
 
 def block_of(size: int) -> int:

@@ -63,7 +63,9 @@ _SM90 = _SM80 | {
     ("forward", 256): Config(128, 64, 8, 2),
     ("grad_key_value", 64): Config(64, 128, 8, 2),
     ("grad_key_value", 128): Config(32, 128, 8, 2),
-    ("grad_query", 64): Config(128, 64, 8, 2),
+    # At most 128 registers, so two blocks fit a multiprocessor, and one computes while the other waits. Projected
+    # (bench project): 17 to 31 % less time than 64 keys in two stages.
+    ("grad_query", 64): Config(128, 32, 8, 3),
     ("grad_query", 128): Config(128, 64, 8, 2),
     ("grad_query", 256): Config(128, 32, 8, 2),
 }
@@ -86,12 +88,12 @@ _TRIED = {
         Config(64, 64, 4, 3), Config(64, 128, 4, 2), Config(64, 32, 4, 2),
     ),
     "grad_key_value": (
-        Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 2), Config(64, 128, 8, 2),
-        Config(32, 64, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
+        Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(32, 128, 8, 2),
+        Config(64, 128, 8, 2), Config(32, 64, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
     ),
     "grad_query": (
-        Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2), Config(64, 128, 8, 2),
-        Config(64, 32, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
+        Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 2), Config(128, 32, 8, 3),
+        Config(64, 128, 8, 2), Config(64, 32, 4, 2), Config(128, 128, 8, 1), Config(32, 32, 4, 1),
     ),
     "prompt_gradients": (Config(64, 64, 8, 1), Config(128, 64, 8, 1), Config(32, 32, 4, 1), Config(64, 64, 4, 2)),
     "decode": (

@@ -39,6 +39,8 @@ struct KernelTable {
   Stage<BackwardWork> backward_reduce;
   Stage<DecodeWork> decode_append, decode_attend, decode_combine;
   PreparedStage<LinearWork> linear;
+  bool has_many_rows;  // else the two stages do nothing
+  Stage<ManyWork> many_layout, many;
   Stage<NormWork> norm;
   Stage<UnpackWork> unpack;
   Stage<NormBackwardWork> norm_backward;

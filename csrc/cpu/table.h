@@ -6,6 +6,7 @@
 #include "forward.h"
 #include "kernels.h"
 #include "linear.h"
+#include "linear_many.h"
 #include "rows.h"
 
 namespace zinit::cpu {
@@ -20,6 +21,9 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .decode_attend = {attend_items, decode_scratch, attend_run},
     .decode_combine = {combine_items, decode_scratch, combine_run},
     .linear = {{linear_items, linear_scratch, linear_run}, linear_prepare, linear_reads},
+    .has_many_rows = kHasManyRows,
+    .many_layout = {many_layout_items, many_layout_scratch, many_layout_run},
+    .many = {many_items, many_scratch, many_run},
     .norm = {norm_items, norm_scratch, norm_run},
     .unpack = {unpack_items, unpack_scratch, unpack_run},
     .norm_backward = {norm_backward_items, no_scratch, norm_backward_run},

@@ -100,19 +100,40 @@ struct Heap {
 };
 
 // In a race each column comes in after a time that is exponential with its weight as the rate: so it is the first
-// with its share of the weights. Its time depends on the seed and the column alone (splitmix64).
-inline double time_of(uint64_t seed, int32_t column) {
+// with its share of the weights. The number behind a column's time, in 0 .. 1, depends on the seed and the column alone
+// (splitmix64).
+inline double number_of(uint64_t seed, int32_t column) {
   uint64_t x = seed + (static_cast<uint64_t>(column) + 1) * 0x9e3779b97f4a7c15ull;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ x >> 27) * 0x94d049bb133111ebull;
   x ^= x >> 31;
-  return -__builtin_log((static_cast<double>(x >> 12) + 0.5) * 0x1p-52);
+  return (static_cast<double>(x >> 12) + 0.5) * 0x1p-52;
 }
+
+struct Race {
+  const float* weights;
+  uint64_t seed;
+  int64_t winner;
+  double best = 0;
+
+  void enter(int32_t column) {
+    const double number = number_of(seed, column), weight = static_cast<double>(weights[column]);
+    // -log(u) is at least 1 - u, so most columns need no logarithm
+    if (weight <= best * (1 - number)) return;
+    const double speed = weight / -__builtin_log(number);
+    if (speed > best) best = speed, winner = column;
+  }
+};
 
 // The winner of the race among the nucleus: the likeliest columns, as few as reach top_p of the sum. A row's
 // nucleus is small nearly always. So the columns above a threshold are ordered, which is lowered until they hold
 // the nucleus.
 inline int64_t draw(float* weights, int64_t V, float sum, double top_p, uint64_t seed, int32_t* columns) {
+  Race race{weights, seed, 0};
+  if (top_p >= 1) {
+    for (int64_t d = 0; d < V; ++d) race.enter(static_cast<int32_t>(d));
+    return race.winner;
+  }
   const double wanted = top_p * static_cast<double>(sum);
   float least = 0x1p-6f;
   // sums are off by rounding: a threshold that is only just low enough is lowered once more
@@ -127,15 +148,13 @@ inline int64_t draw(float* weights, int64_t V, float sum, double top_p, uint64_t
     }
   }
   heap.build();
-  int64_t winner = columns[0];
-  double before = 0, best = 0;
-  while (heap.count > 0 && before <= wanted) {
+  race.winner = columns[0];
+  for (double before = 0; heap.count > 0 && before <= wanted;) {
     const int32_t column = heap.pop();
-    const double speed = static_cast<double>(weights[column]) / time_of(seed, column);
-    if (speed > best) best = speed, winner = column;
+    race.enter(column);
     before += static_cast<double>(weights[column]);
   }
-  return winner;
+  return race.winner;
 }
 
 void choice_run(const ChoiceWork& w, int64_t begin, int64_t end, void* scratch) {

@@ -94,6 +94,35 @@ struct SomeMatrix {
   }
 };
 
+// The product of many rows with a packed weight; by its definition where a table has no kernel for it.
+template <class Run>
+std::vector<float> many(const cpu::KernelTable& table, const cpu::LinearWeight& weight, int64_t rows,
+                        DType dtype, int threads, std::mt19937& random, Run run) {
+  const int64_t N = weight.rows, K = weight.columns;
+  const SomeMatrix x(rows * K, dtype, &random), out(rows * N, dtype, nullptr);
+  if (table.has_many_rows) {
+    const SomeMatrix operand((rows + 15) / 16 * 16 * K, DType::kFloat32, nullptr);
+    const cpu::ManyWork w{
+        weight,          rows, x.bytes.get(), dtype, reinterpret_cast<float*>(operand.bytes.get()),
+        out.bytes.get(), 32};
+    run(table.many_layout, w, threads);
+    run(table.many, w, threads);
+    return out.values();
+  }
+  const SomeMatrix numbers(N * K, DType::kFloat32, nullptr);
+  run(table.unpack, cpu::UnpackWork{weight, nullptr, N, numbers.bytes.get(), DType::kFloat32}, threads);
+  const std::vector<float> a = x.values(), b = numbers.values();
+  std::vector<float> found;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(a[m * K + k]) * b[n * K + k];
+      found.push_back(static_cast<float>(sum));
+    }
+  }
+  return found;
+}
+
 // run(stage, work, threads) is check_kernels.cpp's.
 template <class Run>
 std::vector<std::pair<std::string, std::vector<float>>> linear(const cpu::KernelTable& table,
@@ -143,6 +172,8 @@ std::vector<std::pair<std::string, std::vector<float>>> linear(const cpu::Kernel
     u.indices = indices, u.num_rows = 2, u.out = chosen.bytes.get();
     run(table.unpack, u, threads);
     results.emplace_back("chosen rows", chosen.values());
+    results.emplace_back("of many rows",
+                         many(table, w.weights[0], 21 * c.M + 1, dtype, threads, random, run));
   }
   return results;
 }

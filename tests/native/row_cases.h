@@ -1,5 +1,5 @@
-// What a training step does between its matrix products: the gradient of a norm, SwiGLU, rotary embedding and
-// the cross-entropy. Every operand lies in a heap block of exactly its size.
+// What a model does between its matrix products: the gradient of a norm, SwiGLU, rotary embedding, the
+// cross-entropy and the choice of a token. Every operand lies in a heap block of exactly its size.
 #pragma once
 #include <string>
 #include <utility>
@@ -59,6 +59,19 @@ std::vector<std::pair<std::string, std::vector<float>>> rows(const cpu::KernelTa
                          c.rows, false,   dtype,      rotated.bytes.get()};
   run(table.rotate, rotate, threads);
   results.emplace_back("rotated", rotated.values());
+
+  std::vector<uint64_t> seeds;
+  for (int64_t i = 0; i < c.rows; ++i) seeds.push_back(random() * 0x123456789abcdefull);
+  const std::vector<std::pair<double, double>> ways = {{0, 1}, {0.7, 0.6}, {2, 1}, {1e-200, 0.5}};
+  for (const auto& [temperature, top_p] : ways) {
+    std::vector<int64_t> chosen(static_cast<size_t>(c.rows), -2);
+    run(table.choice,
+        cpu::ChoiceWork{c.rows, c.columns, x.bytes.get(), dtype, temperature, top_p, seeds.data(),
+                        chosen.data()},
+        threads);
+    results.emplace_back("chosen at " + std::to_string(temperature),
+                         std::vector<float>(chosen.begin(), chosen.end()));
+  }
 
   std::vector<int64_t> targets;
   for (int64_t i = 0; i < c.rows; ++i) targets.push_back(i == 0 ? c.columns - 1 : i * 7 % c.columns);

@@ -22,7 +22,17 @@ NOT_NUMBERS = (
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers.
+    """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers."""
+    chosen = choose_each(logits, temperature, top_p, generators)
+    if min(chosen.tolist(), default=0) < 0:
+        raise UserError(NOT_NUMBERS)
+    return chosen
+
+
+def choose_each(
+    logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """The same, with -1 for a row whose logits are no numbers: it changes nothing for the others.
 
     A race: a token with probability p comes in after a time that is exponential with rate p, and the first one of the
     nucleus wins. Rounding changes the winner of one token in 100 in bfloat16. Looking up one random number in the
@@ -33,21 +43,21 @@ def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequenc
     them where another process has a core: each operation waits for all threads.
     """
     seeds = [_seed(generator) for generator in generators] if temperature else []
+    temperature = _bounded(temperature)
     if NATIVE and logits.device.type == "cpu" and logits.dtype in _FLOATS:
         chosen: Tensor = _CHOOSE(
             logits.contiguous(), temperature, top_p, torch.tensor(seeds, dtype=torch.int64)
         )
-        if min(chosen.tolist(), default=0) < 0:
-            raise UserError(NOT_NUMBERS)
         return chosen
     # one pass for both: in bfloat16 argmax alone takes 4 times as long
     largest, likeliest = logits.max(-1, keepdim=True)
-    if not largest.isfinite().all():
-        raise UserError(NOT_NUMBERS)
     if temperature == 0:
-        return likeliest[..., 0]
-    nucleus = _nucleus(_probabilities(logits, largest, temperature), top_p)
-    return _first(nucleus, torch.stack([times(seed, nucleus.shape[-1]) for seed in seeds]).to(nucleus.device))
+        first = likeliest[..., 0]
+    else:
+        nucleus = _nucleus(_probabilities(logits, largest, temperature), top_p)
+        drawn_times = torch.stack([times(seed, nucleus.shape[-1]) for seed in seeds])
+        first = _first(nucleus, drawn_times.to(nucleus.device))
+    return first.masked_fill(~largest[..., 0].isfinite(), -1)
 
 
 def _seed(generator: torch.Generator) -> int:
@@ -90,8 +100,13 @@ def choose_on_device(
 
 
 def _probabilities(logits: Tensor, largest: Tensor, temperature: float) -> Tensor:
-    scaled = (logits.float() - largest) / max(temperature, _SMALLEST)  # at most 0: no temperature overflows
+    scaled = (logits.float() - largest) / _bounded(temperature)  # at most 0: no temperature overflows
     return scaled.softmax(-1)
+
+
+def _bounded(temperature: float) -> float:
+    """A temperature that divides 0 and -infinity as they should be, in float32: not 0 / 0 or -infinity * 0."""
+    return min(max(temperature, _SMALLEST), 1 / _SMALLEST) if temperature else 0.0
 
 
 def _first(nucleus: Tensor, times: Tensor) -> Tensor:

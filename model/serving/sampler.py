@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..choice import NOT_NUMBERS, choose_each
 from ..errors import UserError
-from ..sampling import choose
 from .request import SequenceState, TokenLogprobs
 
 _LEAST = -9999.0  # of a log-probability: what OpenAI says where there is none, since JSON has no -infinity
@@ -30,18 +30,18 @@ def choose_tokens(logits: Tensor, sequences: Sequence[SequenceState]) -> list[Ch
 def _choose(
     logits: Tensor, rows: list[int], temperature: float, top_p: float, sequences: Sequence[SequenceState]
 ) -> list[tuple[int, Chosen | Exception]]:
-    """Of the rows that are sampled alike, together; one by one where some row's logits are not numbers."""
+    """Of the rows that are sampled alike, together."""
     chosen = logits if len(rows) == len(logits) else logits[rows]
-    try:
-        tokens = choose(chosen, temperature, top_p, [sequences[row].generator for row in rows]).tolist()
-    except UserError as error:
-        if len(rows) == 1:
-            return [(rows[0], error)]
-        return [found for row in rows for found in _choose(logits, [row], temperature, top_p, sequences)]
-    return [
-        (row, (token, _logprobs(logits[row], token, sequences[row].request.sampling.logprobs)))
-        for row, token in zip(rows, tokens, strict=True)
-    ]
+    generators = [sequences[row].generator for row in rows]
+    tokens = choose_each(chosen, temperature, top_p, generators).tolist()
+    found: list[tuple[int, Chosen | Exception]] = []
+    for row, token in zip(rows, tokens, strict=True):
+        if token < 0:
+            found.append((row, UserError(NOT_NUMBERS)))
+        else:
+            logprobs = _logprobs(logits[row], token, sequences[row].request.sampling.logprobs)
+            found.append((row, (token, logprobs)))
+    return found
 
 
 def _logprobs(logits: Tensor, token: int, count: int | None) -> TokenLogprobs | None:

@@ -1,6 +1,7 @@
 """The choice of a token: the kernel and the tensor operations take the same one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from model import choice
 from model.choice import choose, times
 from model.errors import UserError
+from model.serving.request import Sampling
+from model.serving.sampler import choose_tokens
 
 CHOOSE = torch.ops.zinit.choose_cpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,6 +98,32 @@ def test_rows_that_are_no_numbers(dtype, temperature):
     ]
     with pytest.raises(UserError, match="not numbers"):
         choose(logits, temperature, 1.0, generators(6))
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=pytest.mark.native), False])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_that_is_no_numbers_leaves_the_others_their_tokens(monkeypatch, temperature, native):
+    monkeypatch.setattr(choice, "NATIVE", native)
+    logits = torch.zeros(3, 1000) if temperature else torch.randn(3, 1000)
+    damaged = logits.index_fill(0, torch.tensor([1]), torch.nan)
+    found = []
+    for rows in (logits, damaged):
+        request = SimpleNamespace(sampling=Sampling(temperature=temperature, top_p=1.0))
+        states = [SimpleNamespace(request=request, generator=generator) for generator in generators(3)]
+        found.append([choose_tokens(rows, states) for _ in range(4)])
+    for good, bad in zip(*found, strict=True):
+        assert [bad[0], bad[2]] == [good[0], good[2]]
+        assert isinstance(bad[1], UserError) and "not numbers" in str(bad[1])
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=pytest.mark.native), False])
+@pytest.mark.parametrize("top_p", [0.6, 1.0])
+def test_no_temperature_draws_what_is_impossible_or_all_alike(monkeypatch, top_p, native):
+    monkeypatch.setattr(choice, "NATIVE", native)
+    logits = torch.tensor([[0.0, -math.inf, 5.0, 1.0]]).expand(60, 4)
+    for temperature in (1e37, 1e39, 1e60, 1e300):
+        drawn = set(choose(logits, temperature, top_p, generators(60)).tolist())
+        assert drawn == ({0, 2, 3} if top_p == 1 else drawn - {1}) and len(drawn) >= 2
 
 
 @pytest.mark.native

@@ -174,7 +174,8 @@ class _Drafts(_Steps):
             logits, likeliest = self.kept.read(tokens)
             return lambda row: (logits[row : row + 1], likeliest[row : row + 1])
         hidden = self._hidden(tokens)[0]
-        return lambda row: (self.model.logits(hidden[row : row + 1]), None)
+        logits_of = self.model.logits  # what is returned must not hold self, which holds it in turn
+        return lambda row: (logits_of(hidden[row : row + 1]), None)
 
 
 def _allocate(model: Llama, batch_size: int, capacity: int) -> KVCache:

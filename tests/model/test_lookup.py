@@ -1,9 +1,13 @@
 """Prompt-lookup decoding: fewer passes, the same tokens."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import hf_directory, prompts
 
+from model import sampling
 from model.adapter import LlamaAdapter
 from model.config import AdapterConfig
 from model.errors import UserError
@@ -76,3 +80,27 @@ def test_one_prompt_at_a_time(tmp_path):
     for lookup, asked in ((-1, [[5]]), (4, [[5], [6]])):
         with pytest.raises(UserError, match="lookup takes one prompt"):
             generate(model, asked, max_new_tokens=2, lookup=lookup)
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+def test_nothing_waits_for_the_collector_behind_a_generation(tmp_path, monkeypatch, backend):
+    hf_directory(tmp_path)
+    model, caches = load_base(tmp_path).freeze().set_backend(backend), []
+
+    def allocate(*arguments):
+        cache = real(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    real = sampling._allocate
+    monkeypatch.setattr(sampling, "_allocate", allocate)
+    # a stop in the middle of a draft that comes true: the rest of it is never asked for
+    monkeypatch.setattr(Lookup, "draft", lambda self: answer[len(self.tokens) - 3 :])
+    answer = generate(model, [[5, 6, 7]], max_new_tokens=8, temperature=0, eos_ids=[])[0]
+    gc.disable()
+    try:
+        stop = {"watch": lambda index, tokens: len(tokens) == 4}
+        generate(model, [[5, 6, 7]], max_new_tokens=8, temperature=0, eos_ids=[], lookup=8, **stop)
+        assert len(caches) == 2 and caches[1]() is None
+    finally:
+        gc.enable()

@@ -30,6 +30,7 @@ class KeptLayers:
         config = model.config
         embedding, head = (_weight(module) for module in (model.embed_tokens, model.head))
         self._lengths = cache.lengths
+        self._places = [(tensor, tensor.data_ptr()) for tensor in (embedding[0], decoder.norm, head[0])]
         self._number: int = _KEEP(
             decoder.weights, decoder.schemes, decoder.norm, config.norm_eps, config.num_heads_q, config.num_heads_kv,
             config.intermediate_size, cache.keys, cache.values, cache.cos, cache.sin, prompts.tensors, prompts.layers,
@@ -37,6 +38,11 @@ class KeptLayers:
             config.vocab_size,
         )  # fmt: skip
         weakref.finalize(self, _DROP, self._number)
+
+    def is_in_place(self) -> bool:
+        """Whether the first and the last weights still have the memory that the kernels read: `model.share_memory()`
+        moves all weights, and frees what they had. Asking for every weight would take 0.9 ms."""
+        return all(tensor.data_ptr() == address for tensor, address in self._places)
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Reads the next tokens [B, T], at most 32 in all. Returns the logits [B * T, vocab_size] behind each, and the

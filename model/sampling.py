@@ -12,7 +12,7 @@ from torch import Tensor
 from .choice import NOT_NUMBERS, choose
 from .device_steps import DeviceSteps
 from .errors import UserError
-from .kept_layers import keep
+from .kept_layers import KeptLayers, keep
 from .llama import Adapter, KVCache, Llama, select_sequences
 from .lookup import Lookup
 
@@ -121,8 +121,8 @@ class _Steps:
 
     def read(self, tokens: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, vocab_size] behind these tokens, and the likeliest tokens where they are known."""
-        if self.kept is not None:
-            return self.kept.read(tokens[:, None])
+        if (kept := self._kept_in_place()) is not None:
+            return kept.read(tokens[:, None])
         return self.model.logits(self._hidden(tokens[:, None])[:, 0]), None
 
     def select(self, kept: list[int]) -> None:
@@ -130,6 +130,11 @@ class _Steps:
         self.cache, self.adapter = self.cache.select(kept), select_sequences(self.adapter, kept)
         self.kept = keep(self.model, self.adapter, self.cache)
         self.tokens = None if self.tokens is None else self.tokens[kept]
+
+    def _kept_in_place(self) -> KeptLayers | None:
+        if self.kept is not None and not self.kept.is_in_place():
+            self.kept = keep(self.model, self.adapter, self.cache)
+        return self.kept
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         return self.model.hidden_states(tokens, self.adapter, cache=self.cache)
@@ -170,8 +175,8 @@ class _Drafts(_Steps):
 
     def _read_all(self, tokens: Tensor) -> Callable[[int], tuple[Tensor, Tensor | None]]:
         """Reads tokens [1, T]; what `read` returns behind the i-th of them."""
-        if self.kept is not None:
-            logits, likeliest = self.kept.read(tokens)
+        if (kept := self._kept_in_place()) is not None:
+            logits, likeliest = kept.read(tokens)
             return lambda row: (logits[row : row + 1], likeliest[row : row + 1])
         hidden = self._hidden(tokens)[0]
         logits_of = self.model.logits  # what is returned must not hold self, which holds it in turn

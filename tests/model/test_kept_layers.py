@@ -1,5 +1,6 @@
 """Many tokens by one handing over of the model: the bits of token by token, and nothing kept behind the generation."""
 
+import copy
 import dataclasses
 import gc
 import threading
@@ -266,3 +267,26 @@ def test_two_threads_do_not_share_one_model_in_progress(model):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_weights_that_move_within_a_generation(model, lookup):
+    asked = {"max_new_tokens": 12, "temperature": 0, "eos_ids": [], "lookup": lookup}
+    expected = generate(model, PROMPTS[:1], **asked)
+    before = model.norm.weight.data_ptr()
+
+    def move(index, tokens):
+        if len(tokens) == 3:
+            model.share_memory()
+
+    assert generate(model, PROMPTS[:1], watch=move, **asked) == expected
+    assert model.norm.weight.data_ptr() != before
+
+    def free(index, tokens):
+        if len(tokens) == 3:
+            for weight in other.parameters():
+                weight.untyped_storage().resize_(0)
+
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="no memory"):
+        generate(other, PROMPTS[:1], watch=free, **asked)

@@ -13,16 +13,13 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import triton
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from bench.project import compiled as compiled_kernels  # noqa: E402 (needs the line above)
+from bench.project import machine_code  # noqa: E402
 from zinit_kernels.backends.triton import configs  # noqa: E402
 
 HEAD_DIMS = (64, 128, 256)
@@ -58,21 +55,9 @@ def read_binary(cubin: bytes) -> dict[str, object]:
     A loop is "instructions / tensor core instructions / instructions of the exponential's unit" of one warp.
     `loop_spills` are the loads and stores of local memory in these loops.
     """
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, listing = (
-            subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    code = [
-        (int(address, 16), re.sub(r"^@!?U?P\w+ ", "", text))
-        for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", listing)
-    ]
-    operations = [(address, text.split()[0].split(".")[0]) for address, text in code]
+    found = machine_code.disassemble(cubin)
+    operations = [(instruction.address, instruction.kind) for instruction in found.instructions]
+    code = [(i.address, f"{i.name} {i.operands}".rstrip()) for i in found.instructions]
     loops: list[str] = []
     loop_spills = 0
     for address, text in code:
@@ -85,7 +70,7 @@ def read_binary(cubin: bytes) -> dict[str, object]:
                 loops.append(f"{count.total()}/{products}/{count['MUFU']}")
     spills = sum(op in ("LDL", "STL") for _, op in operations)
     return {
-        "registers": int(found[1]), "local": int(found[2]), "spills": spills, "loop_spills": loop_spills,
+        "registers": found.registers, "local": found.local_bytes, "spills": spills, "loop_spills": loop_spills,
         "instructions": len(code), "loops": loops, "late_registers": count_late_registers([text for _, text in code]),
     }  # fmt: skip
 

@@ -24,9 +24,16 @@ NOT_NUMBERS = (
 def choose(logits: Tensor, temperature: float, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
     """One token for each row of logits [B, vocab_size], int64 [B]. Raises UserError where they are no numbers."""
     chosen = choose_each(logits, temperature, top_p, generators)
-    if min(chosen.tolist(), default=0) < 0:
-        raise UserError(NOT_NUMBERS)
+    tokens_of(chosen)
     return chosen
+
+
+def tokens_of(chosen: Tensor) -> list[int]:
+    """What was chosen for each row. Raises UserError where a row's logits are no numbers, which -1 says."""
+    tokens: list[int] = chosen.tolist()
+    if min(tokens, default=0) < 0:
+        raise UserError(NOT_NUMBERS)
+    return tokens
 
 
 def choose_each(

@@ -1,5 +1,6 @@
 """The earlier name of `sampling`."""
 
-from .sampling import choose, generate
+from .choice import choose
+from .sampling import generate
 
 __all__ = ["choose", "generate"]

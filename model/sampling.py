@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .choice import NOT_NUMBERS, choose
+from .choice import choose_each, tokens_of
 from .device_steps import DeviceSteps
 from .errors import UserError
 from .kept_layers import KeptLayers, keep
@@ -112,12 +112,10 @@ class _Steps:
         else:
             logits, likeliest = self.read(self.tokens, most)
         if likeliest is None or temperature > 0:
-            self.tokens = choose(logits, temperature, top_p, generators)
-            return self.tokens.tolist()
-        self.tokens, found = likeliest, likeliest.tolist()
-        if min(found) < 0:
-            raise UserError(NOT_NUMBERS)
-        return found
+            self.tokens = choose_each(logits, temperature, top_p, generators)
+        else:
+            self.tokens = likeliest
+        return tokens_of(self.tokens)
 
     def read(self, tokens: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """The logits [B, vocab_size] behind these tokens, and the likeliest tokens where they are known."""

@@ -35,41 +35,43 @@ class Projected(NamedTuple):
         return sum(projection.seconds for _, projection in self.parts)
 
 
-def shapes_of(mode: str) -> list[Shape]:
-    """The GPU benchmarks' shapes with the usual number of prompts."""
+def shapes_of(mode: str, names: Sequence[str] = ()) -> list[Shape]:
+    """The GPU benchmarks' shapes with the usual number of prompts.
+
+    names: parts of the names of the wanted ones; none: all.
+    """
     every = DECODE["cuda"] if mode == "decode" else PREFILL["cuda"]
-    return [shape for shape in every if shape.prompt_length == PROMPTS]
+    return [
+        shape for shape in every
+        if shape.prompt_length == PROMPTS
+        and (not names or any(name.lower() in shape.name.lower() for name in names))
+    ]  # fmt: skip
 
 
 def projected(chip: Chip, modes: Sequence[str], names: Sequence[str]) -> list[Projected]:
-    """names: parts of the names of the wanted shapes; none: all."""
+    """names: as in `shapes_of`."""
     return [
         Projected(
             mode, shape, [(launch, project(launch, chip)) for launch in launches.launches(mode, shape, chip)]
         )
         for mode in modes
-        for shape in shapes_of(mode)
-        if not names or any(name.lower() in shape.name.lower() for name in names)
+        for shape in shapes_of(mode, names)
     ]
+
+
+def _table(title: str, columns: Iterable[str], right: Sequence[str] = ()) -> Table:
+    """right: the columns that are justified there."""
+    table = Table(title=f"{title}: {LABEL}", box=None, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left")
+    return table
 
 
 def kernels_table(found: Iterable[Projected], chip: Chip) -> Table:
     """A line per launch. share: of the tensor peak, or of the memory bandwidth where the kernel has few products."""
-    table = Table(title=f"{chip.name}: {LABEL}", box=None, title_justify="left")
-    for name in (
-        "shape",
-        "kernel",
-        "blocks/SM",
-        "bound by",
-        "busiest unit",
-        "us",
-        "TFLOP/s",
-        "GB/s",
-        "share of the roof",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("shape", "kernel", "bound by", "busiest unit") else "right"
-        )
+    numbers = ("us", "TFLOP/s", "GB/s", "share of the roof")
+    columns = ("shape", "kernel", "blocks/SM", "bound by", "busiest unit", *numbers)
+    table = _table(chip.name, columns, right=("blocks/SM", *numbers))
     for call in found:
         for launch, projection in call.parts:
             table.add_row(call.shape.name, launch.kernel.name, *cells(launch, projection, chip))
@@ -124,8 +126,7 @@ def rows(found: Iterable[Projected], chip: Chip) -> list[Row]:
 
 def tiles_table(stage: str, chip: Chip, names: Sequence[str]) -> Table:
     """Each tile that ZINIT_AUTOTUNE=1 would try, at each shape; the first line of a shape is the written choice."""
-    table = Table(title=f"{chip.name}, tiles of {stage}: {LABEL}", box=None, title_justify="left")
-    for name in (
+    columns = (
         "shape",
         "block_m, block_n, warps, stages",
         "registers",
@@ -133,11 +134,9 @@ def tiles_table(stage: str, chip: Chip, names: Sequence[str]) -> Table:
         "blocks/SM",
         "us",
         "TFLOP/s",
-    ):
-        table.add_column(name)
-    for shape in shapes_of(TILED[stage]):
-        if names and not any(name.lower() in shape.name.lower() for name in names):
-            continue
+    )
+    table = _table(f"{chip.name}, tiles of {stage}", columns)
+    for shape in shapes_of(TILED[stage], names):
         for tile in configs.candidates(stage, configs.block_of(shape.head_dim), 16, launches.ITEM, chip.arch):
             launch = getattr(launches, stage)(shape, chip, tile)
             projection = project(launch, chip)
@@ -152,19 +151,8 @@ def tiles_table(stage: str, chip: Chip, names: Sequence[str]) -> Table:
 
 def tutorial_table(path: Path) -> tuple[Table, bool]:
     """The validation, and whether every figure lies within the tolerance."""
-    table = Table(title=f"Triton's fused-attention tutorial: {LABEL}", box=None, title_justify="left")
-    for name in (
-        "chip",
-        "head_dim",
-        "mask",
-        "heads of all sequences",
-        "T",
-        "published",
-        "projected",
-        "error",
-        "tile",
-    ):
-        table.add_column(name)
+    sizes = ("chip", "head_dim", "mask", "heads of all sequences", "T")
+    table = _table("Triton's fused-attention tutorial", (*sizes, "published", "projected", "error", "tile"))
     found = tutorial.checks(path, CHIPS)
     for check in found:
         series = check.series

@@ -50,5 +50,7 @@ else
   # torch first and alone, so that nothing else is asked of the extra index; its dependencies come from the usual one
   pip --constraint constraints.txt --no-deps torch ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
   pip --constraint constraints.txt torch setuptools ninja
+  # a source package whose build asks for setuptools_scm: without an environment of its own it calls itself 0.0.0
+  pip --constraint constraints.txt --use-pep517 seqeval
   pip --constraint constraints.txt "${this[@]}" '.[dev]'
 fi

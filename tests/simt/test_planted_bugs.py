@@ -40,6 +40,9 @@ HIDDEN = CacheCase("hidden", heads_q=8, heads_kv=2, seqlens=(9, 17, 100), num_sp
 HIDDEN_CHUNK = CacheCase("hidden_chunk", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, leftpad=(0, 9))
 # all queries see the same keys: no row is computed again
 SEE_ALL = CacheCase("see_all", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False)
+SEE_ALL_PAGED = CacheCase(
+    "see_all_paged", heads_q=2, heads_kv=1, seqlens=(0, 40), seqlen_q=17, causal=False, page_size=16
+)
 
 SINKS = CacheCase("sinks", heads_q=2, heads_kv=1, seqlens=(0, 40), num_splits=2, sinks=True)
 
@@ -77,7 +80,7 @@ BUGS = {
     "combined_without_a_wait": Bug("decode/combine.cuh", "grid_dependency_synchronize();", ""),
     "one_split_for_all": Bug("decode/combine.cuh", "head_dim", "0", "+ d, @, w.splits"),
     "splits_without_keys_are_read": Bug(
-        "decode/combine.cuh", "states[2 * s + 1] == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS
+        "decode/combine.cuh", "state[i].y == 0.f", "false", "= @ ? 0.f", WITHOUT_KEYS
     ),
     "new_keys_from_the_cache": Bug("decode/work.cuh", "key >= s.length", "false", "if (@) return", TWO_ROW_BLOCKS),
     "slot_of_another_page": Bug("decode/work.cuh", "max(page_of(w, s.index, page), 0)", "0"),
@@ -107,7 +110,9 @@ BUGS = {
     "lse_without_its_sum": Bug("row_end.cuh", "logf(l)", "0.f", "kLn2 + @", CAUSAL),
     "masked_keys_are_read": prefill("stage.cuh", "w.key_bias.data[block.batch * w.seqlen_k + key] != -INFINITY", "true",
                                     "wanted && @;", PADDED),
-    "keys_behind_the_end_are_read": prefill("stage.cuh", "key < end", "true", "= @;", SEE_ALL),
+    "keys_behind_the_end_are_read": prefill("stage.cuh", "first + row < end", "true", "= @;", SEE_ALL),
+    "keys_behind_the_end_of_a_page": prefill("stage.cuh", "key < end", "true", "= @;", SEE_ALL_PAGED),
+    "rows_of_a_tile_in_steps_of_one": prefill("stage.cuh", "kRows", "1", "value += @ *"),
     "keys_of_another_page": prefill("work.cuh", "max(page_of(w, sequence, page), 0)", "0", "@", CHUNK),
     "queries_not_rotated_by_token": prefill("stage.cuh", "token", "0", "(w.rotary.by_token ? @ : 0)", CHUNK),
     "appended_elsewhere": prefill("append.cuh", "sequence.length + token", "token", "position = @", CHUNK),

@@ -17,27 +17,39 @@ __global__ void __launch_bounds__(kThreads) zinit_decode_combine(const DecodeWor
   stage_queries(w, sequence, kv_head, row, 1, 1, shared);
   __syncthreads();
   weigh_prompts(w, sequence.index, kv_head, row, 1, shared);
+  float prompts[kDimsOfThread];
+  sum_prompts<T>(w, sequence.index, kv_head, row, shared.scores, prompts);
   grid_dependency_synchronize();  // nothing read above this line is written by the split kernel
 
   const int64_t at = partial_index(w, sequence.index, kv_head, row, 0);
-  const float* states = w.states + 2 * at;
   if (threadIdx.x < 32) {
+    constexpr int kOfLane = kMaxSplits / 32;
+    const auto* states = reinterpret_cast<const float2*>(w.states) + at;  // m and l of each split
+    float2 state[kOfLane];
     float m = -INFINITY, l = 0.f;
-    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32) m = fmaxf(m, states[2 * s]);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int s = static_cast<int>(threadIdx.x) + i * 32;
+      state[i] = s < w.splits ? states[s] : make_float2(-INFINITY, 0.f);
+      m = fmaxf(m, state[i].x);
+    }
     m = warp_max(m);
-    for (int s = static_cast<int>(threadIdx.x); s < w.splits; s += 32) {
-      const float weight = states[2 * s + 1] == 0.f ? 0.f : fast_exp2(states[2 * s] - m);
-      weights[s] = weight;
-      l += weight * states[2 * s + 1];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) {
+      const int s = static_cast<int>(threadIdx.x) + i * 32;
+      const float weight = state[i].y == 0.f ? 0.f : fast_exp2(state[i].x - m);
+      if (s < w.splits) weights[s] = weight;
+      l += weight * state[i].y;
     }
     l = warp_sum(l);
     if (threadIdx.x == 0) shared.states[0] = m, shared.states[1] = l;
   }
   __syncthreads();
-  for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
-    shared.merged[d] = weighted_sum(weights, w.partials + at * head_dim + d, head_dim, w.splits);
-  }
-  finish_rows(w, sequence.index, kv_head, row, 1, shared.states, shared);
+  float acc[kDimsOfThread];
+  each_dim(head_dim, [&](int i, int d) {
+    acc[i] = weighted_sum(weights, w.partials + at * head_dim + d, head_dim, w.splits);
+  });
+  finish_row<T>(w, sequence.index, kv_head, row, shared.states[0], shared.states[1], acc, prompts);
 }
 
 }  // namespace zinit::cuda

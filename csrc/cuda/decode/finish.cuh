@@ -65,35 +65,44 @@ __device__ __forceinline__ void weigh_prompts(const DecodeWork& w, int sequence,
   __syncthreads();
 }
 
-// Query rows first .. first + count, from shared.merged and the merged states, with the weighed prompts, to
-// out and lse.
-template <class T>
-__device__ __forceinline__ void finish_rows(const DecodeWork& w, int sequence, int kv_head, int first,
-                                            int count, const float* states, const Shared<T>& shared) {
-  const auto head_dim = static_cast<int>(w.head_dim);
-  const int table_row = prompt_row(w, sequence);
-  const int prompts = table_row < 0 ? 0 : static_cast<int>(w.prompt_length);
-  const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
-  for (int row = 0; row < count; ++row) {
-    const int token = (first + row) / w.group, head = kv_head * w.group + (first + row) % w.group;
-    const RowEnd end = end_row(w, head, states[2 * row], states[2 * row + 1]);
-    const int taken = prompts && takes_prompts(w, table_row, head) ? prompts : 0;
-    for (int d = static_cast<int>(threadIdx.x); d < head_dim; d += kThreads) {
-      float prompt = 0.f;
-      if (taken) {
-        with_elements(w.prompt_value.data, w.prompt_value.dtype, [&](const auto* elements) {
-          prompt =
-              weighted_sum(shared.scores + row * prompts, elements + table + d, w.prompt_value.token, taken);
-        });
-      }
-      const float acc = shared.merged[row * shared.merged_stride + d];
-      row_of<T>(w.out, sequence, head, token)[d] = from_float<T>(acc * end.factor + prompt);
-    }
-    if (threadIdx.x == 0) {
-      const int64_t at = (sequence * w.num_heads_q + head) * w.seqlen_q + token;
-      w.lse[at] = end.lse;
-    }
+constexpr int kDimsOfThread = 256 / kThreads;  // of a row, at most
+
+// f(i, d) for each dimension d of a row that is this thread's.
+template <class F>
+__device__ __forceinline__ void each_dim(int64_t head_dim, const F& f) {
+#pragma unroll
+  for (int i = 0; i < kDimsOfThread; ++i) {
+    const int d = static_cast<int>(threadIdx.x) + i * kThreads;
+    if (d < head_dim) f(i, d);
   }
+}
+
+// The gated prompt term of a query row, from its weighed prompts; 0 where its head takes none.
+template <class T>
+__device__ __forceinline__ void sum_prompts(const DecodeWork& w, int sequence, int kv_head, int row,
+                                            const float* weights, float (&sums)[kDimsOfThread]) {
+  each_dim(w.head_dim, [&](int i, int) { sums[i] = 0.f; });
+  const int table_row = prompt_row(w, sequence);
+  if (table_row < 0 || !takes_prompts(w, table_row, kv_head * w.group + row % w.group)) return;
+  const int64_t table = table_row * w.prompt_value.batch + kv_head * w.prompt_value.head;
+  with_elements(w.prompt_value.data, w.prompt_value.dtype, [&](const auto* elements) {
+    each_dim(w.head_dim, [&](int i, int d) {
+      sums[i] = weighted_sum(weights, elements + table + d, w.prompt_value.token,
+                             static_cast<int>(w.prompt_length));
+    });
+  });
+}
+
+// acc / l and the prompt term to out, and lse, of a query row whose keys are all in m and l.
+template <class T>
+__device__ __forceinline__ void finish_row(const DecodeWork& w, int sequence, int kv_head, int row, float m,
+                                           float l, const float (&acc)[kDimsOfThread],
+                                           const float (&prompts)[kDimsOfThread]) {
+  const int token = row / w.group, head = kv_head * w.group + row % w.group;
+  const RowEnd end = end_row(w, head, m, l);
+  T* out = row_of<T>(w.out, sequence, head, token);
+  each_dim(w.head_dim, [&](int i, int d) { out[d] = from_float<T>(acc[i] * end.factor + prompts[i]); });
+  if (threadIdx.x == 0) w.lse[(sequence * w.num_heads_q + head) * w.seqlen_q + token] = end.lse;
 }
 
 // The place of a query row's partial result among all: [B, Hkv, T * group, splits].
@@ -109,7 +118,6 @@ __device__ __forceinline__ int64_t partial_index(const DecodeWork& w, int sequen
 template <class T>
 __device__ __forceinline__ void repeat_rows(const DecodeWork& w, const Share& share, const Shared<T>& shared,
                                             const float* states) {
-  constexpr int kOfThread = 256 / kThreads;  // dimensions, at most
   const auto head_dim = static_cast<int>(w.head_dim), lane = static_cast<int>(threadIdx.x) % 32;
   for (int row = 0; row < share.rows; ++row) {
     float* merged = shared.merged + row * shared.merged_stride;
@@ -120,7 +128,7 @@ __device__ __forceinline__ void repeat_rows(const DecodeWork& w, const Share& sh
     const T* query = shared.queries + row * shared.query_stride;
     const float pivot = states[2 * row] == -INFINITY ? 0.f : states[2 * row];
     const Visible seen = share.visible(w, row);
-    float acc[kOfThread] = {};
+    float acc[kDimsOfThread] = {};
     for (int key = max(seen.begin, share.begin); key < seen.end; ++key) {
       const CacheRow at = locate(w, share.sequence, key);
       const T* key_row = row_at(w, w.key_cache, share.kv_head, at, shared.new_keys);
@@ -128,17 +136,9 @@ __device__ __forceinline__ void repeat_rows(const DecodeWork& w, const Share& sh
       float score = 0.f;
       for (int d = lane; d < head_dim; d += 32) score += to_float(query[d]) * to_float(key_row[d]);
       const float p = fast_exp2(cap_exponent(w, __fmul_rn(warp_sum(score), w.scale * kLog2E)) - pivot);
-#pragma unroll
-      for (int i = 0; i < kOfThread; ++i) {
-        const int d = static_cast<int>(threadIdx.x) + i * kThreads;
-        if (d < head_dim) acc[i] += p * to_float(value_row[d]);
-      }
+      each_dim(head_dim, [&](int i, int d) { acc[i] += p * to_float(value_row[d]); });
     }
-#pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      const int d = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (d < head_dim) merged[d] = acc[i];
-    }
+    each_dim(head_dim, [&](int i, int d) { merged[d] = acc[i]; });
     __syncthreads();
   }
 }
@@ -184,7 +184,15 @@ __device__ __forceinline__ void merge_and_finish(const DecodeWork& w, const Shar
   const int b = share.sequence.index;
   if (w.splits == 1) {
     weigh_prompts(w, b, share.kv_head, share.first_row, share.rows, shared);
-    return finish_rows(w, b, share.kv_head, share.first_row, share.rows, merged_states, shared);
+    for (int row = 0; row < share.rows; ++row) {
+      float acc[kDimsOfThread], prompts[kDimsOfThread];
+      const int query_row = share.first_row + row;
+      sum_prompts<T>(w, b, share.kv_head, query_row, shared.scores + row * w.prompt_length, prompts);
+      each_dim(head_dim, [&](int i, int d) { acc[i] = shared.merged[row * shared.merged_stride + d]; });
+      finish_row<T>(w, b, share.kv_head, query_row, merged_states[2 * row], merged_states[2 * row + 1], acc,
+                    prompts);
+    }
+    return;
   }
   for (int row = 0; row < share.rows; ++row) {
     const int64_t at = partial_index(w, b, share.kv_head, share.first_row + row, share.split);

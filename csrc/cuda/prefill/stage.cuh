@@ -40,11 +40,37 @@ __device__ __forceinline__ void stage_queries(const PrefillWork& w, const QueryB
   });
 }
 
+// Keys first .. first + kKeys that lie one after another. A thread copies the same 16 bytes of every kRows-th row, so
+// each address is the one before plus a constant: computed anew, those of a tile were 376 of 1,000 instructions.
+template <class T, class Shape>
+__device__ __forceinline__ void stage_rows(const PrefillWork& w, const QueryBlock& block, int first, int end,
+                                           T* keys, T* values) {
+  constexpr int kVectors = Shape::kHeadDim / 8, kRows = kThreads / kVectors;
+  const int first_row = static_cast<int>(threadIdx.x) / kVectors;
+  const int d = static_cast<int>(threadIdx.x) % kVectors * 8;
+  if (first_row >= kRows) return;
+  const int64_t token = block.first_k + first + first_row;
+  const T* key = row_of<T>(w.key_cache, block.batch, block.kv_head, token) + d;
+  const T* value = row_of<T>(w.value_cache, block.batch, block.kv_head, token) + d;
+#pragma unroll
+  for (int pass = 0; pass < (Shape::kKeys + kRows - 1) / kRows; ++pass) {
+    const int row = first_row + pass * kRows, to = row * Shape::kStride + d;
+    if (Shape::kKeys % kRows != 0 && row >= Shape::kKeys) break;
+    const bool wanted = first + row < end;
+    copy_async(keys + to, key, wanted);
+    copy_async(values + to, value, wanted);
+    key += kRows * w.key_cache.token, value += kRows * w.value_cache.token;
+  }
+}
+
 // Keys first .. first + kKeys; zeros from `end` on and where the bias is -inf, because the memory there may
 // hold NaN.
 template <class T, class Shape>
 __device__ __forceinline__ void stage_keys(const PrefillWork& w, const QueryBlock& block, int first, int end,
                                            T* keys, T* values) {
+  if (!w.block_table.given && !w.key_bias.given) {
+    return stage_rows<T, Shape>(w, block, first, end, keys, values);
+  }
   each_vector<Shape>(Shape::kKeys, [&](int row, int d) {
     int key = first + row;
     bool wanted = key < end;

@@ -33,6 +33,14 @@ SEVEN_BILLION = LlamaConfig(32000, 4096, 11008, num_layers=32, num_heads_q=32, n
 THREE_BILLION = LlamaConfig(
     128256, 3072, 8192, num_layers=28, num_heads_q=24, num_heads_kv=8, head_dim=128, rope_theta=500000.0
 )
+SMOLLM2 = LlamaConfig(
+    49152, 576, 1536, num_layers=30, num_heads_q=9, num_heads_kv=3, head_dim=64, rope_theta=100000.0,
+    tie_embeddings=True,
+)  # fmt: skip
+ONE_BILLION = LlamaConfig(
+    128256, 2048, 8192, num_layers=16, num_heads_q=32, num_heads_kv=8, head_dim=64, rope_theta=500000.0,
+    tie_embeddings=True,
+)  # fmt: skip
 TINY = LlamaConfig(256, 64, 172, num_layers=4, num_heads_q=2, num_heads_kv=2, head_dim=32)
 
 # a few layers of Llama-3.2-1B, all of them adapted, and the vocabulary of LLaMA

@@ -1,14 +1,16 @@
 """Generation: tokens per second, and how near that is to reading the weights and the cache once per token.
 
-The same base and prompts, greedy, with an adapter and without: this project's loop, transformers' and litgpt's. On a
-CPU also from weights of 8 and 4 bits. Each sequence may have an adapter of its own. On a CPU all weights lie in huge
-pages, and are read from there for the limit.
+The same base and prompts, greedy, with an adapter and without: this project's loop, transformers', litgpt's and, on a
+CPU, llama.cpp's. There also from weights of 8 and 4 bits; llama.cpp's are Q8_0 and Q4_0 blocks with nearly the same
+numbers. Each sequence may have an adapter of its own. On a CPU all weights lie in huge pages, and are read from there
+for the limit.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,18 +24,21 @@ from model.quantised import quantise
 from model.sampling import generate
 from model.serving.prompt_table import PromptTable
 
+from .. import llama_cpp
 from ..ledger import Row
+from ..llama_cpp import LlamaCpp
 from ..machine import device_copy, plain_read, why_failed, why_missing
 from ..measure import Clock, measure
 from ..methods import (
     ACCELERATED,
-    EIGHTH,
     LITGPT,
     NEEDS_HF,
     NEEDS_PEFT,
+    ONE_BILLION,
     PEFT,
     ROUNDING,
     SEVEN_BILLION,
+    SMOLLM2,
     TINY,
     in_litgpt,
     in_peft,
@@ -43,11 +48,26 @@ from ..methods import (
     random_base,
 )
 from ..problem import name_of
-from ..runner import Chart, Comparison, Job, Note, Options, Select, Suite, speed_of, speed_over
+from ..runner import (
+    Chart,
+    Comparison,
+    Figure,
+    Job,
+    Note,
+    Options,
+    Select,
+    Suite,
+    Target,
+    speed_of,
+    speed_over,
+)
 
 ADAPTED, ALONE, BASE_ALONE = "zinit, adapted", "zinit, base alone", "transformers, base alone"
+EACH, INT8, INT4 = "zinit, an adapter each", "zinit, int8, adapted", "zinit, int4, adapted"
+LLAMA_CPP, LLAMA_CPP_Q8, LLAMA_CPP_Q4 = "llama.cpp", "llama.cpp, Q8_0", "llama.cpp, Q4_0"
 ADAPTERS = 16  # at most, where each sequence has its own
-SPEED = "tokens/s"
+SPEED, FIRST = "tokens/s", "first token ms"
+OF_BEST = "of best read"  # bytes per second over those of the fastest plain read in these rounds
 
 
 class Base(NamedTuple):
@@ -56,25 +76,37 @@ class Base(NamedTuple):
     prompt: int  # tokens
     new: int
     batches: tuple[int, ...]
+    long_prompt: int = 0  # tokens, read in a job of its own
 
 
+SMALL, BILLION = "SmolLM2-135M's shape", "Llama-3.2-1B's shape"
 BASES = {
-    "cpu": Base("LLaMA-7B's shape at 1/8 width", EIGHTH, 64, 32, (1, 4)),
-    "cuda": Base("LLaMA-7B", SEVEN_BILLION, 128, 32, (1, 32)),
+    "cpu": (Base(SMALL, SMOLLM2, 64, 32, (1, 4, 16), 512), Base(BILLION, ONE_BILLION, 16, 16, (1, 4))),
+    "cuda": (Base("LLaMA-7B", SEVEN_BILLION, 128, 32, (1, 32)),),
 }
-SMOKE = Base("tiny LLaMA", TINY, 8, 4, (1,))
+WHOLE_BLOCKS = replace(TINY, intermediate_size=192)  # llama.cpp's blocks are 32 numbers of a row
+SMOKE = Base("tiny LLaMA", WHOLE_BLOCKS, 8, 4, (1,), 16)
 Generate = Callable[[Tensor, int], Tensor]  # (prompts [B, T], N): the N new tokens of each, [B, N]
 Scores = Callable[[Tensor], Tensor]  # tokens [B, T] -> logits [B, T, V], computed without a cache
 
 
 def jobs(options: Options) -> list[Job]:
-    """One per dtype and number of sequences."""
-    base = SMOKE if options.smoke else BASES[options.device.type]
-    return [
-        Job(f"generate, {base.name}, B {batch}, {name_of(dtype)}", partial(rows, options, base, batch, dtype))
-        for dtype in options.dtypes
-        for batch in base.batches
-    ]
+    """One per base, dtype and number of sequences, and one for a long prompt."""
+    found = []
+    for base in bases_of(options):
+        for dtype in options.dtypes:
+            for batch in base.batches:
+                title = f"generate, {base.name}, B {batch}, {name_of(dtype)}"
+                found.append(Job(title, partial(rows, options, base, batch, dtype)))
+            if base.long_prompt:
+                title = f"generate, {base.name}, {base.long_prompt} tokens, {name_of(dtype)}"
+                found.append(Job(title, partial(prompt_rows, options, base, dtype)))
+    return found
+
+
+def bases_of(options: Options) -> list[Base]:
+    found = [SMOKE] if options.smoke else list(BASES[options.device.type])
+    return [base for base in found if options.wants_shape(base.name)]
 
 
 def by_this_project(base: Llama, adapter: Adapter | None) -> tuple[Generate, Scores]:
@@ -134,6 +166,11 @@ def by_litgpt(base: Llama) -> tuple[Generate, Scores]:
     return run, model
 
 
+def by_llama_cpp(base: Llama) -> tuple[Generate, Scores]:
+    """It has no adapter. What it makes is compared with what this project's base finds likeliest."""
+    return LlamaCpp(base).generate, lambda tokens: base.logits(base.hidden_states(tokens))
+
+
 class Generator(NamedTuple):
     """A way to generate; `build` makes it for a base."""
 
@@ -141,7 +178,8 @@ class Generator(NamedTuple):
     build: Callable[[Llama], tuple[Generate, Scores]]
     needs: tuple[str, ...] = ()
     one_sequence: bool = False
-    quantise: str | None = None  # the base's format; on a CPU alone
+    quantise: str | None = None  # the base's format; from bfloat16
+    on_cpu: bool = False  # on a CPU alone
 
     def base_of(self, base: Llama) -> Llama:
         """The base as this generator reads it."""
@@ -154,13 +192,16 @@ class Generator(NamedTuple):
 GENERATORS = (
     Generator(ADAPTED, with_our_adapter),
     Generator(ALONE, partial(by_this_project, adapter=None)),
-    Generator("zinit, an adapter each", with_an_adapter_each),
-    Generator("zinit, int8, adapted", with_our_adapter, quantise="int8"),
-    Generator("zinit, int4, adapted", with_our_adapter, quantise="int4"),
+    Generator(EACH, with_an_adapter_each),
+    Generator(INT8, with_our_adapter, quantise="int8", on_cpu=True),
+    Generator(INT4, with_our_adapter, quantise="int4", on_cpu=True),
     Generator(ACCELERATED, partial(by_transformers, in_peft_accelerated), NEEDS_PEFT),
     Generator(PEFT, partial(by_transformers, in_peft), NEEDS_PEFT),
     Generator(BASE_ALONE, partial(by_transformers, in_transformers), NEEDS_HF),
     Generator(LITGPT, by_litgpt, ("litgpt",), one_sequence=True),
+    Generator(LLAMA_CPP, by_llama_cpp, llama_cpp.NEEDS, on_cpu=True),
+    Generator(LLAMA_CPP_Q8, by_llama_cpp, llama_cpp.NEEDS, quantise="int8", on_cpu=True),
+    Generator(LLAMA_CPP_Q4, by_llama_cpp, llama_cpp.NEEDS, quantise="int4", on_cpu=True),
 )
 
 
@@ -171,7 +212,7 @@ def why_wrong(generator: Generator, dtype: torch.dtype, device: torch.device) ->
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(TINY.vocab_size, (1, 9), generator=random).to(device)
     try:
-        run, scores = generator.build(generator.base_of(random_base(TINY, dtype, device)))
+        run, scores = generator.build(generator.base_of(random_base(WHOLE_BLOCKS, dtype, device)))
         made = run(prompts, 8).to(device)
         logits = scores(torch.cat([prompts, made], 1))[:, prompts.shape[1] - 1 : -1].float()
     except Exception as error:  # any: what raises gets no figure, and the others go on
@@ -191,8 +232,12 @@ def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iter
             continue
         if reason := why_missing(*generator.needs):
             note(f"{generator.name} left out: {reason}")
-        elif generator.quantise is not None and options.device.type != "cpu":
-            note(f"{generator.name} left out: packed weights are for a CPU")
+        elif generator.on_cpu and options.device.type != "cpu":
+            note(f"{generator.name} left out: it is for a CPU")
+        elif generator.quantise is not None and dtype != torch.bfloat16:
+            continue  # its figures are those of the other dtype: the weights are the same
+        elif generator.name == LLAMA_CPP and dtype == torch.float16:
+            continue
         elif generator.one_sequence and batch > 1:
             note(f"{generator.name} left out of batches: it takes one sequence")
         elif wrong := why_wrong(generator, dtype, options.device):
@@ -203,7 +248,7 @@ def usable(options: Options, batch: int, dtype: torch.dtype, note: Note) -> Iter
 
 def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Note) -> Iterator[Row]:
     model = random_base(base.config, dtype, options.device)
-    prompts = some_prompts(base, batch, options.device)
+    prompts = some_prompts(base, batch, base.prompt, options.device)
     calls: dict[str, Callable[[], object]] = {}
     names = {}  # -> bytes that a token reads
     use_huge_pages(model)
@@ -222,6 +267,7 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
     calls["transfer"] = device_copy(num_bytes, options.device) if on_gpu else plain_read(*weights)
     times = measure(calls, options.seconds if options.smoke else 4 * options.seconds, Clock(options.device))
     limit = num_bytes / times.median("transfer")  # bytes per second
+    best = num_bytes / min(times.seconds["transfer"])
     for name, streamed in names.items():
         first, everything = f"{name}, first", f"{name}, all"
         per_step = (times.median(everything) - times.median(first)) / (base.new - 1)
@@ -232,16 +278,42 @@ def rows(options: Options, base: Base, batch: int, dtype: torch.dtype, note: Not
             gbps=streamed / per_step / 1e9, ratios={o: times.ratio(everything, f"{o}, all") for o in others},
             figures={
                 SPEED: batch / per_step,
-                "first token ms": 1e3 * times.median(first),
+                FIRST: 1e3 * times.median(first),
                 "of the bandwidth limit": streamed / per_step / limit,
+                OF_BEST: streamed / per_step / best,
             },
             **times.in_ms(everything),
         )  # fmt: skip
 
 
-def some_prompts(base: Base, batch: int, device: torch.device) -> Tensor:
+def prompt_rows(options: Options, base: Base, dtype: torch.dtype, note: Note) -> Iterator[Row]:
+    """The first token behind a long prompt."""
+    model = random_base(base.config, dtype, options.device)
+    prompts = some_prompts(base, 1, base.long_prompt, options.device)
+    use_huge_pages(model)
+    calls: dict[str, Callable[[], object]] = {}
+    for generator in usable(options, 1, dtype, note):
+        run, _ = generator.build(model if generator.quantise is None else generator.base_of(model))
+        calls[generator.name] = partial(run, prompts, 1)
+    if not calls:
+        return
+    times = measure(calls, options.seconds if options.smoke else 4 * options.seconds, Clock(options.device))
+    for name in calls:
+        yield Row(
+            "generate", base.name, {"batch": 1, "prompt": base.long_prompt, "new_tokens": 1},
+            mode_of_prompt(base), name_of(dtype), name,
+            ratios={o: times.ratio(name, o) for o in (ADAPTED, ALONE, PEFT) if o != name and o in calls},
+            figures={FIRST: 1e3 * times.median(name)}, **times.in_ms(name),
+        )  # fmt: skip
+
+
+def mode_of_prompt(base: Base) -> str:
+    return f"first token of {base.long_prompt}"
+
+
+def some_prompts(base: Base, batch: int, length: int, device: torch.device) -> Tensor:
     random = torch.Generator().manual_seed(0)
-    return torch.randint(3, base.config.vocab_size, (batch, base.prompt), generator=random).to(device)
+    return torch.randint(3, base.config.vocab_size, (batch, length), generator=random).to(device)
 
 
 def bytes_per_token(model: Llama, batch: int, seqlen: int) -> int:
@@ -256,31 +328,108 @@ def bytes_per_token(model: Llama, batch: int, seqlen: int) -> int:
 
 def profiled(options: Options) -> tuple[str, Callable[[], object], int]:
     """Generating with this project's adapter."""
-    base = SMOKE if options.smoke else BASES[options.device.type]
+    base = bases_of(options)[0]
     model = random_base(base.config, options.dtypes[0], options.device)
     run, _ = with_our_adapter(model)
     streamed = base.new * bytes_per_token(model, 1, base.prompt + base.new // 2)
     title = f"{base.name}, {base.prompt} + {base.new} tokens"
-    return title, partial(run, some_prompts(base, 1, options.device), base.new), streamed
+    return title, partial(run, some_prompts(base, 1, base.prompt, options.device), base.new), streamed
 
 
 def rows_by(provider: str) -> Select:
     return lambda row: (row.suite, row.provider) == ("generate", provider)
 
 
+def speed_ratio(other: str, rate: Callable[[Row], float]) -> Figure:
+    """A row's rate over that of another provider of the same setting."""
+
+    def ratio(row: Row, rows: Sequence[Row]) -> float | None:
+        for found in rows:
+            if found.setting == row.setting and found.provider == other:
+                return rate(row) / rate(found)
+        return None
+
+    return ratio
+
+
+def decoded(provider: str, base: str, batches: tuple[int, ...], *dtypes: str) -> Select:
+    """A provider's rows of decoded tokens."""
+    return lambda row: (
+        (row.suite, row.provider, row.shape) == ("generate", provider, base)
+        and row.dtype in dtypes
+        and SPEED in row.figures
+        and row.sizes["batch"] in batches
+    )
+
+
+def long_prompt(provider: str, dtype: str) -> Select:
+    return lambda row: (
+        (row.suite, row.provider, row.dtype) == ("generate", provider, dtype) and SPEED not in row.figures
+    )
+
+
+def decodes_over(other: str, provider: str, base: str, batch: int, dtype: str, bound: float) -> Target:
+    what = f"{provider}, {base}, {dtype}, B {batch}: tokens/s over {other}'s"
+    return Target(
+        what,
+        decoded(provider, base, (batch,), dtype),
+        speed_ratio(other, lambda row: row.figures[SPEED]),
+        bound,
+    )
+
+
+def reads_over(other: str, provider: str, dtype: str, bound: float) -> Target:
+    what = f"{provider}, {dtype}: a prompt's tokens/s over {other}'s"
+    return Target(
+        what, long_prompt(provider, dtype), speed_ratio(other, lambda row: 1 / row.figures[FIRST]), bound
+    )
+
+
+def share_of_read(base: str, bound: float) -> Target:
+    select = decoded(ADAPTED, base, (1,), "float32", "bfloat16")
+    what = f"{ADAPTED}, {base}, B 1: bytes per second over the best plain read's"
+    return Target(what, select, lambda row, rows: row.figures.get(OF_BEST), bound)
+
+
+BF16 = "bfloat16"
+CPU_TARGETS = (
+    share_of_read(BILLION, 0.85),
+    share_of_read(SMALL, 0.75),
+    decodes_over(LLAMA_CPP, ADAPTED, SMALL, 1, "float32", 1.0),
+    decodes_over(LLAMA_CPP, ADAPTED, SMALL, 1, BF16, 1.1),
+    decodes_over(LLAMA_CPP_Q8, INT8, SMALL, 1, BF16, 1.4),
+    decodes_over(LLAMA_CPP_Q4, INT4, SMALL, 1, BF16, 1.6),
+    decodes_over(LLAMA_CPP, ADAPTED, BILLION, 1, BF16, 1.0),
+    decodes_over(LLAMA_CPP_Q4, INT4, BILLION, 1, BF16, 1.0),
+    decodes_over(LLAMA_CPP, ADAPTED, BILLION, 4, BF16, 1.3),
+    decodes_over(LLAMA_CPP_Q4, INT4, BILLION, 4, BF16, 1.3),
+    decodes_over(ADAPTED, INT8, BILLION, 1, BF16, 1.8),
+    decodes_over(ADAPTED, INT4, BILLION, 1, BF16, 2.7),
+    decodes_over(BASE_ALONE, ADAPTED, SMALL, 1, BF16, 3.5),
+    decodes_over(BASE_ALONE, ADAPTED, SMALL, 4, BF16, 2.5),
+    decodes_over(BASE_ALONE, ADAPTED, SMALL, 4, "float32", 3.0),
+    decodes_over(ALONE, ADAPTED, SMALL, 1, BF16, 1 / 1.02),
+    decodes_over(ADAPTED, EACH, SMALL, 16, BF16, 1 / 1.03),
+    reads_over(LLAMA_CPP, ADAPTED, BF16, 2.3),
+    reads_over(LLAMA_CPP, ADAPTED, "float32", 1.2),
+    reads_over(LLAMA_CPP_Q4, INT4, BF16, 1.5),
+)
 COMPARISONS = (
     Comparison("generate", "PEFT's adaption prompt", rows_by(ADAPTED), speed_over(PEFT), 5),
     Comparison("generate", "litgpt's adapter", rows_by(LITGPT), speed_of(ADAPTED), 6),
     Comparison("generate", "transformers, no adapter", rows_by(BASE_ALONE), speed_of(ADAPTED)),
     Comparison("PEFT accelerated, generate", "PEFT", rows_by(ACCELERATED), speed_over(PEFT)),
 )
+# from plain weights; the targets compare packed ones
+BESIDE_LLAMA_CPP = Comparison("generate", "llama.cpp, no adapter", rows_by(LLAMA_CPP), speed_of(ADAPTED), 7)
 SUITES = (
     Suite(
         "generate",
         "Greedy generation. The bandwidth limit is one read of all weights and the cache per token, at the rate at "
-        "which this machine reads (a GPU: copies) the weights in the same rounds.",
+        "which this machine reads (a GPU: copies) the weights in the same rounds: in the median, or at best.",
         jobs,
-        comparisons={"cpu": COMPARISONS, "cuda": COMPARISONS},
+        targets={"cpu": CPU_TARGETS},
+        comparisons={"cpu": (*COMPARISONS, BESIDE_LLAMA_CPP), "cuda": COMPARISONS},
         charts=(Chart(SPEED, "Generation is {} times as fast as with PEFT", ADAPTED, PEFT),),
         profiled=profiled,
     ),

@@ -98,10 +98,10 @@ def test_the_summary_names_the_fastest_other_over_all_shapes(tmp_path):
     assert "the fastest other" not in readme
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_readme_has_six_rows(device):
-    rows = comparisons_of(device, in_readme=True)
-    assert [c.readme_row for c in rows] == [1, 2, 3, 4, 5, 6]
+@pytest.mark.parametrize("device, rows", [("cpu", 7), ("cuda", 6)])
+def test_the_readme_has_few_rows(device, rows):
+    found = comparisons_of(device, in_readme=True)
+    assert [c.readme_row for c in found] == list(range(1, rows + 1))
 
 
 @pytest.mark.parametrize(

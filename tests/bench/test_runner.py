@@ -378,6 +378,14 @@ def test_every_target_of_a_cpu_has_its_rows():
             (serve.MANY, serve.STEP, serve.ONE), (serve.ENGINE, serve.CLIENTS, serve.LOOP),
         )
     ]  # fmt: skip
+    rows += [
+        row(generator.name, suite="generate", shape=base.name, mode=mode, dtype=dtype, sizes={"batch": batch},
+            figures={generate.SPEED: 1.0, generate.OF_BEST: 1.0} if batch else {generate.FIRST: 1.0})
+        for base in generate.BASES["cpu"]
+        for batch, mode in (*((b, f"B {b}") for b in base.batches), (0, generate.mode_of_prompt(base)))
+        for dtype in dtypes
+        for generator in generate.GENERATORS
+    ]  # fmt: skip
     found = [len(judged(target, rows).figures) for target in targets.TARGETS]
     assert found == [6, 6, 3, 3] + 6 * [3] + 2 * [6] + 4 * [3] + 4 * [1] + [3, 3, 6, 6, 4, 4]
     assert all(judged(target, rows).figures for target in runner.targets_of("cpu"))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from zinit_kernels import operators
 from zinit_kernels.packed import NATIVE, Packed, PackedEmbedding, PackedLinear
 
-from .decoding import MOST_TOKENS, Decoder, Prompts
+from .decoding import Decoder, Prompts
+from .layer_weights import MOST_TOKENS
 from .llama import Adapter, KVCache, Llama
 
 _KEEP, _DECODE, _DROP = (

@@ -29,7 +29,9 @@ from zinit_kernels import (
 )
 
 from .config import LlamaConfig
-from .decoding import Decoder, decode
+from .decoding import decode
+from .device_layers import decode as decode_on_device
+from .layer_weights import LayerWeights
 from .layers import RMSNorm, Rotary, SwiGLU, prepend, rotary_table
 
 
@@ -70,7 +72,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.cos, self.sin = rotary_table(config, torch.arange(capacity, device=device))
         # of the model that last decoded with this cache
-        self.decoder: tuple[nn.Module, Decoder] | None = None
+        self.decoder: tuple[nn.Module, LayerWeights] | None = None
 
     def select(self, sequences: list[int]) -> KVCache:
         """A cache of these sequences only."""
@@ -295,6 +297,8 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         if isinstance(cache, KVCache) and cu_seqlens is None:
             hidden = decode(self, x, adapter, cache)
+            if hidden is None:
+                hidden = decode_on_device(self, x, adapter, layout)
             if hidden is not None:
                 cache.lengths += tokens.shape[1]
                 return hidden

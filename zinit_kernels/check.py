@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from . import __version__, dispatch, explain, proof
-from .backends import extension, fused
+from .backends import extension, few_rows, fused
 from .console import InputError, Parser, is_out_of_memory, run
 from .testing import CacheCase, Case, check_cache_case, check_case, make_cache_arguments, make_inputs
 
@@ -107,6 +107,8 @@ def gpus() -> list[torch.device]:
 
 def why_not_tried(subject: proof.Subject, device: torch.device) -> str:
     """The reason why a backend cannot run what its family is tried on; '' if it can."""
+    if subject.family == proof.FEW_ROWS:
+        return few_rows.why_not(device, subject.dtype)
     for call in proof.calls(subject, device):
         with torch.no_grad():
             if reason := dispatch.why_not(subject.backend, call, True):
@@ -122,7 +124,7 @@ def trials(
         for family in families:
             said = None
             for dtype in dtypes:
-                for head_dim in head_dims:
+                for head_dim in (None,) if family == proof.FEW_ROWS else head_dims:
                     subject = proof.Subject(family, dtype, head_dim)
                     if reason := why_not_tried(subject, device):
                         if reason != said:

@@ -81,7 +81,7 @@ def tune(device: torch.device, dtypes: Sequence[torch.dtype], head_dims: Sequenc
                 found = dict(times(shape_class, device))
                 measured = {name: time for name, time in found.items() if isinstance(time, float)}
                 if measured:
-                    proof.keep_times(shape_class, device, measured)
+                    proof.keep_times(shape_class.key, device, measured)
                 form = _FORM[shape_class.stage]
                 order = proof.fastest_first(measured, dispatch.CUDA_ORDER[form], dispatch.IF_FASTER[form])
                 listed = ", ".join(

@@ -119,6 +119,7 @@ ELEMENTWISE = {
     "lg2": lambda s, a: np.log2(a),
     "rcp": lambda s, a: (1 / a).astype(np.float32),
     "sqrt": lambda s, a: np.sqrt(a),
+    "rsqrt": lambda s, a: (1 / np.sqrt(a)).astype(np.float32),
     "tanh": lambda s, a: np.tanh(a),
     "copysign": lambda s, a, b: np.copysign(b, a),
     "shl": lambda s, a, b: _shift(a, b, np.left_shift),

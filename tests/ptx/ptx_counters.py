@@ -13,8 +13,9 @@ import numpy as np
 SECTOR, BANKS = 32, 32  # bytes that global memory hands over at least; banks of 4 bytes
 PIPES = {
     "mma": "tensor", "wgmma": "tensor", "ex2": "special", "lg2": "special", "rcp": "special", "sqrt": "special",
-    "tanh": "special", "ld": "memory", "st": "memory", "cp": "memory", "ldmatrix": "memory", "stmatrix": "memory",
-    "shfl": "memory", "bra": "control", "ret": "control", "bar": "control", "fence": "control", "mov": "move",
+    "rsqrt": "special", "tanh": "special", "ld": "memory", "st": "memory", "cp": "memory", "ldmatrix": "memory",
+    "stmatrix": "memory", "shfl": "memory", "bra": "control", "ret": "control", "bar": "control", "fence": "control",
+    "mov": "move",
 }  # fmt: skip
 
 

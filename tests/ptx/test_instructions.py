@@ -91,6 +91,7 @@ ONE_VALUE = {  # instruction on %a and %b, what they hold, what it gives
     "max.f32 %o0, %a, %b": (0x7FC00000, 0x3F800000, 0x3F800000),  # NaN and 1
     "ex2.approx.ftz.f32 %o0, %a": (0xC3000000, 0, 0),  # 2^-128 is flushed
     "ex2.approx.f32 %o0, %a": (0x40400000, 0, 0x41000000),  # 8
+    "rsqrt.approx.ftz.f32 %o0, %a": (0x40800000, 0, 0x3F000000),  # 1 / 2
     "fma.rn.f32 %o0, %a, %a, %b": (0x3F800003, 0xBF800000, 0x35400002),  # (1 + 3 e)^2 - 1 = 6 e + 9 e^2, rounded once
     "add.bf16x2 %o0, %a, %b": (0x3F804000, 0x3F803F80, 0x40004040),  # (1, 2) + (1, 1)
     "mul.f16x2 %o0, %a, %b": (0x3C004000, 0x40004000, 0x40004400),

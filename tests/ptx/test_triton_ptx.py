@@ -5,6 +5,7 @@ on a GPU.
 """
 
 import importlib.util
+import itertools
 import os
 import re
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from ptx_memory import Fault
 
-from zinit_kernels import dispatch
+from zinit_kernels import dispatch, proof
+from zinit_kernels.proof import trial
 from zinit_kernels.testing import (
     CACHE_CASES,
     CASES,
@@ -71,6 +73,18 @@ def test_the_prompts_of_hybrid(chip, arch):
     launches = chip(arch)
     check(TRAINING, torch.bfloat16, "hybrid")
     assert launches.launched == HYBRID_KERNELS
+
+
+@pytest.mark.parametrize(
+    "arch, dtype",
+    itertools.product(WHOLE_LIST_OF, HALVES) if WHOLE_LIST_OF else zip(CHIPS, HALVES, strict=True),
+)
+def test_linear_layers_of_a_few_rows(chip, dtype, arch, monkeypatch):
+    """By their trial: odd and even sizes, 1, 3 and 17 rows, NaN around every tensor."""
+    launches = chip(arch)
+    monkeypatch.setattr(trial, "SEEDS", (0,))
+    trial.run(proof.Subject(proof.FEW_ROWS, dtype, None), torch.device("cpu"))
+    assert launches.launched == ["zinit_few_rows_kernel"] * 9
 
 
 if WHOLE_LIST_OF:

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from zinit_kernels.backends import triton as backend
 from zinit_kernels.backends.hybrid import run as hybrid_run
-from zinit_kernels.backends.triton import launch, prompt_launch
+from zinit_kernels.backends.triton import few_rows_launch, launch, prompt_launch
 
 PROCESSORS = 8  # as many as Triton's own interpreter is told
 
@@ -95,7 +95,8 @@ def install(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
     )
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    for module in (launch, prompt_launch):
+    for module in (launch, prompt_launch, few_rows_launch):
         monkeypatch.setattr(module, "arch_of", lambda tensor: chip.arch)
-    monkeypatch.setattr(launch, "num_processors", lambda tensor: PROCESSORS)
+    for module in (launch, few_rows_launch):
+        monkeypatch.setattr(module, "num_processors", lambda tensor: PROCESSORS)
     monkeypatch.setattr(backend, "_why_not_here", lambda call: "")

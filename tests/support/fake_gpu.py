@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zinit_kernels import dispatch, proof
-from zinit_kernels.backends import reference
+from zinit_kernels.backends import few_rows, reference
 from zinit_kernels.proof import chip, trial
 
 CHIP = {"chip": "Imagined H200", "capability": "9.0", "driver": "580.1", "torch": "2.13", "build": "abc"}
@@ -45,12 +45,24 @@ class Room:
         call.out.add_(self._spoilt(reference.attention(call.attention()), call)[0])
 
 
+class FewRows:
+    """Stands for the kernel of `few_rows`, as a `Room` does for those of attention."""
+
+    def __init__(self):
+        self.products, self.error, self.refused = [], 0.0, ""
+
+    def launched(self, product):
+        self.products.append(product)
+        return tuple(one + self.error for one in few_rows.composed(product))
+
+
 class Gpu:
     """The imagined machine: what the proof asks of it, and its rooms."""
 
     def __init__(self):
         self.facts, self.capturing, self.broken = dict(CHIP), False, False
         self.triton, self.cuda, self.hybrid = Room(), Room(), Room()
+        self.few_rows = FewRows()
 
     def synchronize(self, device):
         if self.broken:
@@ -81,6 +93,8 @@ def gpu(monkeypatch, tmp_path):
     for name in ("triton", "cuda", "hybrid"):
         monkeypatch.setitem(dispatch.BACKENDS, name, getattr(machine, name))
         monkeypatch.setitem(trial.ROOMS, name, getattr(machine, name))
+    monkeypatch.setattr(few_rows, "why_not", lambda device, dtype: machine.few_rows.refused)
+    monkeypatch.setattr(few_rows, "launched", machine.few_rows.launched)
     machine.new_process()
     yield machine
     machine.new_process()

@@ -43,7 +43,11 @@ def why_not(call: AnyCall) -> str:
 
 def why_not_on_gpu(call: AnyCall) -> str:
     """The reason why the tensors are on no chip that the kernels for GPUs are written for."""
-    device = call.query.device
+    return why_not_on_chip(call.query.device)
+
+
+def why_not_on_chip(device: torch.device) -> str:
+    """The reason why a device is no chip that the kernels for GPUs are written for."""
     if device.type != "cuda":
         return f"the tensors are on {device}"
     return _why_not_chip(device.index)

@@ -31,12 +31,13 @@ from ..call import AnyCall
 from ..values import has_values
 from . import calls as small_calls
 from . import chip, store
-from .families import FAMILIES, Subject, needed
+from .families import FAMILIES, FEW_ROWS, Subject, needed
 from .shape_classes import ShapeClass, class_of, classes, timed_arguments
 from .store import Busy, Store, Verdict, folder
 
 __all__ = [
     "FAMILIES",
+    "FEW_ROWS",
     "MAX_HEAD_DIM",
     "Busy",
     "ShapeClass",
@@ -86,6 +87,11 @@ def why_not(backend: str, call: AnyCall) -> str:
             return reason
     _taken.add(known)
     return ""
+
+
+def why_not_few_rows(device: torch.device, dtype: torch.dtype) -> str:
+    """`why_not` of the linear layers of a decoding step, which no call of attention asks for."""
+    return _answer(Subject(FEW_ROWS, dtype, None), device)
 
 
 def is_settled(backend: str, call: AnyCall) -> bool:
@@ -163,11 +169,17 @@ def describe_time(backend: str, call: AnyCall) -> str:
     return f"{milliseconds[backend]:.3g} ms in zinit tune" if backend in milliseconds else ""
 
 
-def keep_times(shape_class: ShapeClass, device: torch.device, milliseconds: Mapping[str, float]) -> None:
-    """Keeps what `zinit tune` has measured; calls from now on follow it. Raises `store.Busy`."""
+def keep_times(shape_class: str, device: torch.device, milliseconds: Mapping[str, float]) -> None:
+    """Keeps what was measured of a class, under its key; calls from now on follow it. Raises `store.Busy`."""
     with _lock:
-        _store_of(device).keep_times(shape_class.key, milliseconds)
+        _store_of(device).keep_times(shape_class, milliseconds)
         _forget_taken()
+
+
+def times_of(shape_class: str, device: torch.device) -> Mapping[str, float]:
+    """Backend -> milliseconds, of a class by its key; empty where nothing was measured."""
+    with _lock:
+        return _store_of(device).times.get(shape_class, {})
 
 
 def _times_of(call: AnyCall) -> Mapping[str, float]:
@@ -212,9 +224,11 @@ def prove(subject: Subject, device: torch.device) -> Verdict | None:
 
 
 def calls(subject: Subject, device: torch.device) -> list[AnyCall]:
-    """What a family is tried on, on a device."""
+    """What a family is tried on, on a device; none for `FEW_ROWS`, which takes no calls."""
     from . import trial
 
+    if subject.head_dim is None:
+        return []
     made = small_calls.calls(subject.family, subject.dtype, subject.head_dim, 0)
     return [trial.converted(call, None, device) for call in made]
 
@@ -289,8 +303,8 @@ def _answer(subject: Subject, device: torch.device, why_not_now: str = "") -> st
             _answers[key] = f"{subject.family} failed its trial on this chip: {verdict.said}"
             _warn(
                 f"zinit_kernels: the kernels {subject} failed their trial on {kept.facts.get('chip', device)} "
-                f"({verdict.date}): {verdict.said}. backend='auto' leaves them out and takes PyTorch's attention where "
-                f"nothing else is proven. {_REPORT}; ZINIT_PROOF=force tries them again"
+                f"({verdict.date}): {verdict.said}. backend='auto' leaves them out and takes PyTorch's "
+                f"{_instead(subject)} where nothing else is proven. {_REPORT}; ZINIT_PROOF=force tries them again"
             )
         return _answers[key]
 
@@ -304,10 +318,14 @@ def _why_not_now(subject: Subject, device: torch.device) -> str:
     if chip.is_capturing(device):
         _warn(
             f"zinit_kernels: a CUDA graph is captured, and {subject} was not tried on this chip yet: the graph holds "
-            "PyTorch's attention. Make the call once before the capture, or run `zinit check --gpu`"
+            f"PyTorch's {_instead(subject)}. Make the call once before the capture, or run `zinit check --gpu`"
         )
         return "a CUDA graph is being captured; make the call once before the capture"
     return ""
+
+
+def _instead(subject: Subject) -> str:
+    return "linear layers" if subject.family == FEW_ROWS else "attention"
 
 
 def _read_while_compiling(families: tuple[str, ...], device: str, dtype: str, head_dim: int) -> str:

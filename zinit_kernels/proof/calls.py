@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.few_rows import Product
 from ..call import AnyCall, CacheCall, Call, PromptCall
 
 _NAN = float("nan")
@@ -28,6 +29,28 @@ def calls(family: str, dtype: torch.dtype, head_dim: int, seed: int) -> list[Any
         return [*_attention_calls(*given), *_decode_calls(*given, chunk=21)[-1:]]
     assert family == "cuda.prompt", family
     return _prompt_calls(*given)
+
+
+def products(dtype: torch.dtype, seed: int) -> list[Product]:
+    """What the linear layers of a decoding step are tried on: norm and three weights, norm and SwiGLU, and a residual;
+    whole tiles and sizes that are no multiple of one, both sizes of a tile of rows, and one row alone."""
+    random = torch.Generator(device="cpu").manual_seed(seed)
+    found = []
+    for num_rows, columns, sizes in (
+        (1, 1280, (32, 16, 16)),
+        (3, 203, (71, 37, 33)),
+        (17, 330, (20, 34, 16)),
+    ):
+        x = _normal(random, dtype, num_rows, columns) * 2
+        norm = 1 + 0.2 * _normal(random, dtype, columns)
+        weights = tuple(_normal(random, dtype, size, columns) * columns**-0.5 for size in (*sizes, sizes[0]))
+        residual = _normal(random, dtype, num_rows, sizes[0])
+        found += [
+            Product(x, weights[:3], norm, 0.3),
+            Product(x, (weights[0], weights[3]), norm, 0.3, gated=True),
+            Product(x, weights[:1], residual=residual),
+        ]
+    return found
 
 
 def _normal(random: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -74,6 +74,20 @@ def milliseconds(device: torch.device, run: Callable[[], object]) -> float:
     return max(sorted(found)[len(found) // 2], 1e-4)
 
 
+def repeatable(device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
+    """A call as a CUDA graph, whose time is the kernels' alone; the call itself where it cannot be captured."""
+    with torch.cuda.device(device):
+        run()  # kernels are compiled and memory is found outside of the capture
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                run()
+        except RuntimeError:
+            return run
+    return graph.replay
+
+
 def _driver() -> str:
     """The version of the kernel module where it says so, and of the CUDA that the driver knows."""
     try:

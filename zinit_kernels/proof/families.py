@@ -13,20 +13,24 @@ from ..backends import fused
 from ..backends.cuda import MAX_DECODE_TOKENS
 from ..call import AnyCall, CacheCall, PromptCall
 
+FEW_ROWS = "triton.few_rows"  # linear layers of a decoding step: no call of attention needs them
 # backend -> its families
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "triton": ("triton.forward", "triton.backward", "triton.decode"),
+    "triton": ("triton.forward", "triton.backward", "triton.decode", FEW_ROWS),
     "cuda": ("cuda.decode", "cuda.prefill", "cuda.prompt"),
     "hybrid": ("hybrid.forward", "hybrid.backward"),
 }
 
 
 class Subject(NamedTuple):
-    """What a verdict is about: a family at one dtype and head dimension, which its kernels are compiled for."""
+    """What a verdict is about: a family at one dtype and head dimension, which its kernels are compiled for.
+
+    head_dim None: of `FEW_ROWS`, whose kernel knows no heads.
+    """
 
     family: str
     dtype: torch.dtype
-    head_dim: int
+    head_dim: int | None
 
     @property
     def backend(self) -> str:
@@ -35,10 +39,12 @@ class Subject(NamedTuple):
     @property
     def key(self) -> str:
         """Its name in the file of verdicts."""
-        return f"{self.family} {str(self.dtype).removeprefix('torch.')} {self.head_dim}"
+        head_dim = "" if self.head_dim is None else f" {self.head_dim}"
+        return f"{self.family} {str(self.dtype).removeprefix('torch.')}{head_dim}"
 
     def __str__(self) -> str:
-        return f"{self.family} ({str(self.dtype).removeprefix('torch.')}, head_dim {self.head_dim})"
+        head_dim = "" if self.head_dim is None else f", head_dim {self.head_dim}"
+        return f"{self.family} ({str(self.dtype).removeprefix('torch.')}{head_dim})"
 
 
 def needed(backend: str, call: AnyCall) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import cuda, hybrid, reference, triton
+from ..backends import cuda, few_rows, hybrid, reference, triton
 from ..call import CALL, AnyCall, CacheCall, Call, PromptCall
 from ..testing.magnitude import magnitudes
 from ..testing.tolerance import assert_within_eager_error
-from .calls import calls
+from .calls import calls, products
 from .families import Subject
 
 SEEDS = (0, 1)
@@ -26,6 +26,11 @@ _T = TypeVar("_T", bound=AnyCall)
 
 def run(subject: Subject, device: torch.device) -> None:
     """Raises AssertionError where a result is wrong, and whatever the launch of a kernel raises."""
+    if subject.head_dim is None:
+        for seed in SEEDS:
+            for number, product in enumerate(products(subject.dtype, seed)):
+                _try_few_rows(product, subject.dtype, device, f"product {number}, seed {seed}: ")
+        return
     room = ROOMS[subject.backend]
     for seed in SEEDS:
         for number, call in enumerate(calls(subject.family, subject.dtype, subject.head_dim, seed)):
@@ -148,3 +153,21 @@ def _try_prompts(room: Any, call: PromptCall, dtype: torch.dtype, device: torch.
         eager.out.add_(reference.attention(eager.attention(), compute_dtype=dtype)[0])
         oracle.out.add_(reference.attention(oracle.attention())[0])
     assert_within_eager_error(f"{where}out", actual.out.cpu(), eager.out, oracle.out, dtype)
+
+
+def _try_few_rows(product: few_rows.Product, dtype: torch.dtype, device: torch.device, where: str) -> None:
+    """One launch; NaN lies before and behind each tensor that it reads."""
+    with torch.no_grad():
+        actual = few_rows.launched(product.mapped(lambda tensor: _between_nan(tensor, device)))
+        eager = few_rows.composed(product)
+        oracle = few_rows.composed(product.mapped(Tensor.double))
+    for number, (ours, near, exact) in enumerate(zip(actual, eager, oracle, strict=True)):
+        assert_within_eager_error(f"{where}out {number}", ours.cpu(), near, exact, dtype)
+
+
+def _between_nan(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device. It starts at a multiple of 256 bytes, and NaN fills the 4 KB or more around it."""
+    room = 4096
+    memory = torch.full((tensor.numel() + 2 * room,), float("nan"), dtype=tensor.dtype, device=device)
+    memory[room : room + tensor.numel()] = tensor.flatten()
+    return memory[room : room + tensor.numel()].view(tensor.shape)

@@ -155,7 +155,8 @@ class _Drafts(_Steps):
     ):
         super().__init__(model, adapter, cache, hidden)
         self.lookup = Lookup(prompt, length)
-        # the draft's tokens, and what `read` returns behind each
+        self.drafted = 0  # tokens of the last draft
+        # those that are not yet asked for, and what `read` returns behind each
         self.ahead: list[tuple[int, Callable[[], tuple[Tensor, Tensor | None]]]] = []
 
     def read(self, tokens: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +165,9 @@ class _Drafts(_Steps):
         if self.ahead and self.ahead[0][0] == token:
             self.cache.lengths += 1
             return self.ahead.pop(0)[1]()
+        self.lookup.judge(self.drafted, self.drafted - len(self.ahead))
         draft = self.lookup.draft()[: most - 1]
+        self.drafted = len(draft)
         read = self._read_all(torch.tensor([[token, *draft]], device=self.model.device))
         # what lies behind the cache's length is written again, unless the draft turns out right
         self.cache.lengths -= len(draft)

@@ -20,13 +20,24 @@ from model.sampling import generate
 
 def test_a_draft_is_what_followed_the_longest_run_last():
     lookup = Lookup([1, 2, 3, 9, 2, 3, 7, 8, 5, 2, 3], 3)
-    assert lookup.draft() == [7, 8, 5]  # the last "2, 3"; "5, 2, 3" is new
+    assert lookup.draft() == [7, 8]  # the last "2, 3"; "5, 2, 3" is new
     lookup.append(9)
-    assert lookup.draft() == [2, 3, 7]  # "2, 3, 9" was before
+    assert lookup.draft() == [2, 3]  # "2, 3, 9" was before
     lookup.append(4)
     assert lookup.draft() == []
     assert Lookup([6, 6, 6], 5).draft() == [6]
     assert Lookup([], 5).draft() == Lookup([1], 5).draft() == []
+
+
+def test_a_draft_is_about_as_long_as_the_last_one_was_right():
+    lookup = Lookup([*range(3, 40), 3], 12)
+    assert lookup.draft() == [4, 5]
+    for kept, following in ((2, 4), (4, 8), (8, 12), (12, 12), (5, 6), (0, 3), (0, 1), (0, 1), (1, 2)):
+        lookup.judge(len(lookup.draft()), kept)
+        assert len(lookup.draft()) == following
+    lookup.judge(0, 0)  # a token without a draft says nothing
+    assert len(lookup.draft()) == 2
+    assert len(Lookup([*range(3, 40), 3], 1).draft()) == 1
 
 
 @pytest.mark.native

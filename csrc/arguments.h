@@ -8,36 +8,47 @@
 
 namespace zinit {
 
+// The prompts and gates of all rows of the table.
+inline void set_prompt_table(AttentionParams& w, const Device& device, Layout layout, const Tensor& key,
+                             const Tensor& value, const Tensor& gate) {
+  w.prompt_key = device.view(key, "prompt_key", layout);
+  w.prompt_value = device.view(value, "prompt_value", layout);
+  const int64_t N = key.size(0), P = key.size(token_dimension(layout)), Hkv = w.num_heads_kv;
+  const bool head_major = layout == Layout::kHeadMajor;
+  const std::initializer_list<int64_t> shape = {N, head_major ? Hkv : P, head_major ? P : Hkv, w.head_dim};
+  check_shape(key, "prompt_key", shape);
+  check_shape(value, "prompt_value", shape);
+  w.prompt_rows = N, w.prompt_length = P;
+  ZINIT_CHECK(P <= 128, "prompt_key must hold at most 128 prompts, got ", P);
+  ZINIT_CHECK(w.prompt_key.dtype == w.prompt_value.dtype,
+              "prompt_key and prompt_value must have one dtype, got ", key.scalar_type(), " and ",
+              value.scalar_type());
+  const bool has_rows = gate.dim() == 2;
+  w.gate_rows = has_rows ? gate.size(0) : 1;
+  const Array<const float> gates =
+      has_rows ? device.array<float>(gate, "gate", ScalarType::Float, {w.gate_rows, w.num_heads_q})
+               : device.array<float>(gate, "gate", ScalarType::Float, {w.num_heads_q});
+  w.gate = gates.data;
+  ZINIT_CHECK(w.gate_rows == 1 || w.gate_rows == N, "gate must have 1 row or one per prompt table row (", N,
+              "), got ", w.gate_rows);
+}
+
+// Whether each sequence has a row of the table, or there is one for all.
+inline void check_prompt_rows(const AttentionParams& w) {
+  ZINIT_CHECK(w.prompt_index.given || w.prompt_rows == 1 || w.prompt_rows == w.num_sequences,
+              "prompt_key must have 1 row or one per sequence (", w.num_sequences,
+              ") where no prompt_index is given, got ", w.prompt_rows);
+}
+
 inline void set_prompt(AttentionParams& w, const Device& device, Layout layout, const OptionalTensor& key,
                        const OptionalTensor& value, const OptionalTensor& gate, const OptionalTensor& index) {
   ZINIT_CHECK(key.has_value() == value.has_value() && key.has_value() == gate.has_value(),
               "prompt_key, prompt_value and gate must be given together or not at all");
   ZINIT_CHECK(key.has_value() || !index.has_value(), "prompt_index needs prompt_key");
   if (!key.has_value()) return;
-  w.prompt_key = device.view(*key, "prompt_key", layout);
-  w.prompt_value = device.view(*value, "prompt_value", layout);
-  const int64_t N = key->size(0), P = key->size(token_dimension(layout)), Hkv = w.num_heads_kv;
-  const bool head_major = layout == Layout::kHeadMajor;
-  const std::initializer_list<int64_t> shape = {N, head_major ? Hkv : P, head_major ? P : Hkv, w.head_dim};
-  check_shape(*key, "prompt_key", shape);
-  check_shape(*value, "prompt_value", shape);
-  w.prompt_rows = N, w.prompt_length = P;
-  ZINIT_CHECK(P <= 128, "prompt_key must hold at most 128 prompts, got ", P);
-  ZINIT_CHECK(w.prompt_key.dtype == w.prompt_value.dtype,
-              "prompt_key and prompt_value must have one dtype, got ", key->scalar_type(), " and ",
-              value->scalar_type());
-  const bool has_rows = gate->dim() == 2;
-  w.gate_rows = has_rows ? gate->size(0) : 1;
-  const Array<const float> gates =
-      has_rows ? device.array<float>(*gate, "gate", ScalarType::Float, {w.gate_rows, w.num_heads_q})
-               : device.array<float>(*gate, "gate", ScalarType::Float, {w.num_heads_q});
-  w.gate = gates.data;
-  ZINIT_CHECK(w.gate_rows == 1 || w.gate_rows == N, "gate must have 1 row or one per prompt table row (", N,
-              "), got ", w.gate_rows);
+  set_prompt_table(w, device, layout, *key, *value, *gate);
   w.prompt_index = device.array<int32_t>(index, "prompt_index", ScalarType::Int, {w.num_sequences});
-  ZINIT_CHECK(index.has_value() || N == 1 || N == w.num_sequences,
-              "prompt_key must have 1 row or one per sequence (", w.num_sequences,
-              ") where no prompt_index is given, got ", N);
+  check_prompt_rows(w);
 }
 
 inline Footprint footprint_of(const Tensor& tensor, const void* data) {

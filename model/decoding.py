@@ -68,9 +68,9 @@ class Decoder(LayerWeights):
         config = model.config
         return _DECODE(
             x, self.weights, self.schemes, self.norm, config.norm_eps, config.num_heads_q,
-            config.num_heads_kv, config.intermediate_size, cache.keys, cache.values, cache.lengths, cache.cos,
-            cache.sin, prompts.tensors, prompts.layers, prompts.index, config.head_dim**-0.5, config.window_left,
-            prompts.tanh,
+            config.num_heads_kv, config.intermediate_size, cache.keys, cache.values, cache.lengths,
+            cache.block_table, cache.cos, cache.sin, prompts.tensors, prompts.layers, prompts.index,
+            config.head_dim**-0.5, config.window_left, prompts.tanh,
         )  # fmt: skip
 
 

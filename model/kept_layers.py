@@ -17,7 +17,7 @@ from zinit_kernels.packed import NATIVE, Packed, PackedEmbedding, PackedLinear
 
 from .decoding import Decoder, Prompts
 from .layer_weights import MOST_TOKENS
-from .llama import Adapter, KVCache, Llama
+from .llama import Adapter, KVCache, Llama, PagedCache, PagedRows
 
 _KEEP, _DECODE, _DROP = (
     operators.operator(stage, "cpu") for stage in ("keep_layers", "decode_kept", "drop_layers")
@@ -25,17 +25,19 @@ _KEEP, _DECODE, _DROP = (
 
 
 class KeptLayers:
-    """A model, its adapter and the cache of one generation, as the kernels hold them. Nothing of them may change."""
+    """A model, the prompts of an adapter and a cache, as the kernels hold them. Nothing of them may change."""
 
-    def __init__(self, model: Llama, decoder: Decoder, prompts: Prompts, cache: KVCache):
+    def __init__(self, model: Llama, decoder: Decoder, prompts: Prompts, cache: KVCache | PagedCache):
         config = model.config
         embedding, head = (_weight(module) for module in (model.embed_tokens, model.head))
-        self._lengths = cache.lengths
+        self._decoder = decoder
+        self._ends = [(weight, weight.data_ptr()) for weight in _ends(model)]
+        self._cache, self._index = cache, prompts.index
         self._places = [(tensor, tensor.data_ptr()) for tensor in (embedding[0], decoder.norm, head[0])]
         self._number: int = _KEEP(
             decoder.weights, decoder.schemes, decoder.norm, config.norm_eps, config.num_heads_q, config.num_heads_kv,
             config.intermediate_size, cache.keys, cache.values, cache.cos, cache.sin, prompts.tensors, prompts.layers,
-            prompts.index, config.head_dim**-0.5, config.window_left, prompts.tanh, *embedding, *head,
+            config.head_dim**-0.5, config.window_left, prompts.tanh, *embedding, *head,
             config.vocab_size,
         )  # fmt: skip
         weakref.finalize(self, _DROP, self._number)
@@ -45,22 +47,47 @@ class KeptLayers:
         moves all weights, and frees what they had. Asking for every weight would take 0.9 ms."""
         return all(tensor.data_ptr() == address for tensor, address in self._places)
 
-    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def is_of(self, model: Llama, decoder: Decoder) -> bool:
+        """Whether the model has the weights that were kept. decoder: what `Decoder.of` says of it now."""
+        ends = zip(_ends(model), self._ends, strict=True)
+        return (
+            decoder is self._decoder
+            and self.is_in_place()
+            and all(weight is kept and weight.data_ptr() == address for weight, (kept, address) in ends)
+        )
+
+    def read(
+        self, tokens: Tensor, rows: PagedRows | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Reads the next tokens [B, T], at most 32 in all. Returns the logits [B * T, vocab_size] behind each, and the
-        first of each row's largest, int64 [B * T]: -1 where that is no finite number."""
-        logits, likeliest = _DECODE(self._number, tokens, self._lengths)
+        first of each row's largest, int64 [B * T]: -1 where that is no finite number.
+
+        rows, index: of a cache of pages, whose the tokens are, and each row's prompts, int32 [B].
+        """
+        if rows is None:
+            assert isinstance(self._cache, KVCache)
+            logits, likeliest = _DECODE(self._number, tokens, self._cache.lengths, None, self._index)
+        else:
+            logits, likeliest = _DECODE(self._number, tokens, rows.lengths, rows.block_table, index)
         return logits, likeliest
 
 
-def keep(model: Llama, adapter: Adapter | None, cache: KVCache) -> KeptLayers | None:
-    """The model of one generation; None where only calling it can tell what it computes: with hooks, on another device,
-    or with an adapter that does not promise the same prompts for every token (`keeps_prompts`)."""
+def keep(
+    model: Llama, adapter: Adapter | None, cache: KVCache | PagedCache, kept: KeptLayers | None = None
+) -> KeptLayers | None:
+    """The model, for one generation or for all sequences of a cache of pages; None where only calling it can tell what
+    it computes: with hooks, on another device, or with an adapter that does not promise the same prompts for every
+    token (`keeps_prompts`).
+
+    kept: what an earlier call with this cache and the tensors of this adapter returned. It is returned again while the
+    model has the weights that it had.
+    """
     if (
         not NATIVE
         or type(model) is not Llama
         or {"hidden_states", "logits"} & vars(model).keys()
         or model.device.type != "cpu"
-        or len(cache.lengths) > MOST_TOKENS
+        or (isinstance(cache, KVCache) and len(cache.lengths) > MOST_TOKENS)
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
@@ -72,6 +99,8 @@ def keep(model: Llama, adapter: Adapter | None, cache: KVCache) -> KeptLayers | 
     decoder = Decoder.of(model, cache)
     if not decoder.usable or decoder.is_hooked():
         return None
+    if kept is not None and kept.is_of(model, decoder):
+        return kept
     prompts = decoder.prompts(model, adapter)
     return None if prompts is None else KeptLayers(model, decoder, prompts, cache)
 
@@ -88,6 +117,11 @@ def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
         known = type(module) is nn.Linear and module.bias is None
     weight = module.weight
     return known and type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_contiguous()
+
+
+def _ends(model: Llama) -> tuple[Tensor, Tensor]:
+    """The weights of the embedding and the head."""
+    return model.embed_tokens.weight, model.head.weight
 
 
 def _weight(module: nn.Module) -> tuple[Tensor, int]:

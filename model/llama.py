@@ -85,6 +85,32 @@ class KVCache:
         return chosen
 
 
+class PagedCache:
+    """Keys and values of every layer in pages, for sequences of up to `positions` tokens. Whose a page is, the owner
+    knows.
+
+    The shape is [num_pages, page_size, Hkv, D]; in memory the heads of a page come first, as in `KVCache`.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        num_pages: int,
+        page_size: int,
+        positions: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (config.num_layers, num_pages, config.num_heads_kv, page_size, config.head_dim)
+        # what no token was written to is not read
+        self.keys, self.values = (
+            torch.empty(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2)
+        )
+        self.cos, self.sin = rotary_table(config, torch.arange(positions, device=device))  # [positions, D/2]
+        # of the model that last decoded with this cache
+        self.decoder: tuple[nn.Module, LayerWeights] | None = None
+
+
 class PagedRows:
     """The next tokens of some sequences whose keys and values lie in pages, as rows of W tokens each.
 
@@ -94,19 +120,26 @@ class PagedRows:
 
     def __init__(
         self,
-        keys: Tensor,
-        values: Tensor,
-        tables: tuple[Tensor, Tensor],
+        pages: PagedCache,
         lengths: Tensor,
         block_table: Tensor,
         slots: tuple[Tensor, Tensor] | None = None,
     ):
-        self.keys, self.values = keys, values  # [L, num_pages, page_size, Hkv, D]
-        self.cos, self.sin = tables  # [positions, D/2]
+        self.pages = pages
+        self.keys, self.values, self.cos, self.sin = pages.keys, pages.values, pages.cos, pages.sin
         self.lengths = lengths  # int32 [R]: tokens of each row's sequence before the row
         self.block_table = block_table  # int32 [R, max_pages]
         # (page, place in it) of each token, int64 [R, W]. None: no sequence has two rows, and the kernel writes them
         self.slots = slots
+
+    @property
+    def decoder(self) -> tuple[nn.Module, LayerWeights] | None:
+        """Of the model that last decoded with these pages."""
+        return self.pages.decoder
+
+    @decoder.setter
+    def decoder(self, decoder: tuple[nn.Module, LayerWeights]) -> None:
+        self.pages.decoder = decoder
 
 
 class Layout(NamedTuple):
@@ -295,9 +328,9 @@ class Llama(nn.Module):
         """
         layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
         x = self.embed_tokens(tokens)
-        if isinstance(cache, KVCache) and cu_seqlens is None:
+        if cache is not None and cu_seqlens is None:
             hidden = decode(self, x, adapter, cache)
-            if hidden is None:
+            if hidden is None and isinstance(cache, KVCache):
                 hidden = decode_on_device(self, x, adapter, layout)
             if hidden is not None:
                 cache.lengths += tokens.shape[1]

@@ -16,13 +16,16 @@ and, on the CPU alone, what decoding does around attention:
                                             packed by a scheme (`packed.py`); of up to 32 rows in one pass over it
     unpack -> out                           a packed weight's numbers, or those of some of its rows, in like's dtype
     decode_layers -> out                    out [B, T, C]: the next T tokens of B cached sequences through all layers
-                                            of a LLaMA and its last norm (`model/decoding.py`); writes the caches
+                                            of a LLaMA and its last norm (`model/decoding.py`); writes the caches,
+                                            [L, B, S, Hkv, D] or, with a block_table [B, columns], pages
+                                            [L, pages, page size, Hkv, D]; two rows may be of one sequence
     choose -> tokens                        int64 [B], one for each row of logits, -1 where the largest is no finite
                                             number: the likeliest, or drawn by a seed of int64 (`model/choice.py`)
 
 For many tokens, `keep_layers` takes the arguments of decode_layers once, with the embedding and the head, and returns a
-number. `decode_kept` takes that number and tokens [B, T]; it returns the logits [B * T, vocab_size] and of each row the
-first of the largest, or -1 where that is no finite number; it adds T to cache_seqlens. `drop_layers` frees what the
+number. `decode_kept` takes that number, tokens [B, T] and what belongs to these sequences; it returns the logits
+[B * T, vocab_size] and of each row the first of the largest, or -1 where that is no finite number; it adds T to
+cache_seqlens. A cache of pages serves other sequences with every call. `drop_layers` frees what the
 number stands for. Between the two the tensors must keep their memory. None of the three can be traced.
 
 and what a training step does between its matrix products (`rows.py`): rms_norm, swiglu, rotate, cross_entropy, and the
@@ -63,8 +66,8 @@ AROUND = {
     "unpack": "(Tensor weight, int rows, int columns, int scheme, Tensor? indices, Tensor like) -> Tensor",
     "decode_layers": "(Tensor input, Tensor[] weights, int[] schemes, Tensor final_norm, float eps, int num_heads_q, "
     "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
-    "Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, Tensor? prompt_index, float scale, "
-    "int window_left, bool tanh_gate) -> Tensor",
+    "Tensor? block_table, Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, "
+    "Tensor? prompt_index, float scale, int window_left, bool tanh_gate) -> Tensor",
     "choose": "(Tensor logits, float temperature, float top_p, Tensor seeds) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
@@ -73,13 +76,14 @@ AROUND = {
     "rotate": "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor",
     "cross_entropy": "(Tensor(a!) logits, Tensor targets, bool wants_gradient) -> Tensor",
 }
-# On the CPU alone: the arguments of `decode_layers` but the two that every token has anew
+# On the CPU alone: the arguments of `decode_layers` but those that every token has anew
 LAYERS = {
     "keep_layers": "(Tensor[] weights, int[] schemes, Tensor final_norm, float eps, int num_heads_q, int num_heads_kv, "
     "int intermediate, Tensor key_cache, Tensor value_cache, Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, "
-    "int[] prompt_layers, Tensor? prompt_index, float scale, int window_left, bool tanh_gate, Tensor embedding, "
-    "int embedding_scheme, Tensor head, int head_scheme, int vocab_size) -> int",
-    "decode_kept": "(int layers, Tensor tokens, Tensor(a!) cache_seqlens) -> (Tensor logits, Tensor likeliest)",
+    "int[] prompt_layers, float scale, int window_left, bool tanh_gate, Tensor embedding, int embedding_scheme, "
+    "Tensor head, int head_scheme, int vocab_size) -> int",
+    "decode_kept": "(int layers, Tensor tokens, Tensor(a!) cache_seqlens, Tensor? block_table, Tensor? prompt_index) "
+    "-> (Tensor logits, Tensor likeliest)",
     "drop_layers": "(int layers) -> ()",
 }
 NAMES = {

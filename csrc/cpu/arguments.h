@@ -43,14 +43,19 @@ class Copies {
   std::vector<std::unique_ptr<int32_t[]>> many_;
 };
 
-inline void copy_prompt_index(AttentionParams& w, Copies& copies) {
-  if (!w.prompt_index.given) return;
-  copies.replace(w.prompt_index, w.num_sequences);
+// The index has been copied.
+inline void check_prompt_index(const AttentionParams& w) {
   for (int64_t b = 0; b < w.num_sequences; ++b) {
     const int32_t row = w.prompt_index.data[b];
     ZINIT_CHECK(row >= -1 && row < w.prompt_rows, "prompt_index must be -1 or below ", w.prompt_rows,
                 ", got ", row, " for sequence ", b);
   }
+}
+
+inline void copy_prompt_index(AttentionParams& w, Copies& copies) {
+  if (!w.prompt_index.given) return;
+  copies.replace(w.prompt_index, w.num_sequences);
+  check_prompt_index(w);
 }
 
 // Boundaries of packed sequences: rising from 0, each sequence at most `longest` rows, all within `total`.

@@ -15,9 +15,10 @@ void check_count(int64_t tokens, const char* name) {
 Tensor decode_layers(const Tensor& input, std::vector<Tensor> weights, std::vector<int64_t> schemes,
                      const Tensor& final_norm, double eps, int64_t num_heads_q, int64_t num_heads_kv,
                      int64_t intermediate, const Tensor& key_cache, const Tensor& value_cache,
-                     const Tensor& cache_seqlens, const Tensor& rotary_cos, const Tensor& rotary_sin,
-                     std::vector<Tensor> prompts, std::vector<int64_t> prompt_layers,
-                     const OptionalTensor& prompt_index, double scale, int64_t window_left, bool tanh_gate) {
+                     const Tensor& cache_seqlens, const OptionalTensor& block_table, const Tensor& rotary_cos,
+                     const Tensor& rotary_sin, std::vector<Tensor> prompts,
+                     std::vector<int64_t> prompt_layers, const OptionalTensor& prompt_index, double scale,
+                     int64_t window_left, bool tanh_gate) {
   const Device device = Device::cpu();
   ZINIT_CHECK(input.dim() == 3, "input must have shape (B, T, C), got ", shape_string(input));
   dtype_of(input, "input");
@@ -25,11 +26,11 @@ Tensor decode_layers(const Tensor& input, std::vector<Tensor> weights, std::vect
   const int64_t B = input.size(0), T = input.size(1), C = input.size(2);
   const void* from = device.array<void>(input, "input", dtype, {B, T, C}).data;
   check_count(B * T, "input");
-  LayerStack stack(dtype, B, C, std::move(weights), schemes, final_norm, key_cache, value_cache, rotary_cos,
-                   rotary_sin, std::move(prompts), prompt_layers, prompt_index,
+  LayerStack stack(dtype, C, std::move(weights), schemes, final_norm, key_cache, value_cache, rotary_cos,
+                   rotary_sin, std::move(prompts), prompt_layers,
                    {eps, scale, num_heads_q, num_heads_kv, intermediate, window_left, tanh_gate});
   Tensor out = device.empty_contiguous({B, T, C}, dtype);
-  stack.run(from, T, cache_seqlens, out.data_ptr(), {}, {});
+  stack.run(from, {B, T, cache_seqlens, block_table, prompt_index}, out.data_ptr(), {}, {});
   return out;
 }
 
@@ -46,14 +47,15 @@ class KeptLayers {
         tensors_{embedding, head} {}
 
   // Logits [B * T, vocab_size] of tokens [B, T], and the likeliest of each row. Advances cache_seqlens by T.
-  std::tuple<Tensor, Tensor> run(const Tensor& tokens, const Tensor& cache_seqlens) {
+  std::tuple<Tensor, Tensor> run(const Tensor& tokens, const Tensor& cache_seqlens,
+                                 const OptionalTensor& block_table, const OptionalTensor& prompt_index) {
     const std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     ZINIT_CHECK(lock.owns_lock(),
                 "these layers are decoding for another thread: keep them once for each thread");
     const Device device = Device::cpu();
-    const int64_t B = stack_->num_sequences(), C = stack_->hidden_size(), V = head_.rows;
-    const int64_t* ids = device.array<int64_t>(tokens, "tokens", ScalarType::Long, {B, -1}).data;
-    const int64_t T = tokens.size(1), M = B * T;
+    const int64_t* ids = device.array<int64_t>(tokens, "tokens", ScalarType::Long, {-1, -1}).data;
+    const int64_t B = tokens.size(0), T = tokens.size(1), C = stack_->hidden_size(), V = head_.rows;
+    const int64_t M = B * T;
     check_count(M, "tokens");
     int64_t chosen[kMaxLinearRows];  // read once: another thread may write to the tensor
     for (int64_t m = 0; m < M; ++m) {
@@ -84,7 +86,7 @@ class KeptLayers {
     const ChoiceWork choice{M, V, logits.data_ptr(), stack_->dtype(),
                             0, 1, nullptr,           static_cast<int64_t*>(likeliest.data_ptr())};
     after.push_back(step_of(kernels().choice, choice));
-    stack_->run(embedded, T, cache_seqlens, normed, before, after);
+    stack_->run(embedded, {B, T, cache_seqlens, block_table, prompt_index}, normed, before, after);
     auto* lengths = static_cast<int32_t*>(cache_seqlens.data_ptr());  // run() has checked them
     for (int64_t b = 0; b < B; ++b) lengths[b] += static_cast<int32_t>(T);
     return {std::move(logits), std::move(likeliest)};
@@ -141,23 +143,22 @@ int64_t keep_layers(std::vector<Tensor> weights, std::vector<int64_t> schemes, c
                     double eps, int64_t num_heads_q, int64_t num_heads_kv, int64_t intermediate,
                     const Tensor& key_cache, const Tensor& value_cache, const Tensor& rotary_cos,
                     const Tensor& rotary_sin, std::vector<Tensor> prompts, std::vector<int64_t> prompt_layers,
-                    const OptionalTensor& prompt_index, double scale, int64_t window_left, bool tanh_gate,
-                    const Tensor& embedding, int64_t embedding_scheme, const Tensor& head,
-                    int64_t head_scheme, int64_t vocab_size) {
-  ZINIT_CHECK(key_cache.dim() == 5, "key_cache must have shape (layers, B, S, Hkv, D), got ",
-              shape_string(key_cache));
+                    double scale, int64_t window_left, bool tanh_gate, const Tensor& embedding,
+                    int64_t embedding_scheme, const Tensor& head, int64_t head_scheme, int64_t vocab_size) {
   ZINIT_CHECK(final_norm.dim() == 1, "final_norm must have shape (C), got ", shape_string(final_norm));
   const ScalarType dtype = final_norm.scalar_type();
   auto stack = std::make_unique<LayerStack>(
-      dtype, key_cache.size(1), final_norm.size(0), std::move(weights), schemes, final_norm, key_cache,
-      value_cache, rotary_cos, rotary_sin, std::move(prompts), prompt_layers, prompt_index,
+      dtype, final_norm.size(0), std::move(weights), schemes, final_norm, key_cache, value_cache, rotary_cos,
+      rotary_sin, std::move(prompts), prompt_layers,
       StackOptions{eps, scale, num_heads_q, num_heads_kv, intermediate, window_left, tanh_gate});
   return kept().add(std::make_shared<KeptLayers>(std::move(stack), dtype, embedding, embedding_scheme, head,
                                                  head_scheme, vocab_size));
 }
 
-std::tuple<Tensor, Tensor> decode_kept(int64_t layers, const Tensor& tokens, const Tensor& cache_seqlens) {
-  return kept().at(layers)->run(tokens, cache_seqlens);
+std::tuple<Tensor, Tensor> decode_kept(int64_t layers, const Tensor& tokens, const Tensor& cache_seqlens,
+                                       const OptionalTensor& block_table,
+                                       const OptionalTensor& prompt_index) {
+  return kept().at(layers)->run(tokens, cache_seqlens, block_table, prompt_index);
 }
 
 void drop_layers(int64_t layers) { kept().drop(layers); }

@@ -58,9 +58,10 @@ inline void check_places(const Tensor& key_cache, const Tensor& value_cache, int
   ZINIT_CHECK(end[0] <= begin[1] || end[1] <= begin[0], "key_cache and value_cache must lie apart in memory");
 }
 
-// One layer: its weights and prompts from the beginning, its places in memory for each run.
+// One layer: its weights, its part of the cache and its prompts from the beginning, the rest for each run.
 struct Layer {
   LinearWork qkv, out, up, down;
+  DecodeWork own;  // cache and prompts alone
   DecodeWork append;
   std::vector<DecodeWork> attention;
 };
@@ -76,7 +77,11 @@ inline DecodeWork tokens_alone(const DecodeWork& common, int64_t first, int64_t 
   }
   w.num_sequences = last - first, w.seqlen_q = 1, w.seqlen_new = 1;
   w.lse += first * w.num_heads_q;
-  w.key_cache.batch = 0, w.value_cache.batch = 0;
+  if (w.block_table.given) {
+    w.block_table_stride = 0;
+  } else {
+    w.key_cache.batch = 0, w.value_cache.batch = 0;
+  }
   int32_t* lengths = copies.room(last - first);
   for (int64_t t = first; t < last; ++t)
     lengths[t - first] = common.cache_seqlens.data[0] + static_cast<int32_t>(t);
@@ -140,26 +145,36 @@ struct StackOptions {
   bool tanh_gate;
 };
 
+// B sequences, and the next T tokens of each.
+struct NextTokens {
+  int64_t B, T;
+  const Tensor& cache_seqlens;         // int32 [B], before them
+  const OptionalTensor& block_table;   // int32 [B, columns]; the cache is then pages
+  const OptionalTensor& prompt_index;  // int32 [B]
+};
+
 class LayerStack {
  public:
-  // B sequences, C hidden size. The tensors are kept, and must keep their memory. prompt_index is copied.
-  LayerStack(ScalarType dtype, int64_t B, int64_t C, std::vector<Tensor> weights,
-             const std::vector<int64_t>& schemes, const Tensor& final_norm, const Tensor& key_cache,
-             const Tensor& value_cache, const Tensor& rotary_cos, const Tensor& rotary_sin,
-             std::vector<Tensor> prompts, const std::vector<int64_t>& prompt_layers,
-             const OptionalTensor& prompt_index, const StackOptions& options)
-      : options_(options), type_(dtype_of(final_norm, "final_norm")), B_(B), C_(C) {
-    ZINIT_CHECK(key_cache.dim() == 5, "key_cache must have shape (layers, B, S, Hkv, D), got ",
-                shape_string(key_cache));
-    const int64_t L = key_cache.size(0), S = key_cache.size(2), D = key_cache.size(4);
+  // C hidden size. The tensors are kept, and must keep their memory. A cache of pages serves any sequences; another
+  // one serves as many as it was made for.
+  LayerStack(ScalarType dtype, int64_t C, std::vector<Tensor> weights, const std::vector<int64_t>& schemes,
+             const Tensor& final_norm, const Tensor& key_cache, const Tensor& value_cache,
+             const Tensor& rotary_cos, const Tensor& rotary_sin, std::vector<Tensor> prompts,
+             const std::vector<int64_t>& prompt_layers, const StackOptions& options)
+      : options_(options), type_(dtype_of(final_norm, "final_norm")), C_(C) {
+    ZINIT_CHECK(
+        key_cache.dim() == 5,
+        "key_cache must have shape (layers, B, S, Hkv, D) or (layers, pages, page size, Hkv, D), got ",
+        shape_string(key_cache));
+    const int64_t L = key_cache.size(0), N = key_cache.size(1), S = key_cache.size(2), D = key_cache.size(4);
     const int64_t Hq = options.num_heads_q, Hkv = options.num_heads_kv, I = options.intermediate;
     const int64_t element = size_of(type_);
     ZINIT_CHECK(D >= 1 && D <= kMaxHeadDim, "head_dim must lie in 1 .. ", kMaxHeadDim, ", got ", D);
     ZINIT_CHECK(Hkv > 0 && Hq > 0 && Hq % Hkv == 0 && Hq < (1 << 20), "the ", Hq,
                 " query heads must be a multiple of the ", Hkv, " key/value heads");
     ZINIT_CHECK(I > 0, "intermediate must be positive, got ", I);
-    check_shape(key_cache, "key_cache", {L, B, S, Hkv, D});
-    check_shape(value_cache, "value_cache", {L, B, S, Hkv, D});
+    check_shape(key_cache, "key_cache", {L, N, S, Hkv, D});
+    check_shape(value_cache, "value_cache", {L, N, S, Hkv, D});
     ZINIT_CHECK(weights.size() == kTensors * static_cast<size_t>(L), "weights must be ", kTensors,
                 " tensors for each of the ", L, " layers, got ", weights.size());
     ZINIT_CHECK(schemes.size() == kWeights * static_cast<size_t>(L), "schemes must be ", kWeights,
@@ -175,8 +190,8 @@ class LayerStack {
     check_places(key_cache, value_cache, element);
     final_norm_ = norm(final_norm, "final_norm", dtype);
 
-    common_.num_sequences = B, common_.num_heads_q = Hq, common_.num_heads_kv = Hkv, common_.head_dim = D;
-    common_.seqlen_k = S;
+    common_.num_heads_q = Hq, common_.num_heads_kv = Hkv, common_.head_dim = D;
+    common_.num_pages = N, common_.page_size = S;
     set_rotary(common_, device_, rotary_cos, rotary_sin, false, true);
     layers_.resize(static_cast<size_t>(L));
     size_t next_prompt = 0;
@@ -184,7 +199,7 @@ class LayerStack {
       Layer& layer = layers_[static_cast<size_t>(l)];
       set_weights(layer, weights.data() + static_cast<size_t>(l) * kTensors,
                   schemes.data() + static_cast<size_t>(l) * kWeights, dtype);
-      DecodeWork& w = layer.append = common_;
+      DecodeWork& w = layer.own = common_;
       const auto cache_of = [&](const Tensor& cache) {
         char* data = static_cast<char*>(cache.data_ptr());
         return View{data == nullptr ? nullptr : data + l * cache.stride(0) * element,
@@ -197,9 +212,7 @@ class LayerStack {
       w.key_cache = cache_of(key_cache), w.value_cache = cache_of(value_cache);
       if (next_prompt < prompt_layers.size() && prompt_layers[next_prompt] == l) {
         const Tensor* of_layer = prompts.data() + 3 * next_prompt++;
-        set_prompt(w, device_, zinit::Layout::kTokenMajor, of_layer[0], of_layer[1], of_layer[2],
-                   prompt_index);
-        copy_prompt_index(w, indices_);
+        set_prompt_table(w, device_, zinit::Layout::kTokenMajor, of_layer[0], of_layer[1], of_layer[2]);
       }
     }
     ZINIT_CHECK(next_prompt == prompt_layers.size(), "prompt_layers must rise and be below ", L);
@@ -209,19 +222,20 @@ class LayerStack {
   }
 
   DType dtype() const { return type_; }
-  int64_t num_sequences() const { return B_; }
   int64_t hidden_size() const { return C_; }
 
-  // The normed hidden states of the next T tokens of each sequence, from input to out [B, T, C]. The caches are
-  // written; cache_seqlens stays. Steps that make the input run before, and those that need out after.
-  void run(const void* input, int64_t T, const Tensor& cache_seqlens, void* out,
-           const std::vector<Step>& before, const std::vector<Step>& after) {
-    const int64_t M = B_ * T;
-    DecodeWork common = common_;
-    const char* const hidden = place(common, T);
+  // The normed hidden states of the next tokens, from input to out [B, T, C]. The caches are written; cache_seqlens
+  // stays. Steps that make the input run before, and those that need out after. Two rows of tokens may be of one
+  // sequence: all keys are written before any token attends.
+  void run(const void* input, const NextTokens& next, void* out, const std::vector<Step>& before,
+           const std::vector<Step>& after) {
+    const int64_t M = next.B * next.T;
     Copies copies;
-    common.cache_seqlens = device_.array<int32_t>(cache_seqlens, "cache_seqlens", ScalarType::Int, {B_});
+    DecodeWork common = common_;
+    set_sequences(common, next);
     const int64_t longest = copy_lengths(common, copies);
+    copies.replace(common.prompt_index, next.B);
+    const char* const hidden = place(common, next.T);
 
     std::vector<Step> steps = before;
     steps.reserve(before.size() + layers_.size() * 9 + 1 + after.size());
@@ -280,9 +294,28 @@ class LayerStack {
     linear(layer.down, kDown, {{C_, I}});
   }
 
+  void set_sequences(DecodeWork& common, const NextTokens& next) const {
+    const int64_t B = next.B;
+    common.num_sequences = B, common.seqlen_q = next.T, common.seqlen_new = next.T;
+    common.cache_seqlens = device_.array<int32_t>(next.cache_seqlens, "cache_seqlens", ScalarType::Int, {B});
+    common.block_table = device_.array<int32_t>(next.block_table, "block_table", ScalarType::Int, {B, -1});
+    common.prompt_index = device_.array<int32_t>(next.prompt_index, "prompt_index", ScalarType::Int, {B});
+    if (common.block_table.given) {
+      common.block_table_stride = next.block_table->size(1);
+      common.seqlen_k = common.block_table_stride * common.page_size;
+    } else {
+      ZINIT_CHECK(common.num_pages == B, "key_cache is made for ", common.num_pages, " sequences, got ", B,
+                  ": give a block_table where it is made of pages");
+      common.seqlen_k = common.page_size;
+    }
+    const auto adapted = [](const Layer& layer) { return layer.own.prompt_key.given; };
+    ZINIT_CHECK(!common.prompt_index.given || std::ranges::any_of(layers_, adapted),
+                "prompt_index needs prompts");
+  }
+
   // The places between the steps, the same for every layer. Returns where they begin.
   char* place(DecodeWork& common, int64_t T) {
-    const int64_t M = B_ * T, element = size_of(type_);
+    const int64_t M = common.num_sequences * T, element = size_of(type_);
     const int64_t query = common.num_heads_q * common.head_dim, key = common.num_heads_kv * common.head_dim;
     Parts parts;
     at_stream_[0] = parts.reserve(M * C_ * element), at_stream_[1] = parts.reserve(M * C_ * element);
@@ -294,7 +327,6 @@ class LayerStack {
     const auto token_major = [&](int64_t at, int64_t width) {
       return View{memory + at, T * width, common.head_dim, width, type_, true};
     };
-    common.seqlen_q = T, common.seqlen_new = T;
     common.query = token_major(at_query, query), common.out = token_major(at_out, query);
     common.new_key = token_major(at_key, key), common.new_value = token_major(at_value, key);
     common.lse = reinterpret_cast<float*>(memory + at_lse);
@@ -307,14 +339,17 @@ class LayerStack {
     void* const middle = const_cast<char*>(memory) + at_stream_[0];
     void* const end = const_cast<char*>(memory) + at_stream_[1];
     void* const up = const_cast<char*>(memory) + at_up_;
-    DecodeWork& w = layer.append;
-    w.seqlen_q = common.seqlen_q, w.seqlen_new = common.seqlen_new;
-    w.query = common.query, w.out = common.out, w.new_key = common.new_key, w.new_value = common.new_value;
-    w.lse = common.lse, w.cache_seqlens = common.cache_seqlens;
-    w.window_left = common.window_left, w.window_right = common.window_right;
-    w.scale = common.scale, w.softcap = common.softcap, w.tanh_gate = common.tanh_gate;
+    DecodeWork& w = layer.append = common;
+    w.key_cache = layer.own.key_cache, w.value_cache = layer.own.value_cache;
+    if (layer.own.prompt_key.given) {
+      w.prompt_key = layer.own.prompt_key, w.prompt_value = layer.own.prompt_value;
+      w.prompt_length = layer.own.prompt_length, w.prompt_rows = layer.own.prompt_rows;
+      w.gate = layer.own.gate, w.gate_rows = layer.own.gate_rows;
+      check_prompt_rows(w);
+      if (w.prompt_index.given) check_prompt_index(w);
+    }
     for (LinearWork* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down}) {
-      linear->num_rows = B_ * common.seqlen_q;
+      linear->num_rows = common.num_sequences * common.seqlen_q;
     }
     layer.qkv.input = stream;
     layer.qkv.out[0] = w.query.data, layer.qkv.out[1] = w.new_key.data, layer.qkv.out[2] = w.new_value.data;
@@ -327,12 +362,11 @@ class LayerStack {
   const Device device_ = Device::cpu();
   const StackOptions options_;
   const DType type_;
-  const int64_t B_, C_;
+  const int64_t C_;
   const void* final_norm_ = nullptr;
   DecodeWork common_{};
   std::vector<Layer> layers_;
   std::vector<Tensor> tensors_;  // so that their memory stays
-  Copies indices_;
   Memory memory_, partials_;
   int64_t at_stream_[2] = {}, at_up_ = 0;  // in memory_
 };

@@ -10,9 +10,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ..llama import PagedRows
+from ..llama import PagedCache, PagedRows
 from .pages import PAGE_SIZE
 from .request import SequenceState
 
@@ -40,6 +39,8 @@ class Batch:
         pages = [sequence.pages + [0] * (longest - len(sequence.pages)) for sequence, _ in work]
         table = torch.tensor(pages, dtype=torch.int32)
         self.one_row_each = len(tokens) == len(work)
+        # whether each sequence has one token, behind which the next one is to be chosen
+        self.decodes = self.width == 1 and len(tokens) == len(work) == len(last_rows)
         if not self.one_row_each:
             table = table.repeat_interleave(torch.tensor([count // self.width for _, count in work]), 0)
         self.tokens = torch.tensor(tokens, device=device)  # int64 [R, W]
@@ -47,11 +48,11 @@ class Batch:
         self.block_table = table.to(device)
         self.last_rows = torch.tensor(last_rows, dtype=torch.int64, device=device)  # of the wanted
 
-    def rows(self, keys: Tensor, values: Tensor, rotary: tuple[Tensor, Tensor]) -> PagedRows:
-        """The rows in a cache of pages [L, num_pages, page_size, Hkv, D]."""
+    def rows(self, cache: PagedCache) -> PagedRows:
+        """The rows in a cache of pages."""
         slots = None
         if not self.one_row_each:
             positions = self.lengths[:, None].long() + torch.arange(self.width, device=self.lengths.device)
             pages = self.block_table.long().gather(1, positions // PAGE_SIZE)
             slots = pages, positions % PAGE_SIZE
-        return PagedRows(keys, values, rotary, self.lengths, self.block_table, slots)
+        return PagedRows(cache, self.lengths, self.block_table, slots)

@@ -31,11 +31,11 @@ from torch import Tensor
 from zinit_kernels.console import shown
 
 from ..errors import UserError
-from ..layers import rotary_table
-from ..llama import Adapter, Llama
+from ..llama import Adapter, Llama, PagedCache
 from ..sampling import NUM_SEEDS
 from .batch import Batch
 from .pages import PAGE_SIZE, PagePool
+from .passes import Passes
 from .prompt_table import PromptTable
 from .request import (
     Event,
@@ -91,11 +91,10 @@ class Engine:
         self.model, self.max_waiting = model, max_waiting
         self.eos_ids = frozenset(config.eos_ids if eos_ids is None else eos_ids)
         num_pages = cache_tokens // PAGE_SIZE
-        shape = (config.num_layers, num_pages, config.num_heads_kv, PAGE_SIZE, config.head_dim)
-        try:  # head-major in memory, as in KVCache; what no token was written to is not read
-            self._keys, self._values = (
-                torch.empty(shape, dtype=model.dtype, device=model.device).transpose(2, 3) for _ in range(2)
-            )
+        # of no more positions than a sequence can have: contexts of 10**7 tokens would be 5 GB
+        positions = min(config.max_seq_len, num_pages * PAGE_SIZE)
+        try:
+            cache = PagedCache(config, num_pages, PAGE_SIZE, positions, model.dtype, model.device)
         except RuntimeError as error:
             raise UserError(
                 f"there is no memory for a cache of {cache_tokens} tokens: ask for a smaller one (--cache-tokens)."
@@ -104,8 +103,7 @@ class Engine:
         self.pool = PagePool(num_pages)
         self.table = PromptTable(model)
         self.scheduler = Scheduler(self.pool, max_running, chunk)
-        # of no more positions than a sequence can have: contexts of 10**7 tokens would be 5 GB
-        self._rotary = rotary_table(config, torch.arange(self.room, device=model.device))
+        self._passes = Passes(model, self.table, cache)
 
         self.counts: Counter[str] = Counter()  # steps, tokens and ends, since the start
         self.tokens_of: Counter[str | None] = Counter()  # new tokens by the adapter's name
@@ -350,7 +348,7 @@ class Engine:
     def _compute(self, work: list[tuple[SequenceState, int]]) -> None:
         """One pass. If it raises, each half alone, so that what one request causes ends that request alone."""
         try:
-            logits, wanted = self._logits(work)
+            logits, likeliest, wanted = self._logits(work)
         except Exception as error:
             if len(work) == 1:
                 _log.exception("a request failed in a step of the engine")
@@ -363,21 +361,22 @@ class Engine:
         for sequence, count in work:
             self.scheduler.advance(sequence, count)
         self.counts["computed_tokens"] += sum(count for _, count in work)
-        for sequence, chosen in zip(wanted, choose_tokens(logits, wanted) if wanted else [], strict=True):
+        for sequence, chosen in zip(
+            wanted, choose_tokens(logits, wanted, likeliest) if wanted else [], strict=True
+        ):
             self._go_on(sequence, chosen)
 
     @torch.no_grad()
-    def _logits(self, work: list[tuple[SequenceState, int]]) -> tuple[Tensor, list[SequenceState]]:
-        """The logits of the sequences whose last token is computed, and these."""
+    def _logits(
+        self, work: list[tuple[SequenceState, int]]
+    ) -> tuple[Tensor, Tensor | None, list[SequenceState]]:
+        """What `Passes.logits` returns of the sequences whose last token is computed, and these."""
         batch = Batch(work, self.model.device)
         for sequence, _ in work:
             row = sequence.request.row
             if row.index < 0 and row.adapter is not None:
                 row.index = self.table.add(row.adapter)
-        adapter = self.table.adapter_of([sequence.request.row.index for sequence in batch.sequences])
-        rows = batch.rows(self._keys, self._values, self._rotary)
-        hidden = self.model.hidden_states(batch.tokens, adapter, cache=rows)
-        return self.model.logits(hidden[batch.last_rows, -1]), batch.wanted
+        return *self._passes.logits(batch), batch.wanted
 
     def _go_on(self, sequence: SequenceState, chosen: Chosen | Exception) -> None:
         """A sequence has its next token, or none."""

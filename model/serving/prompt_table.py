@@ -29,6 +29,7 @@ class PromptTable:
         self.model = model
         self.length = 1  # prompts in a row
         self.rows = 0  # that the tensors have
+        self.version = 0  # changes where tensors are made anew, and not where a row is written
         self._free: list[int] = []
         self._layers: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(
             model.layers
@@ -63,11 +64,19 @@ class PromptTable:
 
     def adapter_of(self, rows: Sequence[int]) -> Adapter | None:
         """The adapter of a batch whose sequences take these rows."""
-        if all(row < 0 for row in rows):
-            return None
-        index = torch.tensor(rows, dtype=torch.int32, device=self.model.device)
+        index = None if all(row < 0 for row in rows) else self.index_of(rows)
+        return None if index is None else _RowsOfTable(self, index)
 
-        return _RowsOfTable(self, index)
+    def adapter_of_all(self) -> Adapter | None:
+        """The adapter of all batches: who calls the model with its prompts says which rows its sequences take."""
+        index = self.index_of([])
+        return None if index is None else _RowsOfTable(self, index)
+
+    def index_of(self, rows: Sequence[int]) -> Tensor | None:
+        """The rows of a batch's sequences, int32; None where the table has no tensors."""
+        if all(tables is None for tables in self._layers):
+            return None
+        return torch.tensor(rows, dtype=torch.int32, device=self.model.device)
 
     def prompt_of(self, attention: Attention, index: Tensor) -> Prompt | None:
         """The prompts of a layer, for sequences that take these rows."""
@@ -91,9 +100,13 @@ class PromptTable:
         if (rows, length) != (self.rows, self.length):
             for place, tables in enumerate(self._layers):
                 if tables is not None:
-                    self._layers[place] = self._grown(tables, rows, length)
+                    self._replace(place, self._grown(tables, rows, length))
             self._free += range(rows - 1, self.rows - 1, -1)
             self.rows, self.length = rows, length
+
+    def _replace(self, place: int, tables: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._layers[place] = tables
+        self.version += 1
 
     def _grown(
         self, tables: tuple[Tensor, Tensor, Tensor], rows: int, length: int
@@ -124,7 +137,7 @@ class PromptTable:
                 value.new_zeros(shape),
                 torch.zeros(self.rows, self.model.config.num_heads_q, device=key.device),
             )
-            self._layers[place] = tables
+            self._replace(place, tables)
         keys, values, gates = tables
         times = (self.length // key.shape[-3], 1, 1)
         keys[row], values[row] = key.repeat(times), value.repeat(times)

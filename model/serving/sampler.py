@@ -14,33 +14,30 @@ _LEAST = -9999.0  # of a log-probability: what OpenAI says where there is none, 
 Chosen = tuple[int, TokenLogprobs | None]
 
 
-def choose_tokens(logits: Tensor, sequences: Sequence[SequenceState]) -> list[Chosen | Exception]:
-    """For each row of logits [B, vocab_size] the token that its sequence goes on with, or why there is none."""
+def choose_tokens(
+    logits: Tensor, sequences: Sequence[SequenceState], likeliest: Tensor | None = None
+) -> list[Chosen | Exception]:
+    """For each row of logits [B, vocab_size] the token that its sequence goes on with, or why there is none.
+
+    likeliest: each row's likeliest token, int64 [B], -1 where its logits are no numbers; None = not known yet.
+    """
     found: list[Chosen | Exception] = [(0, None)] * len(sequences)
     alike: dict[tuple[float, float], list[int]] = {}
     for row, sequence in enumerate(sequences):
         sampling = sequence.request.sampling
         alike.setdefault((sampling.temperature, sampling.top_p), []).append(row)
     for (temperature, top_p), rows in alike.items():
-        for row, token in _choose(logits, rows, temperature, top_p, sequences):
-            found[row] = token
-    return found
-
-
-def _choose(
-    logits: Tensor, rows: list[int], temperature: float, top_p: float, sequences: Sequence[SequenceState]
-) -> list[tuple[int, Chosen | Exception]]:
-    """Of the rows that are sampled alike, together."""
-    chosen = logits if len(rows) == len(logits) else logits[rows]
-    generators = [sequences[row].generator for row in rows]
-    tokens = choose_each(chosen, temperature, top_p, generators).tolist()
-    found: list[tuple[int, Chosen | Exception]] = []
-    for row, token in zip(rows, tokens, strict=True):
-        if token < 0:
-            found.append((row, UserError(NOT_NUMBERS)))
+        if likeliest is not None and temperature == 0:
+            tokens = likeliest[rows]
         else:
-            logprobs = _logprobs(logits[row], token, sequences[row].request.sampling.logprobs)
-            found.append((row, (token, logprobs)))
+            of_rows = logits if len(rows) == len(logits) else logits[rows]
+            tokens = choose_each(of_rows, temperature, top_p, [sequences[row].generator for row in rows])
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if token < 0:
+                found[row] = UserError(NOT_NUMBERS)
+            else:
+                count = sequences[row].request.sampling.logprobs
+                found[row] = token, _logprobs(logits[row], token, count)
     return found
 
 

@@ -266,8 +266,8 @@ def arguments(model, tokens=2):
         "input": x, "weights": decoder.weights, "schemes": decoder.schemes, "final_norm": model.norm.weight.detach(),
         "eps": 1e-5, "num_heads_q": config.num_heads_q, "num_heads_kv": config.num_heads_kv,
         "intermediate": config.intermediate_size, "key_cache": cache.keys, "value_cache": cache.values,
-        "cache_seqlens": cache.lengths, "rotary_cos": cache.cos, "rotary_sin": cache.sin, "prompts": [],
-        "prompt_layers": [], "prompt_index": None, "scale": 0.3, "window_left": -1, "tanh_gate": True,
+        "cache_seqlens": cache.lengths, "block_table": None, "rotary_cos": cache.cos, "rotary_sin": cache.sin,
+        "prompts": [], "prompt_layers": [], "prompt_index": None, "scale": 0.3, "window_left": -1, "tanh_gate": True,
     }  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def test_the_operators_refuse(model):
     kept = keep(model, None, cache)
     number, vocab_size = kept._number, model.config.vocab_size
     cases = [
-        (torch.tensor([[5]]), "tokens must have shape \\(2, \\*\\)"),
+        (torch.tensor([[5]]), "cache_seqlens must have shape \\(1\\)"),
         (torch.tensor([[5], [vocab_size]]), f"tokens must lie in 0 .. {vocab_size - 1}, got {vocab_size}"),
         (torch.tensor([[5], [-1]]), "got -1"),
         (torch.tensor([[5], [5]], dtype=torch.int32), "tokens must be Long"),
@@ -212,24 +212,24 @@ def test_the_operators_refuse(model):
     ]
     for tokens, message in cases:
         with pytest.raises(RuntimeError, match=message):
-            OPERATORS.decode_kept_cpu(number, tokens, cache.lengths)
+            OPERATORS.decode_kept_cpu(number, tokens, cache.lengths, None, None)
         assert cache.lengths.tolist() == [0, 0]
     with pytest.raises(RuntimeError, match="cache_seqlens must have shape"):
-        OPERATORS.decode_kept_cpu(number, torch.tensor([[5], [6]]), cache.lengths[:1])
+        OPERATORS.decode_kept_cpu(number, torch.tensor([[5], [6]]), cache.lengths[:1], None, None)
     decoder = Decoder(model)
     head = model.head.weight.detach()
     good = [
         decoder.weights, decoder.schemes, decoder.norm, 1e-5, model.config.num_heads_q, model.config.num_heads_kv,
-        model.config.intermediate_size, cache.keys, cache.values, cache.cos, cache.sin, [], [], None, 0.3, -1, True,
+        model.config.intermediate_size, cache.keys, cache.values, cache.cos, cache.sin, [], [], 0.3, -1, True,
         head, 0, head, 0, vocab_size,
     ]  # fmt: skip
     for place, value, message in (
-        (17, head[1:], "embedding must have shape"),
-        (19, head.bfloat16(), "head must be"),
+        (16, head[1:], "embedding must have shape"),
+        (18, head.bfloat16(), "head must be"),
         (7, cache.keys[0], "key_cache must have shape"),
         (2, decoder.norm[None], "final_norm must have shape"),
         (0, decoder.weights[1:], "weights must be 9 tensors"),
-        (20, 9, "scheme must be 0"),
+        (19, 9, "scheme must be 0"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OPERATORS.keep_layers_cpu(*good[:place], value, *good[place + 1 :])
@@ -238,7 +238,7 @@ def test_the_operators_refuse(model):
     OPERATORS.drop_layers_cpu(again)  # nothing is left to do
     for unknown in (again, 0, -1, 1 << 40):
         with pytest.raises(RuntimeError, match="layers must be a number that keep_layers_cpu gave"):
-            OPERATORS.decode_kept_cpu(unknown, torch.tensor([[5], [6]]), cache.lengths)
+            OPERATORS.decode_kept_cpu(unknown, torch.tensor([[5], [6]]), cache.lengths, None, None)
 
 
 @torch.no_grad()

@@ -413,4 +413,4 @@ def test_positions_are_turned_as_far_as_a_sequence_can_reach():
     base = make_base()
     base.config = replace(base.config, max_seq_len=1 << 30)
     found = Engine(base, cache_tokens=160)
-    assert found.room == len(found._rotary[0]) == 160
+    assert found.room == len(found._passes.cache.cos) == 160

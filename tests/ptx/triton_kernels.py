@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import ptx_machine
@@ -13,6 +14,7 @@ import torch
 import triton
 from ptx_counters import Counters
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
 from zinit_kernels.backends import triton as backend
 from zinit_kernels.backends.hybrid import run as hybrid_run
@@ -78,12 +80,22 @@ def operators() -> Iterator[None]:
         library._destroy()
 
 
+@contextlib.contextmanager
+def without_machine_code() -> Iterator[None]:
+    """Triton compiles down to PTX, and ptxas is left out; in a cache of its own, since a GPU needs the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CUDABackend, "make_cubin", lambda *_: b"")
+        patch.setattr(triton.knobs.cache, "dir", str(Path(triton.knobs.cache.dir) / "ptx"))
+        yield
+
+
 def install(monkeypatch: pytest.MonkeyPatch, chip: Chip) -> None:
     """The backends "triton" and "hybrid" compile for the chip and interpret, until the test ends."""
     compile_only = triton.runtime.jit.JITFunction.run
 
     def run(kernel, *args, grid, warmup, **named):
-        compiled = compile_only(kernel, *args, grid=grid, warmup=True, **named)
+        with without_machine_code():
+            compiled = compile_only(kernel, *args, grid=grid, warmup=True, **named)
         given = dict(zip(kernel.arg_names, args, strict=False)) | named
         chip.run(compiled, grid, [given[name] for name in kernel.arg_names])
         return compiled

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 from zinit_kernels.backends.triton import configs, launch
+from zinit_kernels.backends.triton import decode as decode_kernels
 
 from ..problem import Shape
 from . import machine_code
@@ -27,6 +28,7 @@ LOOPS = {
     "grad_query": {"causal": (0, 2), "none": (0, 1)},
     "partial_sums": {"causal": (0,), "none": (0,)},
     "decode": {"causal": (0, 1), "none": (0, 1)},
+    "combine": {"causal": (0,), "none": (0,)},  # it has no products in loops, but adds up the splits in one
 }
 
 
@@ -144,13 +146,15 @@ def add_partials(shape: Shape, chip: Chip) -> Launch:
     )  # fmt: skip
 
 
-def decode(shape: Shape, chip: Chip, config: configs.Config | None = None) -> Launch:
-    """One new token in each sequence, against seqlen_k keys, head-major."""
+def decode(
+    shape: Shape, chip: Chip, config: configs.Config | None = None, splits: int | None = None
+) -> Launch:
+    """One new token in each sequence, against seqlen_k keys, head-major; splits: another number than the chosen one."""
     tile = config or tile_of("decode", shape, chip)
     rows = shape.heads_q // shape.heads_kv
     columns = shape.heads_kv * shape.batch
     programs = up(rows, tile.block_m) * columns
-    splits = splits_of(shape, chip, tile)
+    splits = splits or splits_of(shape, chip, tile)
     share = up(up(shape.seqlen_k, tile.block_n), splits) * tile.block_n
     full_last = shape.seqlen_k // tile.block_n * tile.block_n
     one = []
@@ -167,24 +171,25 @@ def decode(shape: Shape, chip: Chip, config: configs.Config | None = None) -> La
     )  # fmt: skip
 
 
-def combine(shape: Shape, chip: Chip) -> Launch:
-    """The results of the splits, by their bytes alone."""
+def combine(shape: Shape, chip: Chip, splits: int | None = None) -> Launch:
+    """The results of the splits, some of them together in each iteration."""
     tile = tile_of("combine", shape, chip)
-    splits = splits_of(shape, chip, tile_of("decode", shape, chip))
-    blocks = up(shape.heads_q // shape.heads_kv, tile.block_m) * shape.heads_kv * shape.batch
+    splits = splits or splits_of(shape, chip, tile_of("decode", shape, chip))
+    group = shape.heads_q // shape.heads_kv
+    blocks = up(group, tile.block_m) * shape.heads_kv * shape.batch
+    together = decode_kernels.splits_together(shape.head_dim)
+    loop = Loop(4 * together * min(group, tile.block_m) * shape.head_dim)
     return Launch(
-        kernel("combine", shape.head_dim, chip.arch, "causal"),
-        (),
-        [()] * blocks,
-        0.0,
+        kernel("combine", shape.head_dim, chip.arch, "causal"), (loop,), [(up(splits, together),)] * blocks, 0.0,
         _split_bytes(shape, splits),
-    )
+    )  # fmt: skip
 
 
 def splits_of(shape: Shape, chip: Chip, tile: configs.Config) -> int:
     rows = shape.heads_q // shape.heads_kv
     programs = up(rows, tile.block_m) * shape.heads_kv * shape.batch
-    return launch.choose_splits(programs, up(shape.seqlen_k, tile.block_n), chip.multiprocessors)
+    together = decode_kernels.splits_together(shape.head_dim)
+    return launch.choose_splits(programs, up(shape.seqlen_k, tile.block_n), chip.multiprocessors, together)
 
 
 def _query_tiles(shape: Shape, tile: configs.Config) -> list[Trips]:

@@ -9,7 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from bench.__main__ import main
-from bench.problem import prefill
+from bench.problem import DECODE, prefill
 from bench.project import command, launches, model, schedule, tutorial
 from bench.project.chips import CHIPS, COPY_SHARE
 from bench.project.machine_code import Code, Instruction, loops, parse
@@ -238,3 +238,15 @@ def test_the_validation_fails_beyond_its_tolerance(projected, code, monkeypatch,
     monkeypatch.setattr(tutorial, "checks", lambda path, chips: found)
     assert main(["project", "--tutorial", str(tmp_path)]) == code
     assert f"{100 * (projected / 380 - 1):+.0f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", DECODE["cuda"][:2], ids=lambda shape: shape.name)
+def test_no_other_number_of_splits_is_projected_to_be_much_faster(shape):
+    chip = CHIPS["h200"]
+    chosen = launches.splits_of(shape, chip, launches.tile_of("decode", shape, chip))
+
+    def seconds(splits):
+        parts = launches.decode(shape, chip, splits=splits), launches.combine(shape, chip, splits)
+        return sum(model.project(part, chip).seconds for part in parts)
+
+    assert seconds(chosen) < 1.02 * min(seconds(chosen // 2), seconds(2 * chosen))

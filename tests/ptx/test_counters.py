@@ -96,9 +96,8 @@ def test_the_kernels_take_whole_sectors_and_have_no_bank_conflicts(chip, arch):
     counters = found.counted["zinit_add_partials_kernel"]
     assert counters.wavefronts == counters.barriers == 0, "its threads add up what they load"
     assert counters.efficiency > 0.97, counters.summary(3)
-    # the gates and lse of a group of 4 heads are half a sector
     counters = found.counted["zinit_combine_kernel"]
-    assert counters.wavefronts == counters.needed and counters.efficiency > 0.96, counters.summary(3)
+    assert counters.wavefronts == counters.needed and counters.efficiency > 0.98, counters.summary(3)
     row, rows = 2 * 64, 150
     ideal = (2 + 1 + 1) * rows * row + 2 * 10 * row + 2 * 4  # query, key, value; the prompts; the gates
     assert ideal <= found.counted["zinit_forward_kernel"].read <= 1.002 * ideal + 64

@@ -6,7 +6,7 @@ from far_memory import far_apart
 
 from zinit_kernels import zero_init_attention_with_kvcache
 from zinit_kernels.arguments import from_cache
-from zinit_kernels.testing import CacheCase, make_cache_arguments
+from zinit_kernels.testing import CacheCase, check_cache_case, make_cache_arguments
 
 pytestmark = pytest.mark.interpreted
 
@@ -54,6 +54,15 @@ def test_scales_that_are_not_positive(scale, num_splits):
         outputs.append(zero_init_attention_with_kvcache(**given, backend=backend, return_lse=True))
     for ours, expected in zip(*outputs, strict=True):
         torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_more_splits_than_are_combined_at_once(seqlen_q):
+    """8 at head dimension 64; most of them without keys in the short sequence."""
+    case = CacheCase(
+        "many", seqlens=(300, 5), seqlen_q=seqlen_q, heads_q=4, heads_kv=2, capacity=320, num_splits=11
+    )
+    check_cache_case(case, torch.float32, "triton")
 
 
 def test_no_queries_still_append():

@@ -197,3 +197,19 @@ def test_nvtx_ranges_when_asked_for(monkeypatch):
     with ranges.named("forward"):
         pass
     assert opened == ["zinit.forward"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "key_blocks", "expected"),
+    [
+        (8, 8, 1),  # 256 keys of one stream of Llama-3-8B: the combination would take longer than it saves
+        (8, 32, 8),
+        (8, 128, 16),
+        (8, 512, 32),  # 33 would fill the multiprocessors, and need one more round of the combination
+        (32, 128, 8),
+        (256, 512, 1),
+        (1, 10**6, 64),
+    ],
+)
+def test_the_keys_are_split_where_that_ends_sooner(programs, key_blocks, expected):
+    assert launch.choose_splits(programs, key_blocks, 132, 4) == expected

@@ -53,9 +53,9 @@ _SM80 = {
     ("extend", 64): Config(16, 64, 4, 3),
     ("extend", 128): Config(16, 32, 4, 4, 168),
     ("extend", 256): Config(16, 32, 4, 3),
-    ("combine", 64): Config(16, 1, 2, 1, 128),
-    ("combine", 128): Config(16, 1, 2, 1),
-    ("combine", 256): Config(16, 1, 4, 1),
+    ("combine", 64): Config(16, 1, 4, 1),
+    ("combine", 128): Config(16, 1, 8, 1),
+    ("combine", 256): Config(16, 1, 8, 1),
 }
 _SM90 = _SM80 | {
     ("forward", 64): Config(128, 128, 8, 3),

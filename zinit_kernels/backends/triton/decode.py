@@ -60,18 +60,6 @@ def _tile_rows(tile, kv_head, group, seqlen_q, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _partial_columns(dims, HEAD_DIM: tl.constexpr):
-    """Where the columns of a partial result lie in its row: first the even groups of four, then the odd ones.
-
-    The combine kernel has eight columns in a thread, because it stores them in two bytes. It loads them in float32 as
-    two times four; side by side, each of the two loads would take half of every sector that it touches.
-    """
-    if HEAD_DIM % 8 == 0:
-        dims = dims // 4 % 2 * (HEAD_DIM // 2) + dims // 8 * 4 + dims % 4
-    return dims
-
-
-@triton.jit
 def _finish(
     acc,
     lse,
@@ -87,7 +75,7 @@ def _finish(
     """Adds the gated prompt branch to the token branch and writes out and lse: the only place that does."""
     out, lse_ptr, num_heads_q, seqlen_q, sequence, kv_head, tokens, heads, valid = result
     acc = add_prompt_branch(
-        acc, q, prompts, sequence, heads, kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH
+        acc, q, prompts, sequence, heads, kv_head, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH, valid
     )
     dims = tl.arange(0, block_of(HEAD_DIM))
     out_ptrs = row_ptr(out, sequence, heads, tokens)[:, None] + dims[None, :]
@@ -117,7 +105,7 @@ def zinit_decode_kernel(
     out,  # View [B, Hq, T, D]
     lse_ptr,  # float32 [B, Hq, T]
     partial_out_ptr,  # float32 [splits, B, Hq, T, D], or None where the keys are not split
-    partial_lse_ptr,  # float32 [splits, B, Hq, T], base 2
+    partial_lse_ptr,  # float32 [B, Hq, T, splits], base 2
     num_heads_q,
     num_heads_kv,
     seqlen_q,  # T
@@ -257,18 +245,24 @@ def zinit_decode_kernel(
         _finish(acc, lse, q, prompts, result, scale_log2, cap, BLOCK_P, HEAD_DIM, TANH)
     else:
         num_sequences = tl.num_programs(0) // (num_splits * num_tiles * num_heads_kv)
-        slots = ((split.to(tl.int64) * num_sequences + sequence) * num_heads_q + heads) * seqlen_q + tokens
+        rows = (sequence.to(tl.int64) * num_heads_q + heads) * seqlen_q + tokens
+        slots = split.to(tl.int64) * num_sequences * num_heads_q * seqlen_q + rows
         dims = tl.arange(0, block_of(HEAD_DIM))
         mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
-        columns = _partial_columns(dims, HEAD_DIM)
-        tl.store(partial_out_ptr + slots[:, None] * HEAD_DIM + columns[None, :], acc, mask=mask)
-        tl.store(partial_lse_ptr + slots, lse, mask=valid)
+        tl.store(partial_out_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+        tl.store(partial_lse_ptr + rows * num_splits + split, lse, mask=valid)
+
+
+@triton.constexpr_function
+def splits_together(head_dim):
+    """How many splits' partial results are loaded at once: their loads wait for memory together."""
+    return max(512 // block_of(head_dim), 4)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def zinit_combine_kernel(
     partial_out_ptr,  # float32 [splits, B, Hq, T, D]
-    partial_lse_ptr,  # float32 [splits, B, Hq, T], base 2
+    partial_lse_ptr,  # float32 [B, Hq, T, splits], base 2
     query,  # View [B, Hq, T, D]
     prompt_key,  # View [N, Hkv, P, D]; no pointer: no prompt branch
     prompt_value,  # View [N, Hkv, P, D]
@@ -301,6 +295,7 @@ def zinit_combine_kernel(
     TANH: tl.constexpr,
 ):
     """out = sum_s 2^(lse_s - lse) out_s, with lse = log2 sum_s 2^lse_s, and then the prompt branch, once."""
+    SPLITS: tl.constexpr = splits_together(HEAD_DIM)
     prompts = Prompts(
         prompt_key, prompt_value, gate_ptr, prompt_index_ptr, prompt_rows, prompt_length, gate_stride
     )
@@ -312,24 +307,27 @@ def zinit_combine_kernel(
     num_sequences = tl.num_programs(0) // (num_tiles * num_heads_kv)
     tokens, heads, valid = _tile_rows(tile, kv_head, group, seqlen_q, BLOCK_M)
     dims = tl.arange(0, block_of(HEAD_DIM))
-    columns = _partial_columns(dims, HEAD_DIM)
-    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
     acc = tl.zeros([BLOCK_M, block_of(HEAD_DIM)], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    for split in range(0, num_splits):
-        slots = (
-            (tl.cast(split, tl.int64) * num_sequences + sequence) * num_heads_q + heads
-        ) * seqlen_q + tokens
-        partial_lse = tl.load(partial_lse_ptr + slots, mask=valid, other=float("-inf"))
-        new_m = tl.maximum(m, partial_lse)
-        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
-        p, alpha = tl.math.exp2(partial_lse - pivot), tl.math.exp2(m - pivot)
-        m, l = new_m, l * alpha + p
-        partial_out = tl.load(
-            partial_out_ptr + slots[:, None] * HEAD_DIM + columns[None, :], mask=mask, other=0.0
+    rows = (sequence.to(tl.int64) * num_heads_q + heads) * seqlen_q + tokens
+    for first in range(0, num_splits, SPLITS):
+        splits = first + tl.arange(0, SPLITS)
+        slots = (tl.cast(splits, tl.int64) * num_sequences * num_heads_q * seqlen_q)[:, None] + rows[None, :]
+        present = (splits < num_splits)[:, None] & valid[None, :]
+        partial_lse = tl.load(
+            partial_lse_ptr + rows[None, :] * num_splits + splits[:, None], mask=present, other=float("-inf")
         )
-        acc = acc * alpha[:, None] + p[:, None] * partial_out
+        partial_out = tl.load(
+            partial_out_ptr + slots[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=present[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+            other=0.0,
+        )
+        new_m = tl.maximum(m, tl.max(partial_lse, 0))
+        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
+        p, alpha = tl.math.exp2(partial_lse - pivot[None, :]), tl.math.exp2(m - pivot)
+        m, l = new_m, l * alpha + tl.sum(p, 0)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * partial_out, 0)
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads)

@@ -18,7 +18,7 @@ from . import configs, kept, tuning
 from .backward import zinit_grad_key_value_kernel, zinit_grad_query_kernel
 from .cache import zinit_append_kernel
 from .configs import Config, block_of
-from .decode import zinit_combine_kernel, zinit_decode_kernel
+from .decode import splits_together, zinit_combine_kernel, zinit_decode_kernel
 from .forward import zinit_forward_kernel
 from .kept import Recorder
 from .operands import (
@@ -237,11 +237,13 @@ def _decode(recorder: Recorder, *arguments: Any) -> tuple[Tensor, Tensor]:
     def launch(config: Config) -> None:
         programs = triton.cdiv(rows, config.block_m) * columns
         key_blocks = triton.cdiv(operands["capacity"], config.block_n)
-        splits = call.num_splits or choose_splits(programs, key_blocks, num_processors(query))
+        splits = call.num_splits or choose_splits(
+            programs, key_blocks, num_processors(query), splits_together(operands["HEAD_DIM"])
+        )
         partial_out = partial_lse = None
         if splits > 1:
             partial_out = recorder.empty(query, (splits, *query.shape), torch.float32)
-            partial_lse = recorder.empty(query, (splits, *query.shape[:3]), torch.float32)
+            partial_lse = recorder.empty(query, (*query.shape[:3], splits), torch.float32)
         split = {"partial_out_ptr": partial_out, "partial_lse_ptr": partial_lse, "num_splits": splits}
         _launch(recorder, zinit_decode_kernel, splits * programs, operands | split, config)
         if splits > 1:
@@ -271,12 +273,21 @@ def num_parts(tiles: int, columns: int) -> int:
     return max(1, min(tiles, triton.cdiv(512, max(columns, 1))))
 
 
-def choose_splits(programs: int, key_blocks: int, processors: int) -> int:
-    """Pieces of the keys: enough programs for two per multiprocessor, each with four blocks of keys or more.
+@functools.lru_cache(maxsize=1024)
+def choose_splits(programs: int, key_blocks: int, processors: int, together: int) -> int:
+    """Pieces of the keys: those that end soonest, in times that a program takes for one block of keys.
 
-    From the capacity of the cache alone: the lengths are on the device, and a captured graph keeps its grid.
+    Two programs run on a multiprocessor. The launch that combines the pieces takes 7 of these times, and one more for
+    each `together` pieces: projections for an H200 (bench project), no GPU has timed them. From the capacity of the
+    cache alone: the lengths are on the device, and a captured graph keeps its grid.
     """
-    return max(1, min(2 * processors // max(programs, 1), key_blocks // 4, _MOST_SPLITS))
+
+    def cost(splits: int) -> int:
+        waves = triton.cdiv(splits * programs, 2 * processors)
+        combination = 7 + triton.cdiv(splits, together) if splits > 1 else 0
+        return waves * triton.cdiv(key_blocks, splits) + combination
+
+    return min(range(1, max(2, min(key_blocks // 2, _MOST_SPLITS) + 1)), key=cost)
 
 
 def _sign_and_size(scale: float) -> tuple[int, float]:

@@ -328,9 +328,10 @@ def load_prompts(
 
 
 @triton.jit
-def load_gate(prompts, row, head, TANH: tl.constexpr):
-    """act(gate) in float32 of a table row and a head, or a tensor of heads."""
-    return activate(tl.load(prompts.gate_ptr + row * prompts.gate_stride + head), TANH)
+def load_gate(prompts, row, head, TANH: tl.constexpr, exists=None):
+    """act(gate) in float32 of a table row and a head, or a tensor of heads, of which `exists` says which are read."""
+    other = None if exists is None else 0.0
+    return activate(tl.load(prompts.gate_ptr + row * prompts.gate_stride + head, exists, other), TANH)
 
 
 @triton.jit

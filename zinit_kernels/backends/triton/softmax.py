@@ -215,15 +215,17 @@ def add_prompt_branch(
     BLOCK_P: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TANH: tl.constexpr,
+    exists=None,
 ):
     """acc + act(gate) * softmax(scale q pk^T) pv; acc where the sequence has no prompts.
 
-    head: one, or [BLOCK_M]. The gate multiplies the weights in float32, before they are rounded.
+    head: one, or [BLOCK_M], of which `exists` says which rows are there. The gate multiplies the weights in float32,
+    before they are rounded.
     """
     if prompts.key.ptr is not None:
         row = prompt_row(prompts, sequence)
         if row >= 0:
-            gate = load_gate(prompts, row, head, TANH)
+            gate = load_gate(prompts, row, head, TANH, exists)
             prompt_k = load_prompts(prompts.key, row, kv_head, prompts.length, q.dtype, BLOCK_P, HEAD_DIM)
             p, _ = prompt_softmax(q, prompt_k, prompts.length, scale_log2, cap, BLOCK_P)
             if len(head.shape) == 1:

@@ -32,7 +32,8 @@ from .quantised import add_option as add_quantise_option
 from .records import check_text, format_prompt, read_prompts
 from .sampling import NUM_SEEDS, check_request, generate
 from .serving.request import Sampling
-from .stop_strings import cut, settled_length
+from .serving.text import AnswerText
+from .stop_strings import cut
 from .tokenizer import Tokenizer, load_tokenizer
 from .vision.adapter import VisualAdapter
 from .vision.files import open_adapter
@@ -45,32 +46,30 @@ class Watcher:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], stream: bool):
         self.tokenizer, self.stop, self.stream = tokenizer, stop, stream
-        self.shown = 0  # characters of the one streamed answer
+        self.answers: dict[int, AnswerText] = {}
         self.count = 0
 
     def __call__(self, index: int, tokens: list[int]) -> bool:
         self.count += 1
         if not self.stream and not self.stop:
             return False
-        text = self.tokenizer.decode(tokens)
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character is not that one yet
-        stopped = any(stop in whole for stop in self.stop)
+        if len(tokens) == 1:  # of the first batch, or of the next
+            self.answers[index] = AnswerText(self.tokenizer.decode, self.stop)
+        answer = self.answers[index]
+        answer.add(tokens[-1])
         if self.stream:
-            self.show(text, stopped)
-        return stopped
+            self._print(answer.take())
+        return answer.stopped
 
-    def show(self, text: str, last: bool) -> None:
-        """Prints what is new in the text. Unless it is the last time, what the next tokens may change waits: the
-        beginning of a character or of a stop string.
+    def finish(self) -> None:
+        """Prints what of the one streamed answer waited for the next tokens: the beginning of a character or of a stop
+        string.
         """
-        text = self.cut(text)
-        settled = text if last else text[: settled_length(text, self.stop)]
-        print(for_output(settled[self.shown :]), end="", flush=True)
-        self.shown = max(self.shown, len(settled))
+        if 0 in self.answers:
+            self._print(self.answers[0].finish())
 
-    def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        return cut(text, self.stop)
+    def _print(self, text: str) -> None:
+        print(for_output(text), end="", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -288,7 +287,7 @@ def main(command_line: list[str] | None = None) -> None:
                 lookup=arguments.lookup,
             )
             for text, output in zip(texts[first:], outputs, strict=False):
-                _show(watcher, text, tokenizer.decode(output), many)
+                _show(watcher, text, output, many)
             if show is not None:
                 show(first + len(batch), "prompts")
     seconds = time.perf_counter() - start
@@ -337,13 +336,13 @@ def _check_chat(arguments: argparse.Namespace) -> None:
             raise UserError(f"--chat needs {stream}, which is closed.")
 
 
-def _show(watcher: Watcher, prompt: str, answer: str, many: bool) -> None:
+def _show(watcher: Watcher, prompt: str, tokens: list[int], many: bool) -> None:
     """One answer: a JSON object if there are many, else what the streaming has not shown yet."""
-    answer = watcher.cut(answer)
     if many:
+        answer = cut(watcher.tokenizer.decode(tokens), watcher.stop)
         print(for_output(json.dumps({"prompt": prompt, "output": answer}, ensure_ascii=False)), flush=True)
     else:
-        watcher.show(answer, last=True)
+        watcher.finish()
         print()
 
 

@@ -313,12 +313,13 @@ def test_program_refuses_in_one_sentence(tmp_path, capsys, model, adapter):
 def test_a_terminal_does_not_obey_an_answer(capsys, monkeypatch, terminal):
     """A pipe gets the text as it is."""
     answer = "a\x1b]0;title\x07\n\tb\rc\u202e\N{ZERO WIDTH JOINER}\x9b2J"
-    tokenizer = SimpleNamespace(decode=lambda tokens: answer[: len(tokens)])
+    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(map(chr, tokens)))
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: terminal, raising=False)
     watcher = Watcher(tokenizer, [], stream=True)
-    for length in range(len(answer)):
-        watcher(0, [0] * length)
-    watcher.show(answer, last=True)
+    tokens = list(map(ord, answer))
+    for length in range(1, len(answer) + 1):
+        watcher(0, tokens[:length])
+    watcher.finish()
     said = "a\\x1b]0;title\\x07\n\tb\\rc\\u202e\N{ZERO WIDTH JOINER}\\x9b2J"
     assert capsys.readouterr().out == (said if terminal else answer)
 
@@ -335,10 +336,10 @@ def test_streaming_prints_settled_text_only(capsys):
     assert shown == ["n", "a", "", "ï", "v", "e", " ", "", ""]
     assert watcher.count == 10 and capsys.readouterr().out == ""
     watcher = Watcher(tokenizer, ["END"], stream=True)
-    pieces = ["a", "aE", "aEN", "aEN!"]
-    for piece in pieces:
-        watcher(0, list(piece.encode()))
-    watcher.show("aEN!EN", last=True)
+    text = b"aEN!EN"
+    for count in range(1, len(text) + 1):
+        watcher(0, list(text[:count]))
+    watcher.finish()
     assert capsys.readouterr().out == "aEN!EN"
 
 
@@ -359,7 +360,7 @@ def test_the_stream_is_the_answer_wherever_it_is_cut(tmp_path, capsys, kept):
     watcher = Watcher(loaded, [], stream=True)
     for count in range(1, kept + 1):
         watcher(0, ids[:count])
-    watcher.show(loaded.decode(ids), last=True)
+    watcher.finish()
     expected = ("hi 😀éh😀".encode()[:kept]).decode(errors="replace")
     assert capsys.readouterr().out == loaded.decode(ids) == expected
 

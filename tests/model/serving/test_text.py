@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-import tokenizers
 from tiny_models import word_tokenizer
+from tiny_tokenizers import byte_fallback, byte_level
 
 from model.generate import Watcher
 from model.serving.request import TokenLogprobs
@@ -13,22 +13,6 @@ from model.serving.responses import Answer, Piece, Responses
 from model.serving.text import AnswerText
 from model.stop_strings import cut
 from model.tokenizer import load_tokenizer
-
-
-def byte_fallback(path):
-    """Bytes, a space and a few words, whose decoder strips the first space."""
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    vocabulary |= {piece: 256 + place for place, piece in enumerate(["▁", "▁the", "h", "i", "é"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
-    decoders = tokenizers.decoders
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.save(str(path / "tokenizer.json"))
-
-
-def byte_level(path):
-    """Words over all 256 bytes."""
-    word_tokenizer(path, 400)
 
 
 @pytest.mark.parametrize("make", [word_tokenizer, byte_fallback])
@@ -162,6 +146,6 @@ def test_half_a_character_is_no_broken_one(tmp_path, kept, capsys):
         ends = answer.add(token), watcher(0, tokens[:count])
         pieces += answer.take()
         assert ends == (count == 9, count == 9)
-    watcher.show(watcher.cut(tokenizer.decode(tokens)), last=True)
+    watcher.finish()
     expected = {4: "h ", 5: "h ", 6: "h 😀", 7: "h 😀h", 8: "h 😀h"}[kept]
     assert pieces + answer.finish() == expected == capsys.readouterr().out

@@ -31,15 +31,20 @@ def calls(family: str, dtype: torch.dtype, head_dim: int, seed: int) -> list[Any
     return _prompt_calls(*given)
 
 
-def products(dtype: torch.dtype, seed: int) -> list[Product]:
-    """What the linear layers of a decoding step are tried on: norm and three weights, norm and SwiGLU, and a residual;
-    whole tiles and sizes that are no multiple of one, both sizes of a tile of rows, and one row alone."""
+def products(dtype: torch.dtype, seed: int, processors: int) -> list[Product]:
+    """What the linear layers of a decoding step are tried on: norm and three weights, norm and SwiGLU, and a residual.
+
+    Of results that are wide enough for the tile that a chip with so many multiprocessors gets then, and of narrow ones;
+    in both sizes of a tile of rows; of whole tiles, and of sizes that are no multiple of one.
+    """
     random = torch.Generator(device="cpu").manual_seed(seed)
+    wide = 24 * processors + 3
     found = []
     for num_rows, columns, sizes in (
         (1, 1280, (32, 16, 16)),
-        (3, 203, (71, 37, 33)),
-        (17, 330, (20, 34, 16)),
+        (3, 203, (wide, 37, 33)),
+        (17, 150, (wide, 34, 16)),
+        (20, 256, (20, 34, 16)),
     ):
         x = _normal(random, dtype, num_rows, columns) * 2
         norm = 1 + 0.2 * _normal(random, dtype, columns)

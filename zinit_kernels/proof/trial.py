@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda, few_rows, hybrid, reference, triton
+from ..backends.triton.operands import num_processors
 from ..call import CALL, AnyCall, CacheCall, Call, PromptCall
 from ..testing.magnitude import magnitudes
 from ..testing.tolerance import assert_within_eager_error
@@ -27,8 +28,9 @@ _T = TypeVar("_T", bound=AnyCall)
 def run(subject: Subject, device: torch.device) -> None:
     """Raises AssertionError where a result is wrong, and whatever the launch of a kernel raises."""
     if subject.head_dim is None:
+        processors = num_processors(torch.empty(0, device=device))
         for seed in SEEDS:
-            for number, product in enumerate(products(subject.dtype, seed)):
+            for number, product in enumerate(products(subject.dtype, seed, processors)):
                 _try_few_rows(product, subject.dtype, device, f"product {number}, seed {seed}: ")
         return
     room = ROOMS[subject.backend]

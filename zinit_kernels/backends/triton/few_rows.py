@@ -29,22 +29,32 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def _load_rows(rows, at, WHOLE: tl.constexpr):
-    """Columns `at` of the rows, zeros where there are none."""
-    mask = rows.valid[:, None]
-    if not WHOLE:
-        mask = mask & (at < rows.columns)[None, :]
-    return tl.load(rows.ptr + rows.numbers[:, None] * rows.columns + at[None, :], mask=mask, other=0.0)
+def _places(PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[PARTS, BLOCK_K / PARTS]: the columns of a block, in parts."""
+    size: tl.constexpr = BLOCK_K // PARTS
+    return tl.arange(0, PARTS)[:, None] * size + tl.arange(0, size)[None, :]
 
 
 @triton.jit
-def _inverse_rms(rows, eps, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_rows(rows, at, WHOLE: tl.constexpr):
+    """Columns `at` of the rows, zeros where there are none."""
+    mask = rows.valid[None, :, None]
+    if not WHOLE:
+        mask = mask & (at < rows.columns)[:, None, :]
+    ptrs = rows.ptr + rows.numbers[None, :, None] * rows.columns + at[:, None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _inverse_rms(
+    rows, eps, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr
+):
     """1 / sqrt(mean(x^2) + eps) of each row, in float32."""
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    squares = tl.zeros([PARTS, BLOCK_M, BLOCK_K // PARTS], tl.float32)
     for start in range(0, rows.columns, BLOCK_K):
-        x = _load_rows(rows, start + tl.arange(0, BLOCK_K), WHOLE).to(tl.float32)
+        x = _load_rows(rows, start + _places(PARTS, BLOCK_K), WHOLE).to(tl.float32)
         squares += x * x
-    return tl.math.rsqrt(tl.sum(squares, 1) / rows.columns + eps)
+    return tl.math.rsqrt(tl.sum(tl.sum(squares, 2), 0) / rows.columns + eps)
 
 
 @triton.jit
@@ -56,19 +66,19 @@ def _load_normed(rows, norm_ptr, rstd, at, WHOLE: tl.constexpr):
             weight = tl.load(norm_ptr + at)
         else:
             weight = tl.load(norm_ptr + at, mask=at < rows.columns, other=0.0)
-        normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype)
-        x = (normed.to(tl.float32) * weight.to(tl.float32)[None, :]).to(x.dtype)
+        normed = (x.to(tl.float32) * rstd[None, :, None]).to(x.dtype)
+        x = (normed.to(tl.float32) * weight.to(tl.float32)[:, None, :]).to(x.dtype)
     return x
 
 
 @triton.jit
 def _load_weight(ptr, numbers, at, columns, WHOLE: tl.constexpr):
     """Columns `at` of some rows of a weight."""
-    ptrs = ptr + numbers[:, None] * columns + at[None, :]
+    ptrs = ptr + numbers[None, :, None] * columns + at[:, None, :]
     if WHOLE:
         return tl.load(ptrs)
     else:
-        return tl.load(ptrs, mask=(at < columns)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(at < columns)[:, None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -91,6 +101,7 @@ def zinit_few_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,  # of BLOCK_K, each summed up by a warp of its own
 ):
     """out = x times one to three transposed weights, side by side; or SwiGLU of two products. A program: BLOCK_N of
     its columns, all of one weight."""
@@ -119,26 +130,26 @@ def zinit_few_rows_kernel(
     first = number.to(tl.int64) * BLOCK_N * columns
     rstd = tl.zeros([BLOCK_M], tl.float32)
     if norm_ptr is not None:
-        rstd = _inverse_rms(rows, eps, WHOLE, BLOCK_M, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        rstd = _inverse_rms(rows, eps, WHOLE, BLOCK_M, BLOCK_K, PARTS)
+    acc = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
+    second = tl.zeros([PARTS, BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, columns, BLOCK_K):
-        at = start + tl.arange(0, BLOCK_K)
+        at = start + _places(PARTS, BLOCK_K)
         x = _load_normed(rows, norm_ptr, rstd, at, WHOLE)
         weight = _load_weight(weight_ptr + first, read, at, columns, WHOLE)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+        acc = tl.dot(x, tl.permute(weight, (0, 2, 1)), acc, input_precision="ieee")
         if GATED:
             weight = _load_weight(second_ptr + first, read, at, columns, WHOLE)
-            second = tl.dot(x, tl.trans(weight), second, input_precision="ieee")
+            second = tl.dot(x, tl.permute(weight, (0, 2, 1)), second, input_precision="ieee")
 
     dtype = out_ptr.dtype.element_ty
     mask = rows.valid[:, None] & (of_weight < size)[None, :]
     at = numbers[:, None] * out_stride + first_column + of_weight[None, :]
-    out = acc.to(dtype)
+    out = tl.sum(acc, 0).to(dtype)
     if GATED:
         gate = out.to(tl.float32)
         silu = (gate / (1 + tl.math.exp2(gate * (-1.0 * LOG2E)))).to(dtype)
-        out = (silu.to(tl.float32) * second.to(dtype).to(tl.float32)).to(dtype)
+        out = (silu.to(tl.float32) * tl.sum(second, 0).to(dtype).to(tl.float32)).to(dtype)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
         out = (residual.to(tl.float32) + out.to(tl.float32)).to(dtype)

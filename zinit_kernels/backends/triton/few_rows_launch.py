@@ -24,11 +24,12 @@ kept.key_of[_STAGE] = key_function(_TENSORS, {"norm", "second", "third", "residu
 
 
 class Tile(NamedTuple):
-    """block_m rows of x, block_n rows of the weight, block_k columns of both."""
+    """block_m rows of x, block_n rows of the weight, block_k columns of both in `parts`."""
 
     block_m: int
     block_n: int
     block_k: int
+    parts: int
     num_warps: int
     num_stages: int
 
@@ -84,6 +85,7 @@ def _few_rows(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
+        "PARTS": tile.parts,
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     programs = sum(triton.cdiv(size, tile.block_n) for size in written)
@@ -96,15 +98,16 @@ def _few_rows(
 def tile_of(num_rows: int, size: int, itemsize: int, arch: int, processors: int) -> Tile:
     """The tile for `size` columns of a result. itemsize: bytes of an element; arch: 0 for the interpreter.
 
-    Every program reads all rows of x, twice where it norms them. So with more rows it takes more of the weight, as long
-    as there is a program for each multiprocessor.
+    No GPU has timed them. Projected from the machine code (docs/projection.md) for one row of bfloat16 on an H200, but
+    for the loop that norms: 32 rows of the weight reach 0.57 to 0.74 of the DRAM bandwidth at LLaMA-7B's sizes, and 16
+    reach 0.56 to 0.68. Where a result has 2,048 columns, 32 leave half of the chip without work, and 16 take 0.6 to
+    0.73 of the time. With a part for each warp there is no long chain of products: 16 rows take 0.5 to 0.8 of the time.
     """
     block_m = 16 if num_rows <= 16 else 32
     if arch == 0:
-        return Tile(block_m, 32, 64, 4, 1)
+        return Tile(block_m, 32, 64, 2, 4, 1)
     if itemsize > 2:  # on the CUDA cores, because TF32 would round the inputs to 10 bits
-        return Tile(block_m, 16, 64, 4, 3)
-    block_n = 16
-    while block_n < 2 * num_rows and triton.cdiv(size, 2 * block_n) >= processors:
-        block_n *= 2
-    return Tile(block_m, block_n, 4096 // max(block_n, block_m), 4, 4)
+        return Tile(block_m, 16, 64, 4, block_m // 4, 3)
+    if 4 * triton.cdiv(size, 32) < 3 * processors:
+        return Tile(block_m, 16, 4096 // block_m, 4, 4, 4)
+    return Tile(block_m, 32, 4096 // block_m, 4, 4, 3)

@@ -1,5 +1,5 @@
 // Included by each isa_*.cpp: all kernels, compiled for its instruction set, and their table.
-#include "backward.h"
+#include "backward_items.h"
 #include "backward_reduce.h"
 #include "choice.h"
 #include "decode.h"

@@ -177,7 +177,7 @@ def combine(shape: Shape, chip: Chip, splits: int | None = None) -> Launch:
     splits = splits or splits_of(shape, chip, tile_of("decode", shape, chip))
     group = shape.heads_q // shape.heads_kv
     blocks = up(group, tile.block_m) * shape.heads_kv * shape.batch
-    together = decode_kernels.splits_together(shape.head_dim)
+    together = decode_kernels.splits_together(shape.head_dim, 8 * ITEM)
     loop = Loop(4 * together * min(group, tile.block_m) * shape.head_dim)
     return Launch(
         kernel("combine", shape.head_dim, chip.arch, "causal"), (loop,), [(up(splits, together),)] * blocks, 0.0,
@@ -188,7 +188,7 @@ def combine(shape: Shape, chip: Chip, splits: int | None = None) -> Launch:
 def splits_of(shape: Shape, chip: Chip, tile: configs.Config) -> int:
     rows = shape.heads_q // shape.heads_kv
     programs = up(rows, tile.block_m) * shape.heads_kv * shape.batch
-    together = decode_kernels.splits_together(shape.head_dim)
+    together = decode_kernels.splits_together(shape.head_dim, 8 * ITEM)
     return launch.choose_splits(programs, up(shape.seqlen_k, tile.block_n), chip.multiprocessors, together)
 
 

@@ -237,9 +237,8 @@ def _decode(recorder: Recorder, *arguments: Any) -> tuple[Tensor, Tensor]:
     def launch(config: Config) -> None:
         programs = triton.cdiv(rows, config.block_m) * columns
         key_blocks = triton.cdiv(operands["capacity"], config.block_n)
-        splits = call.num_splits or choose_splits(
-            programs, key_blocks, num_processors(query), splits_together(operands["HEAD_DIM"])
-        )
+        together = splits_together(operands["HEAD_DIM"], 8 * query.element_size())
+        splits = call.num_splits or choose_splits(programs, key_blocks, num_processors(query), together)
         partial_out = partial_lse = None
         if splits > 1:
             partial_out = recorder.empty(query, (splits, *query.shape), torch.float32)

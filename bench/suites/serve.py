@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from model.sampling import generate
 from model.serving.app import create_app
 from model.serving.engine import Engine
 from model.serving.request import Sampling
+from model.serving.server import Server, listen
 from model.serving.service import Service
 from model.serving.worker import EngineThread
 from model.tokenizer import Tokenizer
@@ -257,8 +257,8 @@ def _listening(service: Service) -> Iterator[int]:
     """The server in a thread of this process; its port."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", lifespan="on"))
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = Server(uvicorn.Config(create_app(service), log_level="error", lifespan="on"))
+    listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     engine = EngineThread(service.engine).start()
     thread.start()

@@ -43,13 +43,25 @@ class Server(uvicorn.Server):
         yield
 
 
-def serve(app: Any, service: Service, host: str, port: int, drain_seconds: float) -> None:
-    """Serves until a signal comes, then drains. Raises UserError if the port cannot be had."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to; port 0 = any free one. Raises UserError if the port cannot be had.
+
+    Its connections send each part of an answer at once. asyncio sees to that where a socket's protocol is named, and
+    `create_server` names none: the body of an answer, or a token of a stream, then waits until the client has
+    acknowledged what came before, for 40 ms.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise UserError(f"{host}, port {port}, cannot be listened on: {error.strerror or error}.") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def serve(app: Any, service: Service, host: str, port: int, drain_seconds: float) -> None:
+    """Serves until a signal comes, then drains. Raises UserError if the port cannot be had."""
+    listener = listen(host, port)
     _allow_many_connections()
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="on", ws="none"

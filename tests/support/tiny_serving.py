@@ -155,12 +155,12 @@ class Listening:
         import uvicorn
 
         from model.serving.app import create_app
-        from model.serving.server import Server
+        from model.serving.server import Server, listen
 
         self.service = service
         app = create_app(service, **options)
         self._server = Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._engine = EngineThread(service.engine)

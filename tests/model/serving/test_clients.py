@@ -242,6 +242,17 @@ def resident():
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmRSS"))
 
 
+def test_no_part_of_an_answer_waits_for_the_one_before(server):
+    """Nagle's algorithm would hold the body of a response, and a token of a stream, for 40 ms."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() is not None
+        connections = list(server._server.server_state.connections)
+        sockets = [one.transport.get_extra_info("socket") for one in connections]
+        assert sockets and all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
+
+
 def test_malformed_bodies_are_refused_and_cost_nothing(tmp_path, caplog):
     """Every response is a refusal or an answer; no memory stays behind, no request, no page."""
     service, _ = make_service(tmp_path, cache_tokens=48)  # answers without a limit are short

@@ -1,9 +1,9 @@
-"""The next tokens of cached sequences through all layers in one call of the CPU kernels.
+"""The first or the next tokens of cached sequences through all layers in one call of the CPU kernels.
 
 A decoded token reads every weight once. In a model of 135 million parameters that takes 5 ms, and the 400 calls that
 its layers are made of would take 2 ms more. The operator `decode_layers` does them in one: norm, query, key and value
 products, rotary embedding, cache, attention with its gated prompts, output product and residual, norm, SwiGLU and its
-products, for all layers.
+products, for all layers. `prefill_layers` does the same for a prompt.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from zinit_kernels import operators
-from zinit_kernels.packed import NATIVE
+from zinit_kernels.packed import MANY_ROWS, NATIVE
 from zinit_kernels.projected import Stamp, stamp
 
-from .layer_weights import DTYPES, LayerWeights, may_decode
+from .layer_weights import DTYPES, LayerWeights, may_decode, may_replace
 
-_DECODE = operators.operator("decode_layers", "cpu")
+_DECODE, _PREFILL = (operators.operator(stage, "cpu") for stage in ("decode_layers", "prefill_layers"))
 
 
 class Prompts(NamedTuple):
@@ -65,24 +66,64 @@ class Decoder(LayerWeights):
 
     def run(self, model: nn.Module, x: Tensor, prompts: Prompts, cache: Any) -> Tensor:
         """The normed hidden states of x [B, T, C]; the cache is written, its lengths stay."""
+        return _DECODE(*self._arguments(model, x, prompts, cache, cache.lengths, cache.block_table))
+
+    def fill(
+        self, model: nn.Module, x: Tensor, prompts: Prompts, cache: Any, cu_seqlens: Tensor, last: bool
+    ) -> Tensor:
+        """The normed hidden states of packed tokens x [total, C], or of each sequence's last one, [B, C]; the cache is
+        written from its beginning, its lengths stay."""
+        return _PREFILL(*self._arguments(model, x, prompts, cache, cu_seqlens), last)
+
+    def _arguments(
+        self, model: nn.Module, x: Tensor, prompts: Prompts, cache: Any, *where: Tensor | None
+    ) -> tuple[Any, ...]:
         config = model.config
-        return _DECODE(
+        return (
             x, self.weights, self.schemes, self.norm, config.norm_eps, config.num_heads_q,
-            config.num_heads_kv, config.intermediate_size, cache.keys, cache.values, cache.lengths,
-            cache.block_table, cache.cos, cache.sin, prompts.tensors, prompts.layers, prompts.index,
-            config.head_dim**-0.5, config.window_left, prompts.tanh,
+            config.num_heads_kv, config.intermediate_size, cache.keys, cache.values, *where, cache.cos, cache.sin,
+            prompts.tensors, prompts.layers, prompts.index, config.head_dim**-0.5, config.window_left, prompts.tanh,
         )  # fmt: skip
 
 
 def decode(model: nn.Module, x: Tensor, adapter: Callable[[Any], Any] | None, cache: Any) -> Tensor | None:
     """`Decoder.run` of a model's next tokens; None for what the operator does not take."""
-    if x.device.type != "cpu" or not NATIVE or not may_decode(x, cache):
+    if not may_decode(x, cache) or (found := _decoder(model, x, adapter, cache)) is None:
+        return None
+    decoder, prompts = found
+    return decoder.run(model, x.contiguous(), prompts, cache)
+
+
+def prefill(
+    model: nn.Module,
+    x: Tensor,
+    adapter: Callable[[Any], Any] | None,
+    cache: Any,
+    cu_seqlens: Tensor,
+    last: bool,
+) -> Tensor | None:
+    """`Decoder.fill` of the first tokens of a cache's sequences; None for what the operator does not take."""
+    if not MANY_ROWS or not may_replace(x, cache):
+        return None
+    if len(cu_seqlens) != len(cache.lengths) + 1 or cu_seqlens.dtype != torch.int32:
+        return None
+    if (found := _decoder(model, x, adapter, cache)) is None:
+        return None
+    decoder, prompts = found
+    return decoder.fill(model, x.contiguous(), prompts, cache, cu_seqlens.contiguous(), last)
+
+
+def _decoder(
+    model: nn.Module, x: Tensor, adapter: Callable[[Any], Any] | None, cache: Any
+) -> tuple[Decoder, Prompts] | None:
+    """The decoder of a model and the prompts of its layers; None where the operators cannot stand for the layers."""
+    if x.device.type != "cpu" or not NATIVE:
         return None
     decoder = Decoder.of(model, cache)
     if not decoder.usable or x.dtype != model.dtype or decoder.is_hooked():
         return None
     prompts = decoder.prompts(model, adapter)
-    return None if prompts is None else decoder.run(model, x.contiguous(), prompts, cache)
+    return None if prompts is None else (decoder, prompts)
 
 
 _NO_PROMPTS = Prompts([], [], None, True)

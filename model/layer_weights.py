@@ -27,9 +27,13 @@ def _is_own(module: nn.Module) -> bool:
 
 def may_decode(x: Tensor, cache: Any) -> bool:
     """Whether kernels may stand for the layers now, of tokens [B, T, C] of a cache."""
+    return x.shape[0] * x.shape[1] <= MOST_TOKENS and may_replace(x, cache)
+
+
+def may_replace(x: Tensor, cache: Any) -> bool:
+    """The same of any number of tokens."""
     return not (
-        x.shape[0] * x.shape[1] > MOST_TOKENS
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled(x.device.type)
         or type(x) is not Tensor

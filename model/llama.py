@@ -29,7 +29,7 @@ from zinit_kernels import (
 )
 
 from .config import LlamaConfig
-from .decoding import decode
+from .decoding import decode, prefill
 from .device_layers import decode as decode_on_device
 from .layer_weights import LayerWeights
 from .layers import RMSNorm, Rotary, SwiGLU, prepend, rotary_table
@@ -318,23 +318,32 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | PagedRows | None = None,
+        last: bool = False,
     ) -> Tensor:
         """The normed hidden states [..., C] that `logits` projects.
 
         tokens: [B, T], or [total] with int32 cu_seqlens [B + 1]; with max_seqlen the longest length need not be read
         from the device. cache: packed tokens are its first ones, [B, T] tokens its next ones (of a paged one, its
         rows'). It is extended in place, under no_grad. In a frozen model, layers below the lowest adapted one save
-        nothing for backward.
+        nothing for backward. last: of packed tokens, each sequence's last one alone, [B, C].
         """
-        layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
+        if last and cu_seqlens is None:
+            raise ValueError("last is for packed tokens: give cu_seqlens, or take the states [:, -1]")
         x = self.embed_tokens(tokens)
-        if cache is not None and cu_seqlens is None:
-            hidden = decode(self, x, adapter, cache)
-            if hidden is None and isinstance(cache, KVCache):
-                hidden = decode_on_device(self, x, adapter, layout)
+        layout = None
+        if cache is not None:
+            hidden = None
+            if cu_seqlens is None:
+                hidden = decode(self, x, adapter, cache)
+                if hidden is None and isinstance(cache, KVCache):
+                    layout = self._layout(tokens, cu_seqlens, max_seqlen, cache)
+                    hidden = decode_on_device(self, x, adapter, layout)
+            elif isinstance(cache, KVCache):
+                hidden = prefill(self, x, adapter, cache, cu_seqlens, last)
             if hidden is not None:
-                cache.lengths += tokens.shape[1]
+                cache.lengths += tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff()
                 return hidden
+        layout = layout or self._layout(tokens, cu_seqlens, max_seqlen, cache)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, layout, adapter, use_reentrant=False, preserve_rng_state=False)
@@ -342,7 +351,7 @@ class Llama(nn.Module):
                 x = layer(x, layout, adapter)
         if cache is not None:
             cache.lengths += tokens.shape[1] if cu_seqlens is None else cu_seqlens.diff()
-        return self.norm(x)
+        return self.norm(x[cu_seqlens[1:].long() - 1] if last else x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., vocab_size] of hidden states [..., C]."""

@@ -202,10 +202,9 @@ def _prefill(
     ends = lengths.cumsum(0)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(model.device, torch.int32)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-    hidden = model.hidden_states(
-        tokens, adapter, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()), cache=cache
+    return model.hidden_states(
+        tokens, adapter, cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()), cache=cache, last=True
     )
-    return hidden[ends - 1]
 
 
 def check_request(

@@ -19,6 +19,8 @@ and, on the CPU alone, what decoding does around attention:
                                             of a LLaMA and its last norm (`model/decoding.py`); writes the caches,
                                             [L, B, S, Hkv, D] or, with a block_table [B, columns], pages
                                             [L, pages, page size, Hkv, D]; two rows may be of one sequence
+    prefill_layers -> out                   the same for the first tokens of B packed sequences, input [total, C]; out
+                                            [total, C], or [B, C] of each one's last token; needs AVX-512
     choose -> tokens                        int64 [B], one for each row of logits, -1 where the largest is no finite
                                             number: the likeliest, or drawn by a seed of int64 (`model/choice.py`)
 
@@ -68,6 +70,10 @@ AROUND = {
     "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
     "Tensor? block_table, Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, "
     "Tensor? prompt_index, float scale, int window_left, bool tanh_gate) -> Tensor",
+    "prefill_layers": "(Tensor input, Tensor[] weights, int[] schemes, Tensor final_norm, float eps, int num_heads_q, "
+    "int num_heads_kv, int intermediate, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cu_seqlens, "
+    "Tensor rotary_cos, Tensor rotary_sin, Tensor[] prompts, int[] prompt_layers, Tensor? prompt_index, float scale, "
+    "int window_left, bool tanh_gate, bool last) -> Tensor",
     "choose": "(Tensor logits, float temperature, float top_p, Tensor seeds) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
     "rms_norm_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
@@ -134,6 +140,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (rows if indices is None else indices.shape[0], columns)
     ),
     "decode_layers": lambda input, *others: input.new_empty(input.shape),
+    "prefill_layers": lambda input, *others: input.new_empty(
+        (others[9].shape[0] - 1, input.shape[1]) if others[-1] else input.shape
+    ),
     "choose": lambda logits, temperature, top_p, seeds: logits.new_empty(logits.shape[:1], dtype=torch.int64),
     "rms_norm": lambda x, weight, eps: (
         x.new_empty(x.shape),

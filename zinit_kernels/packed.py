@@ -37,7 +37,8 @@ GROUPS = (32, 64, 128)
 # Rows up to which the weight is read as it is. More are a product of unpacked weights: by torch, or with AVX-512 by a
 # kernel that unpacks 48 rows of the weight at a time (`csrc/cpu/linear_many.h`).
 MOST_ROWS = 32
-_MANY_ROWS = NATIVE and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+# whether the CPU kernels multiply many rows
+MANY_ROWS = NATIVE and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _LARGEST_SCALE = torch.finfo(torch.float16).max
 _ROWS_AT_ONCE = (
     1 << 12
@@ -134,7 +135,7 @@ class PackedWeight(NamedTuple):
 
     def _product(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // self.columns
-        if (num_rows <= MOST_ROWS or _MANY_ROWS) and _is_native(self.data, x) and x.dtype in _FLOATS:
+        if (num_rows <= MOST_ROWS or MANY_ROWS) and _is_native(self.data, x) and x.dtype in _FLOATS:
             rows = x.reshape(-1, self.columns).contiguous()
             out = _LINEAR(rows, self.data, self.rows, self.scheme.number)
             return out.view(*x.shape[:-1], self.rows)

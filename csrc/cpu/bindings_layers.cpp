@@ -1,9 +1,9 @@
 // zinit::decode_layers_cpu: the next tokens of cached sequences through all layers of a LLaMA, in one call and
-// one parallel region. And the same for many tokens: keep_layers_cpu, decode_kept_cpu and drop_layers_cpu.
+// one parallel region. prefill_layers_cpu: their first tokens. And the same for many tokens: keep_layers_cpu, decode_kept_cpu and drop_layers_cpu.
 #include <mutex>
 #include <unordered_map>
 
-#include "layer_stack.h"
+#include "prefill.h"
 
 namespace zinit::cpu {
 namespace {
@@ -31,6 +31,32 @@ Tensor decode_layers(const Tensor& input, std::vector<Tensor> weights, std::vect
                    {eps, scale, num_heads_q, num_heads_kv, intermediate, window_left, tanh_gate});
   Tensor out = device.empty_contiguous({B, T, C}, dtype);
   stack.run(from, {B, T, cache_seqlens, block_table, prompt_index}, out.data_ptr(), {}, {});
+  return out;
+}
+
+Tensor prefill_layers(const Tensor& input, std::vector<Tensor> weights, std::vector<int64_t> schemes,
+                      const Tensor& final_norm, double eps, int64_t num_heads_q, int64_t num_heads_kv,
+                      int64_t intermediate, const Tensor& key_cache, const Tensor& value_cache,
+                      const Tensor& cu_seqlens, const Tensor& rotary_cos, const Tensor& rotary_sin,
+                      std::vector<Tensor> prompts, std::vector<int64_t> prompt_layers,
+                      const OptionalTensor& prompt_index, double scale, int64_t window_left, bool tanh_gate,
+                      bool last) {
+  const Device device = Device::cpu();
+  ZINIT_CHECK(input.dim() == 2, "input must have shape (total, C), got ", shape_string(input));
+  ZINIT_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens must have shape (B + 1), got ",
+              shape_string(cu_seqlens));
+  ZINIT_CHECK(kernels().has_many_rows,
+              "this processor has no kernels for many rows (they need AVX-512): call the layers one by one");
+  dtype_of(input, "input");
+  const ScalarType dtype = input.scalar_type();
+  const int64_t total = input.size(0), C = input.size(1), B = cu_seqlens.size(0) - 1;
+  const void* from = device.array<void>(input, "input", dtype, {total, C}).data;
+  const LayerStack stack(dtype, C, std::move(weights), schemes, final_norm, key_cache, value_cache,
+                         rotary_cos, rotary_sin, std::move(prompts), prompt_layers,
+                         {eps, scale, num_heads_q, num_heads_kv, intermediate, window_left, tanh_gate});
+  Prefill prefill(stack, cu_seqlens, prompt_index, total);
+  Tensor out = device.empty_contiguous({last ? B : total, C}, dtype);
+  prefill.run(from, last, out.data_ptr());
   return out;
 }
 
@@ -168,6 +194,7 @@ void drop_layers(int64_t layers) { kept().drop(layers); }
 
 STABLE_TORCH_LIBRARY_IMPL(zinit, CompositeExplicitAutograd, m) {
   m.impl("decode_layers_cpu", TORCH_BOX(&zinit::cpu::decode_layers));
+  m.impl("prefill_layers_cpu", TORCH_BOX(&zinit::cpu::prefill_layers));
   m.impl("keep_layers_cpu", TORCH_BOX(&zinit::cpu::keep_layers));
   m.impl("decode_kept_cpu", TORCH_BOX(&zinit::cpu::decode_kept));
   m.impl("drop_layers_cpu", TORCH_BOX(&zinit::cpu::drop_layers));

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "linear_arguments.h"
+#include "plan.h"
 #include "run_steps.h"
 
 namespace zinit::cpu {
@@ -12,16 +13,6 @@ constexpr int64_t kRowsOfAStep = 32;
 const char* bytes_at(const Tensor& tensor, int64_t row, int64_t columns) {
   return static_cast<const char*>(tensor.data_ptr()) +
          row * columns * static_cast<int64_t>(tensor.element_size());
-}
-
-void multiply_many(ManyWork w) {
-  const int64_t floats = (w.num_rows + 15) / 16 * 16 * w.weight.columns;
-  const auto operand = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(floats));
-  w.operand = operand.get();
-  w.block = 256;  // of 576 columns: half a level 2 cache
-  const auto items = [&] { return (w.num_rows + w.block - 1) / w.block * ((w.weight.rows + 47) / 48); };
-  while (w.block > 32 && items() < 4 * torch::stable::get_num_threads()) w.block /= 2;
-  run_steps({step_of(kernels().many_layout, w), step_of(kernels().many, w)});
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, int64_t rows, int64_t scheme) {
@@ -36,7 +27,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, int64_t rows, int64_t s
   w.weights[0] = weight_of(weight, "weight", rows, K, scheme, dtype);
   Tensor out = device.empty_contiguous({M, rows}, dtype);
   if (M > kRowsOfAStep && rows > 0 && w.weights[0].scheme.packed() && kernels().has_many_rows) {
-    multiply_many({w.weights[0], M, input.data_ptr(), w.dtype, nullptr, out.data_ptr(), 0});
+    w.num_rows = M, w.input = input.data_ptr(), w.out[0] = out.data_ptr();
+    run_stage(kernels().many, plan_many(w, torch::stable::get_num_threads()));
     return out;
   }
   for (int64_t m = 0; m < M && rows > 0; m += kRowsOfAStep) {

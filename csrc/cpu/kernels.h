@@ -37,10 +37,10 @@ struct KernelTable {
   Stage<ForwardParams> forward;
   Stage<BackwardWork> backward;
   Stage<BackwardWork> backward_reduce;
-  Stage<DecodeWork> decode_append, decode_attend, decode_combine;
+  Stage<DecodeWork> decode_append, decode_attend, decode_combine, cache_fill;
   PreparedStage<LinearWork> linear;
-  bool has_many_rows;  // else the two stages do nothing
-  Stage<ManyWork> many_layout, many;
+  bool has_many_rows;  // else the stage does nothing
+  Stage<ManyWork> many;
   Stage<NormWork> norm;
   Stage<UnpackWork> unpack;
   Stage<NormBackwardWork> norm_backward;

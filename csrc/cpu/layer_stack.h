@@ -66,6 +66,20 @@ struct Layer {
   std::vector<DecodeWork> attention;
 };
 
+// What a call has for all layers, with a layer's part of the cache and its prompts.
+inline DecodeWork of_layer(const DecodeWork& common, const Layer& layer) {
+  DecodeWork w = common;
+  w.key_cache = layer.own.key_cache, w.value_cache = layer.own.value_cache;
+  if (layer.own.prompt_key.given) {
+    w.prompt_key = layer.own.prompt_key, w.prompt_value = layer.own.prompt_value;
+    w.prompt_length = layer.own.prompt_length, w.prompt_rows = layer.own.prompt_rows;
+    w.gate = layer.own.gate, w.gate_rows = layer.own.gate_rows;
+    check_prompt_rows(w);
+    if (w.prompt_index.given) check_prompt_index(w);
+  }
+  return w;
+}
+
 // Attention of the tokens first .. last of a single sequence, each as a sequence of its own with its own length
 // and with as many splits as it would have alone: so it has the same bits as when tokens come one by one.
 inline DecodeWork tokens_alone(const DecodeWork& common, int64_t first, int64_t last, Copies& copies) {
@@ -223,6 +237,10 @@ class LayerStack {
 
   DType dtype() const { return type_; }
   int64_t hidden_size() const { return C_; }
+  const StackOptions& options() const { return options_; }
+  const std::vector<Layer>& layers() const { return layers_; }
+  const void* final_norm() const { return final_norm_; }
+  const DecodeWork& common() const { return common_; }  // what all layers share: shapes and rotary tables
 
   // The normed hidden states of the next tokens, from input to out [B, T, C]. The caches are written; cache_seqlens
   // stays. Steps that make the input run before, and those that need out after. Two rows of tokens may be of one
@@ -339,15 +357,7 @@ class LayerStack {
     void* const middle = const_cast<char*>(memory) + at_stream_[0];
     void* const end = const_cast<char*>(memory) + at_stream_[1];
     void* const up = const_cast<char*>(memory) + at_up_;
-    DecodeWork& w = layer.append = common;
-    w.key_cache = layer.own.key_cache, w.value_cache = layer.own.value_cache;
-    if (layer.own.prompt_key.given) {
-      w.prompt_key = layer.own.prompt_key, w.prompt_value = layer.own.prompt_value;
-      w.prompt_length = layer.own.prompt_length, w.prompt_rows = layer.own.prompt_rows;
-      w.gate = layer.own.gate, w.gate_rows = layer.own.gate_rows;
-      check_prompt_rows(w);
-      if (w.prompt_index.given) check_prompt_index(w);
-    }
+    const DecodeWork& w = layer.append = of_layer(common, layer);
     for (LinearWork* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down}) {
       linear->num_rows = common.num_sequences * common.seqlen_q;
     }

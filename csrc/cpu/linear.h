@@ -174,6 +174,25 @@ inline void gate_sums(float* gate, const float* up, int64_t count) {
   }
 }
 
+// Row m of out[i], from column `first` on, of `count` sums; `up`: those of weight 1, where gated.
+template <class T>
+inline void finish_row(const LinearWork& w, int i, int64_t m, int64_t first, int64_t count, float* sums,
+                       const float* up) {
+  const int64_t at = m * w.weights[i].rows + first;
+  if (w.gated) gate_sums<T>(sums, up, count);
+  T* out = static_cast<T*>(w.out[i]) + at;
+  if (w.residual == nullptr || i != 0) return store_columns(sums, broadcast(1.f), count, out);
+  const T* residual = static_cast<const T*>(w.residual) + at;
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const Vec sum = load(sums + n) + load_columns(residual, n, count);
+    if (n + kLanes <= count) {
+      store(out + n, sum);
+    } else {
+      store_first(out + n, count - n, sum);
+    }
+  }
+}
+
 // The weight of an item and its first row.
 struct ItemPlace {
   int weight;
@@ -207,35 +226,24 @@ void linear_run(const LinearWork& w, int64_t begin, int64_t end, void* memory) {
     if (w.gated) multiply(w, s, w.weights[1], first, count, up, stride);
     with_dtype(w.dtype, [&]<class T>() {
       for (int64_t m = 0; m < w.num_rows; ++m) {
-        float* sums = s.sums + m * stride;
-        if (w.gated) gate_sums<T>(sums, up + m * stride, count);
-        T* out = static_cast<T*>(w.out[i]) + m * weight.rows + first;
-        if (w.residual != nullptr && i == 0) {
-          const T* residual = static_cast<const T*>(w.residual) + m * weight.rows + first;
-          for (int64_t n = 0; n < count; n += kLanes) {
-            const Vec sum = load(sums + n) + load_columns(residual, n, count);
-            if (n + kLanes <= count) {
-              store(out + n, sum);
-            } else {
-              store_first(out + n, count - n, sum);
-            }
-          }
-        } else {
-          store_columns(sums, broadcast(1.f), count, out);
-        }
+        finish_row<T>(w, i, m, first, count, s.sums + m * stride, up + m * stride);
       }
     });
   }
 }
 
-int64_t norm_items(const NormWork& w) { return w.num_rows; }
+// An item takes about 1 us.
+inline int64_t norm_item_rows(const NormWork& w) { return max(1, 4096 / w.columns); }
+
+int64_t norm_items(const NormWork& w) { return ceil_div(w.num_rows, norm_item_rows(w)); }
 
 int64_t norm_scratch(const NormWork& w) { return round_up(w.columns, 16) * 4; }
 
 void norm_run(const NormWork& w, int64_t begin, int64_t end, void* memory) {
   float* row = static_cast<float*>(memory);
+  const int64_t rows = norm_item_rows(w);
   with_dtype(w.dtype, [&]<class T>() {
-    for (int64_t m = begin; m < end; ++m) {
+    for (int64_t m = begin * rows; m < min(end * rows, w.num_rows); ++m) {
       load_row(static_cast<const T*>(w.input) + m * w.columns, w.columns, row);
       const float rstd = norm_row(row, static_cast<const T*>(w.norm_weight), w.eps, w.columns,
                                   static_cast<T*>(w.out) + m * w.columns);

@@ -1,23 +1,14 @@
-// Products of many rows with a packed weight: a prompt's pass. Bound by arithmetic, so both sides are first laid out as
-// the multiplications take them, and the weight is never there as a whole: 48 rows of it at a time.
+// Products of many rows: a prompt's pass. Bound by arithmetic, so the rows of a weight are laid out as the
+// multiplications take them, 48 of them at a time in a thread's scratch: the weight is never there a second time.
 //
 // A step is one column in float32, or two neighbouring ones in bfloat16 (vdpbf16ps); it fills 32 bits of a row. The rows
-// of the weight lie in lanes, and a number of an activation is broadcast:
+// of the weight lie in lanes, in panels [steps][16], [steps][32] or [steps][48]. A step of an activation is broadcast
+// from its row, as that lies in memory.
 //
-//   activations   panels [steps][8] of 8 rows, laid out once for all weight rows
-//   weight        panels [steps][16], [steps][32] or [steps][48] of as many weight rows, in a thread's scratch
-//
-// 8 rows and 3 vectors of weights are 24 sums, which leaves registers for 3 weights and some activations. Zen 4, two
-// threads, 512 rows, int4, GFLOP/s; before: all of the weight as numbers, then torch's product.
-//
-//   columns x rows          576 x 576   576 x 192   576 x 1536   1536 x 576   2048 x 8192
-//   float32    before, now  178, 217    137, 195    163, 213     151, 173     127, 203
-//   bfloat16   before, now  337, 401    302, 376    342, 407     353, 400     324, 389
-//
-// With plain weights the same kernel is as fast as torch's products (0.9 to 1.1), so those stay torch's.
+// 8 rows and 3 vectors of weights are 24 sums, which leaves registers for 3 weights and some activations.
 #pragma once
 #include "kernels.h"
-#include "linear_packed.h"
+#include "linear.h"
 
 namespace zinit::cpu {
 namespace {
@@ -25,11 +16,25 @@ namespace {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 constexpr bool kHasManyRows = true;
 
-constexpr int64_t kManyRows = 8, kManyVectors = 3;
+constexpr int64_t kManyRows = 8, kManyVectors = 3, kManyColumns = 16 * kManyVectors;
+constexpr int64_t kStepBytes = 4;
+constexpr int64_t kFloatsAhead = 512;  // of a panel, which comes from the level 2 cache
 
 inline bool in_pairs(const ManyWork& w) { return multiplies_bfloat16(w.dtype); }
+inline int64_t columns_of(const ManyWork& w) { return w.weights[0].columns; }
 inline int64_t steps_of(const ManyWork& w) {
-  return in_pairs(w) ? ceil_div(w.weight.columns, 2) : w.weight.columns;
+  return in_pairs(w) ? ceil_div(columns_of(w), 2) : columns_of(w);
+}
+
+// f(kPairs, T) for the element type of a work's tensors.
+template <class F>
+inline void with_steps(const ManyWork& w, F f) {
+  with_dtype(w.dtype, [&]<class T>() {
+#if defined(__AVX512BF16__)
+    if constexpr (__is_same(T, BFloat16)) return f.template operator()<true, Bf16Operand>();
+#endif
+    f.template operator()<false, T>();
+  });
 }
 
 // 16 steps of a row from column k on, as 32 bits each; zeros past its end.
@@ -46,44 +51,20 @@ template <bool kPairs, class T>
   }
 }
 
-// f(kPairs, T) for the element type of a work's tensors.
-template <class F>
-inline void with_steps(const ManyWork& w, F f) {
-  with_dtype(w.dtype, [&]<class T>() {
-#if defined(__AVX512BF16__)
-    if constexpr (__is_same(T, BFloat16)) return f.template operator()<true, T>();
-#endif
-    f.template operator()<false, T>();
-  });
-}
-
-int64_t many_layout_items(const ManyWork& w) { return ceil_div(w.num_rows, 2 * kManyRows); }
-
-// Two panels of activations.
-void many_layout_run(const ManyWork& w, int64_t begin, int64_t end, void*) {
-  const int64_t K = w.weight.columns, steps = steps_of(w);
-  with_steps(w, [&]<bool kPairs, class T>() {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item * 2 * kManyRows, count = min(w.num_rows - first, 16);
-      float* low = w.operand + first * steps;
-      float* high = low + kManyRows * steps;
-      for (int64_t s = 0; s < steps; s += 16) {
-        Vec rows[16];
-        for (int64_t m = 0; m < 16; ++m) {
-          rows[m] = m < count ? steps_at<kPairs>(static_cast<const T*>(w.input) + (first + m) * K,
-                                                 kPairs ? 2 * s : s, K)
-                              : broadcast(0.f);
-        }
-        transpose(rows);
-        for (int64_t i = 0; i < min(steps - s, 16); ++i) {
-          _mm256_storeu_ps(low + (s + i) * kManyRows, _mm512_castps512_ps256(rows[i].v));
-          if (count > kManyRows) {
-            _mm256_storeu_ps(high + (s + i) * kManyRows, _mm512_extractf32x8_ps(rows[i].v, 1));
-          }
-        }
-      }
+// A panel of up to 16 rows of a plain weight: panel[step * stride + 0 .. 15]. Writes whole groups of 16 steps.
+template <bool kPairs, class T>
+inline void layout_panel(const LinearWeight& weight, int64_t first, float* panel, int64_t stride) {
+  const int64_t K = weight.columns, steps = kPairs ? ceil_div(K, 2) : K;
+  const int64_t count = min(weight.rows - first, 16);
+  const T* from = static_cast<const T*>(weight.data) + first * K;
+  for (int64_t s = 0; s < steps; s += 16) {
+    Vec rows[16];
+    for (int64_t n = 0; n < 16; ++n) {
+      rows[n] = n < count ? steps_at<kPairs>(from + n * K, kPairs ? 2 * s : s, K) : broadcast(0.f);
     }
-  });
+    transpose(rows);
+    for (int64_t i = 0; i < 16; ++i) store(panel + (s + i) * stride, rows[i]);
+  }
 }
 
 // Two columns of 16 rows as pairs of bfloat16, rounded to nearest.
@@ -138,10 +119,10 @@ template <bool kPairs>
   return fma(weights, activation, sum);
 }
 
-// 8 rows of activations with V vectors of weight rows.
-template <bool kPairs, int V, class T>
-[[gnu::always_inline]] inline void multiply_tile(const float* x, const float* weights, int64_t steps,
-                                                 int64_t rows, int64_t columns, T* out, int64_t stride) {
+// sums[m * 48 + n] of 8 rows of activations, `row_bytes` apart, with V vectors of weight rows.
+template <bool kPairs, int V>
+[[gnu::noinline]] void multiply_tile(const char* x, int64_t row_bytes, const float* weights, int64_t steps,
+                                     float* to) {
   Vec sums[kManyRows][V];
   for (int m = 0; m < kManyRows; ++m) {
     for (int v = 0; v < V; ++v) sums[m][v] = broadcast(0.f);
@@ -149,71 +130,144 @@ template <bool kPairs, int V, class T>
   for (int64_t s = 0; s < steps; ++s) {
     Vec w[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) w[v] = load(weights + (s * V + v) * 16);
+    for (int v = 0; v < V; ++v) {
+      w[v] = load(weights + (s * V + v) * 16);
+      __builtin_prefetch(weights + (s * V + v) * 16 + kFloatsAhead);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < kManyRows; ++m) {
-      const Vec activation = broadcast(x[s * kManyRows + m]);
+      float step;
+      __builtin_memcpy(&step, x + m * row_bytes + s * kStepBytes, sizeof(step));
+      const Vec activation = broadcast(step);
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) sums[m][v] = multiply_add<kPairs>(w[v], activation, sums[m][v]);
     }
   }
 #pragma GCC unroll 8
-  for (int64_t m = 0; m < kManyRows; ++m) {
-    if (m >= rows) break;
+  for (int m = 0; m < kManyRows; ++m) {
 #pragma GCC unroll 3
-    for (int64_t v = 0; v < V; ++v) {
-      if (16 * v + 16 <= columns) {
-        store(out + m * stride + 16 * v, sums[m][v]);
+    for (int v = 0; v < V; ++v) store(to + m * kManyColumns + 16 * v, sums[m][v]);
+  }
+}
+
+// A thread's scratch.
+struct ManyScratch {
+  float* panels[2];  // [steps][columns] of weight rows; the second one where gated
+  float* sums[2];    // [8][48]
+  char* rows;        // [8] rows of activations
+  int64_t row_bytes;
+  int64_t bytes;
+
+  ManyScratch(const ManyWork& w, void* memory) : panels{}, sums{} {
+    Arena arena{static_cast<char*>(memory)};
+    for (int i = 0; i < (w.gated ? 2 : 1); ++i) {
+      panels[i] = arena.take<float>(round_up(steps_of(w), 16) * kManyColumns);
+      sums[i] = arena.take<float>(kManyRows * kManyColumns);
+    }
+    row_bytes = round_up(steps_of(w), 16) * kStepBytes;
+    rows = arena.take<char>(kManyRows * row_bytes);
+    bytes = arena.used;
+  }
+};
+
+int64_t many_scratch(const ManyWork& w) { return ManyScratch(w, nullptr).bytes; }
+
+inline int64_t many_blocks(const ManyWork& w) { return ceil_div(w.num_rows, w.block); }
+
+int64_t many_items(const ManyWork& w) {
+  int64_t panels = 0;
+  for (int i = 0; i < (w.gated ? 1 : w.num_weights); ++i) panels += ceil_div(w.weights[i].rows, kManyColumns);
+  return panels * many_blocks(w);
+}
+
+// Some rows of the input as the multiplications read them.
+struct Activations {
+  const char* data;
+  int64_t row_bytes;
+};
+
+// 8 rows from m on. They are copied where they are of another type, end within a pair, or are fewer; rows past the last
+// one are then the last one again.
+template <bool kPairs, class T>
+inline Activations activations(const ManyWork& w, const ManyScratch& s, int64_t m, int64_t rows) {
+  const int64_t K = columns_of(w);
+  const T* from = static_cast<const T*>(w.input) + m * K;
+  constexpr bool kSameType = kPairs || __is_same(T, float);
+  if (kSameType && rows == kManyRows && (!kPairs || K % 2 == 0)) {
+    return {reinterpret_cast<const char*>(from), K * static_cast<int64_t>(sizeof(T))};
+  }
+  for (int64_t i = 0; i < kManyRows; ++i) {
+    const T* row = from + min(i, rows - 1) * K;
+    float* to = reinterpret_cast<float*>(s.rows + i * s.row_bytes);
+    for (int64_t step = 0; step < steps_of(w); step += 16) {
+      store(to + step, steps_at<kPairs>(row, kPairs ? 2 * step : step, K));
+    }
+  }
+  return {s.rows, s.row_bytes};
+}
+
+// One item: a block of rows with up to 48 rows of a weight, or of two.
+template <bool kPairs, class T>
+inline void many_item(const ManyWork& w, const ManyScratch& s, int64_t item) {
+  const int64_t block = item % many_blocks(w);
+  int64_t panel = item / many_blocks(w);
+  int i = 0;
+  if (!w.gated) {
+    for (int64_t panels; panel >= (panels = ceil_div(w.weights[i].rows, kManyColumns)); ++i) panel -= panels;
+  }
+  const int64_t first = panel * kManyColumns, steps = steps_of(w);
+  const int64_t count = min(w.weights[i].rows - first, kManyColumns), vectors = ceil_div(count, 16);
+  const int factors = w.gated ? 2 : 1;
+  for (int f = 0; f < factors; ++f) {
+    const LinearWeight& weight = w.weights[i + f];
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* to = s.panels[f] + 16 * v;
+      if (weight.scheme.packed()) {
+        with_scheme(weight.scheme, [&]<int kBits, bool kHasMin>() {
+          unpack_panel<kPairs, kBits, kHasMin>(weight, first + 16 * v, to, 16 * vectors);
+        });
       } else {
-        store_first(out + m * stride + 16 * v, max(columns - 16 * v, 0), sums[m][v]);
+        layout_panel<kPairs, T>(weight, first + 16 * v, to, 16 * vectors);
       }
+    }
+  }
+  // the rows that follow in memory are this thread's next ones
+  const int64_t bytes = row_bytes(w.weights[i]) * count;
+  const int64_t last = min((block + 1) * w.block, w.num_rows);
+  const int64_t share =
+      block + 1 == many_blocks(w) ? ceil_div(bytes, ceil_div(last - block * w.block, kManyRows)) : 0;
+  int64_t asked = row_bytes(w.weights[i]) * (first + count);
+  for (int64_t m = block * w.block; m < last; m += kManyRows, asked += share) {
+    const int64_t rows = min(last - m, kManyRows);
+    const Activations x = activations<kPairs, T>(w, s, m, rows);
+    for (int f = 0; f < factors; ++f) {
+      for (int64_t at = 0; at < share; at += 64) {
+        __builtin_prefetch(static_cast<const char*>(w.weights[i + f].data) + asked + at, 0, 2);
+      }
+      if (vectors == 3) multiply_tile<kPairs, 3>(x.data, x.row_bytes, s.panels[f], steps, s.sums[f]);
+      if (vectors == 2) multiply_tile<kPairs, 2>(x.data, x.row_bytes, s.panels[f], steps, s.sums[f]);
+      if (vectors == 1) multiply_tile<kPairs, 1>(x.data, x.row_bytes, s.panels[f], steps, s.sums[f]);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      finish_row<T>(w, i, m + r, first, count, s.sums[0] + r * kManyColumns, s.sums[1] + r * kManyColumns);
     }
   }
 }
 
-inline int64_t many_columns(const ManyWork& w) { return ceil_div(w.weight.rows, 16 * kManyVectors); }
-
-int64_t many_items(const ManyWork& w) { return ceil_div(w.num_rows, w.block) * many_columns(w); }
-
-int64_t many_scratch(const ManyWork& w) { return (steps_of(w) + 16) * 16 * kManyVectors * 4; }
-
-void many_run(const ManyWork& w, int64_t begin, int64_t end, void* scratch) {
-  float* const panel = static_cast<float*>(scratch);
-  const int64_t steps = steps_of(w), N = w.weight.rows;
+void many_run(const ManyWork& w, int64_t begin, int64_t end, void* memory) {
+  const ManyScratch s(w, memory);
   with_steps(w, [&]<bool kPairs, class T>() {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item % many_columns(w) * 16 * kManyVectors;
-      const int64_t columns = min(N - n, 16 * kManyVectors), vectors = ceil_div(columns, 16);
-      for (int64_t v = 0; v < vectors; ++v) {
-        with_scheme(w.weight.scheme, [&]<int kBits, bool kHasMin>() {
-          unpack_panel<kPairs, kBits, kHasMin>(w.weight, n + 16 * v, panel + 16 * v, 16 * vectors);
-        });
-      }
-      const int64_t first = item / many_columns(w) * w.block;
-      const int64_t last = min(first + w.block, w.num_rows);
-      for (int64_t m = first; m < last; m += kManyRows) {
-        const float* x = w.operand + m * steps;
-        T* out = static_cast<T*>(w.out) + m * N + n;
-        const int64_t rows = min(last - m, kManyRows);
-        if (vectors == 3) multiply_tile<kPairs, 3>(x, panel, steps, rows, columns, out, N);
-        if (vectors == 2) multiply_tile<kPairs, 2>(x, panel, steps, rows, columns, out, N);
-        if (vectors == 1) multiply_tile<kPairs, 1>(x, panel, steps, rows, columns, out, N);
-      }
-    }
+    for (int64_t item = begin; item < end; ++item) many_item<kPairs, T>(w, s, item);
   });
 }
 
 #else
 constexpr bool kHasManyRows = false;  // torch's products are faster than these would be
 
-int64_t many_layout_items(const ManyWork&) { return 0; }
-void many_layout_run(const ManyWork&, int64_t, int64_t, void*) {}
 int64_t many_items(const ManyWork&) { return 0; }
 int64_t many_scratch(const ManyWork&) { return 0; }
 void many_run(const ManyWork&, int64_t, int64_t, void*) {}
 #endif
-
-int64_t many_layout_scratch(const ManyWork&) { return 0; }
 
 }  // namespace
 }  // namespace zinit::cpu

@@ -74,15 +74,9 @@ struct LinearWork {
   bool gated;
 };
 
-// out = input weight^T with a packed weight, of as many rows as there are.
-struct ManyWork {
-  LinearWeight weight;
-  int64_t num_rows;
-  const void* input;  // [rows, K], contiguous
-  DType dtype;        // of input and out
-  float* operand;     // the input as the kernel takes it: rows, up to a multiple of 16, times K floats
-  void* out;          // [rows, N], contiguous
-  int64_t block;      // rows, a multiple of 16, that meet a weight panel while it is in a thread's cache
+// The same of as many rows as there are, without a norm.
+struct ManyWork : LinearWork {
+  int64_t block;  // rows that meet 48 rows of a weight in one item
 };
 
 // out[m] = norm(input[m]), the same norm as above.

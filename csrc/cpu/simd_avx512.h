@@ -67,6 +67,12 @@ inline __m256i narrow(Vec a, BFloat16) {
 // In one instruction, which rounds numbers below 2^-126 to 0: for the operands of vdpbf16ps, which does the
 // same.
 inline __m256i narrow_operand(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+// A bfloat16 in memory that is stored that way.
+struct Bf16Operand {
+  uint16_t bits;
+};
+inline Vec widen(__m256i x, Bf16Operand) { return widen(x, BFloat16{}); }
+inline __m256i narrow(Vec a, Bf16Operand) { return narrow_operand(a); }
 #endif
 template <class T>
 inline Vec load(const T* p) {

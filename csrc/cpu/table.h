@@ -1,6 +1,7 @@
 // Included by each isa_*.cpp: all kernels, compiled for its instruction set, and their table.
 #include "backward_items.h"
 #include "backward_reduce.h"
+#include "cache_fill.h"
 #include "choice.h"
 #include "decode.h"
 #include "forward.h"
@@ -20,9 +21,9 @@ const KernelTable ZINIT_KERNEL_TABLE = {
     .decode_append = {append_items, append_scratch, append_run},
     .decode_attend = {attend_items, decode_scratch, attend_run},
     .decode_combine = {combine_items, decode_scratch, combine_run},
+    .cache_fill = {fill_items, fill_scratch, fill_run},
     .linear = {{linear_items, linear_scratch, linear_run}, linear_prepare, linear_reads},
     .has_many_rows = kHasManyRows,
-    .many_layout = {many_layout_items, many_layout_scratch, many_layout_run},
     .many = {many_items, many_scratch, many_run},
     .norm = {norm_items, norm_scratch, norm_run},
     .unpack = {unpack_items, unpack_scratch, unpack_run},

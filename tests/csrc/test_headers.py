@@ -15,8 +15,8 @@ from setup import CPU_ISAS, TORCH_TARGET  # noqa: E402 (needs the line above)
 CSRC = ROOT / "csrc"
 HEADERS = sorted(str(file.relative_to(CSRC)) for file in CSRC.rglob("*.*") if file.suffix in (".h", ".cuh"))
 WITH_TORCH = (
-    "arguments.h", "checks.h", "cpu/arguments.h", "cpu/layer_stack.h", "cpu/linear_arguments.h", "cpu/run_stage.h",
-    "cpu/run_steps.h", "torch_stable.h",
+    "arguments.h", "checks.h", "cpu/arguments.h", "cpu/layer_stack.h", "cpu/linear_arguments.h", "cpu/prefill.h",
+    "cpu/run_stage.h", "cpu/run_steps.h", "torch_stable.h",
 )  # fmt: skip
 # on the emulator's types where there are kernels in it
 WITH_CUDA = ("cuda/bindings.h", *(name for name in HEADERS if name.endswith(".cuh")))

@@ -82,7 +82,8 @@ def test_cached_steps_are_the_full_forward():
         cache = KVCache(CONFIG, len(LENGTHS), max(LENGTHS) + 6, torch.float32)
         cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
         first = base(packed, adapter, cu_seqlens=cu_seqlens, cache=cache)
-        torch.testing.assert_close(first, base(packed, adapter, cu_seqlens=cu_seqlens), rtol=0, atol=0)
+        without = base(packed, adapter, cu_seqlens=cu_seqlens)  # layer by layer, with other kernels
+        torch.testing.assert_close(first, without, rtol=0, atol=1e-5)
         steps = [base(part, adapter, cache=cache) for part in continuations.split([1, 1, 3, 1], 1)]
         assert cache.lengths.tolist() == [length + 6 for length in LENGTHS]
         for row, sequence in enumerate(sequences):

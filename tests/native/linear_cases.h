@@ -1,8 +1,10 @@
 // Products of a few rows with plain and packed weights, a norm before them, a gate or a residual behind, and
 // packed weights as numbers. Every operand lies in a heap block of exactly its size.
 #pragma once
+#include <cmath>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -94,33 +96,78 @@ struct SomeMatrix {
   }
 };
 
-// The product of many rows with a packed weight; by its definition where a table has no kernel for it.
-template <class Run>
-std::vector<float> many(const cpu::KernelTable& table, const cpu::LinearWeight& weight, int64_t rows,
-                        DType dtype, int threads, std::mt19937& random, Run run) {
-  const int64_t N = weight.rows, K = weight.columns;
-  const SomeMatrix x(rows * K, dtype, &random), out(rows * N, dtype, nullptr);
-  if (table.has_many_rows) {
-    const SomeMatrix operand((rows + 15) / 16 * 16 * K, DType::kFloat32, nullptr);
-    const cpu::ManyWork w{
-        weight,          rows, x.bytes.get(), dtype, reinterpret_cast<float*>(operand.bytes.get()),
-        out.bytes.get(), 32};
-    run(table.many_layout, w, threads);
-    run(table.many, w, threads);
-    return out.values();
-  }
-  const SomeMatrix numbers(N * K, DType::kFloat32, nullptr);
-  run(table.unpack, cpu::UnpackWork{weight, nullptr, N, numbers.bytes.get(), DType::kFloat32}, threads);
-  const std::vector<float> a = x.values(), b = numbers.values();
+// x as an element of this dtype.
+inline float rounded(double x, DType dtype) {
+  uint8_t element[4];
+  write(element, dtype, static_cast<float>(x));
+  return read(element, dtype);
+}
+
+// out[i] of many rows, by its definition.
+inline std::vector<float> by_definition(const cpu::LinearWork& w, int i, const SomeMatrix& x,
+                                        const SomeMatrix& residual,
+                                        const std::vector<std::vector<float>>& weights) {
+  const int64_t N = w.weights[i].rows, K = w.weights[i].columns;
+  const std::vector<float> a = x.values(), added = residual.values();
   std::vector<float> found;
-  for (int64_t m = 0; m < rows; ++m) {
+  for (int64_t m = 0; m < w.num_rows; ++m) {
     for (int64_t n = 0; n < N; ++n) {
-      double sum = 0;
-      for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(a[m * K + k]) * b[n * K + k];
-      found.push_back(static_cast<float>(sum));
+      const auto product = [&](const std::vector<float>& weight) {
+        double sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += static_cast<double>(a[m * K + k]) * weight[n * K + k];
+        return sum;
+      };
+      double sum = product(weights[i]);
+      if (w.gated) {
+        const double gate = rounded(sum, w.dtype), up = rounded(product(weights[1]), w.dtype);
+        sum = rounded(gate / (1 + std::exp(-gate)), w.dtype) * up;
+      }
+      if (w.residual != nullptr && i == 0) sum += added[m * N + n];
+      found.push_back(rounded(sum, w.dtype));
     }
   }
   return found;
+}
+
+// The same product of many rows, each of its results; by its definition where a table has no kernel for it.
+template <class Run>
+std::vector<std::vector<float>> many(const cpu::KernelTable& table, const cpu::LinearWork& few, int threads,
+                                     std::mt19937& random, Run run) {
+  const int64_t M = 21 * few.num_rows + 1, K = few.weights[0].columns;
+  cpu::ManyWork w{few, 32};
+  w.num_rows = M, w.norm_weight = nullptr;
+  const SomeMatrix x(M * K, w.dtype, &random), residual(M * w.weights[0].rows, w.dtype, &random);
+  w.input = x.bytes.get();
+  if (few.residual != nullptr) w.residual = residual.bytes.get();
+  std::vector<std::vector<float>> results;
+  std::vector<SomeMatrix> outs;
+  const int results_of = w.gated ? 1 : w.num_weights;
+  for (int i = 0; i < results_of; ++i) {
+    outs.emplace_back(M * w.weights[i].rows, w.dtype, nullptr);
+    w.out[i] = outs.back().bytes.get();
+  }
+  if (table.has_many_rows) {
+    run(table.many, w, threads);
+    for (const SomeMatrix& out : outs) results.push_back(out.values());
+    return results;
+  }
+  std::vector<std::vector<float>> weights;
+  for (int i = 0; i < w.num_weights; ++i) {
+    const cpu::LinearWeight& weight = w.weights[i];
+    const SomeMatrix numbers(weight.rows * K, DType::kFloat32, nullptr);
+    if (weight.scheme.packed()) {
+      run(table.unpack, cpu::UnpackWork{weight, nullptr, weight.rows, numbers.bytes.get(), DType::kFloat32},
+          threads);
+    } else {
+      for (int64_t j = 0; j < weight.rows * K; ++j) {
+        const auto* from = static_cast<const uint8_t*>(weight.data) + j * size_of(weight.dtype);
+        write(&numbers.bytes[j * 4], DType::kFloat32, read(from, weight.dtype));
+      }
+    }
+    weights.push_back(numbers.values());
+  }
+  for (int i = 0; i < results_of; ++i) results.push_back(by_definition(w, i, x, residual, weights));
+  return results;
 }
 
 // run(stage, work, threads) is check_kernels.cpp's.
@@ -172,8 +219,9 @@ std::vector<std::pair<std::string, std::vector<float>>> linear(const cpu::Kernel
     u.indices = indices, u.num_rows = 2, u.out = chosen.bytes.get();
     run(table.unpack, u, threads);
     results.emplace_back("chosen rows", chosen.values());
-    results.emplace_back("of many rows",
-                         many(table, w.weights[0], 21 * c.M + 1, dtype, threads, random, run));
+  }
+  for (std::vector<float>& values : many(table, w, threads, random, run)) {
+    results.emplace_back("of many rows", std::move(values));
   }
   return results;
 }

@@ -60,6 +60,31 @@ std::vector<std::pair<std::string, std::vector<float>>> rows(const cpu::KernelTa
   run(table.rotate, rotate, threads);
   results.emplace_back("rotated", rotated.values());
 
+  // the first tokens of three sequences, the second without any
+  const int64_t kv = c.heads, D = c.head_dim, capacity = c.rows + 2, cached = 3 * kv * capacity * D;
+  const SomeMatrix query(2 * turned, dtype, &random), key(turned, dtype, &random),
+      value(turned, dtype, &random);
+  const SomeMatrix keys(cached, dtype, nullptr), values(cached, dtype, nullptr);
+  const int32_t cu[] = {0, static_cast<int32_t>(c.rows / 3), static_cast<int32_t>(c.rows / 3),
+                        static_cast<int32_t>(c.rows)};
+  const auto packed = [&](const SomeMatrix& matrix, int64_t number) {
+    return View{matrix.bytes.get(), 0, D, number * D, dtype, true};
+  };
+  const auto cache = [&](const SomeMatrix& matrix) {
+    return View{matrix.bytes.get(), kv * capacity * D, capacity * D, D, dtype, true};
+  };
+  cpu::DecodeWork fill{};
+  fill.num_sequences = 3, fill.num_heads_q = 2 * kv, fill.num_heads_kv = kv, fill.head_dim = D;
+  fill.cu_seqlens_q = {cu, true};
+  fill.query = packed(query, 2 * kv), fill.new_key = packed(key, kv), fill.new_value = packed(value, kv);
+  fill.key_cache = cache(keys), fill.value_cache = cache(values);
+  fill.rotary = {floats(cos), floats(sin), half, c.rows, D, DType::kFloat32, false, true, true};
+  run(table.cache_fill, fill, threads);
+  results.emplace_back("rotated queries", query.values());
+  results.emplace_back("rotated keys", key.values());
+  results.emplace_back("filled key cache", keys.values());
+  results.emplace_back("filled value cache", values.values());
+
   std::vector<uint64_t> seeds;
   for (int64_t i = 0; i < c.rows; ++i) seeds.push_back(random() * 0x123456789abcdefull);
   const std::vector<std::pair<double, double>> ways = {{0, 1}, {0.7, 0.6}, {2, 1}, {1e-200, 0.5}};

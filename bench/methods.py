@@ -80,6 +80,7 @@ def in_transformers(base: Llama) -> Any:
     weights = {
         name if name == "lm_head.weight" else f"model.{name}": w for name, w in base.state_dict().items()
     }
+    weights["lm_head.weight"] = base.output_weight  # of tied embeddings it has no name of its own
     model.load_state_dict(weights, assign=True)
     with torch.device(base.device):
         model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are not among the weights

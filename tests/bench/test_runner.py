@@ -86,8 +86,10 @@ def test_methods_train_in_the_dtype_they_are_measured_in(make, dtype):
 
 
 @pytest.mark.skipif(bool(machine.why_missing("transformers")), reason="it is not installed")
-def test_transformers_rotates_by_the_base_of_the_model():
-    base = methods.random_base(replace(methods.TINY, rope_theta=100.0), torch.float32, CPU)
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_has_the_weights_and_rotates_by_the_base_of_the_model(tied):
+    config = replace(methods.TINY, rope_theta=100.0, tie_embeddings=tied)
+    base = methods.random_base(config, torch.float32, CPU)
     tokens = torch.arange(60)[None]
     theirs, ours = methods.in_transformers(base)(tokens).logits, base.logits(base.hidden_states(tokens))
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)

@@ -5,7 +5,6 @@ The process has huge pages, as this project's weights do, and its threads do not
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import weakref
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.gguf_weights import LAYER_NAMES, NAMES
 from model.llama import Llama
 from zinit_kernels.packed import Packed
 
+from .measure import malloc_settings
+
 NEEDS = ("llama_cpp", "gguf")
-_NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 # malloc asks for huge pages: llama.cpp then reads its weights 1.1 to 1.2 times as fast (AMD EPYC in a virtual machine)
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _WAIT = 600  # seconds for an answer, before the process counts as stuck
@@ -73,15 +70,15 @@ def write_gguf(base: Llama, path: Path) -> None:
 
 def _named_weights(base: Llama) -> list[tuple[str, nn.Module]]:
     """Every module with a weight, by GGUF's name of the weight."""
-    found: list[tuple[str, nn.Module]] = [
-        ("token_embd.weight", base.embed_tokens),
-        ("output_norm.weight", base.norm),
+    found = [
+        (theirs, base.get_submodule(ours.removesuffix(".weight")))
+        for theirs, ours in NAMES.items()
+        if ours != "lm_head.weight" or base.lm_head is not None
     ]
-    if base.lm_head is not None:
-        found.append(("output.weight", base.lm_head))
     for number, layer in enumerate(base.layers):
         found += [
-            (f"blk.{number}.{theirs}.weight", layer.get_submodule(ours)) for ours, theirs in _NAMES.items()
+            (f"blk.{number}.{theirs}.weight", layer.get_submodule(ours))
+            for theirs, ours in LAYER_NAMES.items()
         ]
     return found
 
@@ -103,20 +100,13 @@ class LlamaCpp:
         write_gguf(base, path)
         context = get_context("spawn")
         self._answers, theirs = context.Pipe()
-        saved = os.environ.get("GLIBC_TUNABLES")
-        os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
-        try:
+        with malloc_settings(_HUGE_PAGES):
             process = context.Process(
                 target=_serve,
                 args=(theirs, str(path), base.config.vocab_size, torch.get_num_threads()),
                 daemon=True,
             )
             process.start()
-        finally:
-            if saved is None:
-                del os.environ["GLIBC_TUNABLES"]
-            else:
-                os.environ["GLIBC_TUNABLES"] = saved
         theirs.close()
         weakref.finalize(self, _end, process, self._answers)
 

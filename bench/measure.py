@@ -183,20 +183,27 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
     return resident("VmHWM") - before
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: object, malloc: str = RETURN_AT_ONCE) -> Any:
-    """function(*arguments) in a new process with these malloc settings; its exceptions are raised here."""
+@contextmanager
+def malloc_settings(settings: str) -> Iterator[None]:
+    """Processes that are started meanwhile have these settings of glibc's malloc."""
     saved = os.environ.get("GLIBC_TUNABLES")
-    os.environ["GLIBC_TUNABLES"] = malloc
+    os.environ["GLIBC_TUNABLES"] = settings
     try:
-        # Ctrl-C reaches this process too: it ends silently, and the parent says what was kept
-        quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
-            return pool.submit(function, *arguments).result()
+        yield
     finally:
         if saved is None:
             del os.environ["GLIBC_TUNABLES"]
         else:
             os.environ["GLIBC_TUNABLES"] = saved
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: object, malloc: str = RETURN_AT_ONCE) -> Any:
+    """function(*arguments) in a new process with these malloc settings; its exceptions are raised here."""
+    with malloc_settings(malloc):
+        # Ctrl-C reaches this process too: it ends silently, and the parent says what was kept
+        quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **quietly) as pool:
+            return pool.submit(function, *arguments).result()
 
 
 def profile_call(

@@ -23,12 +23,12 @@ from .layers import rotary_frequencies
 from .meta_weights import to_half_split
 from .rope_scaling import RopeScaling
 
-_NAMES = {
+NAMES = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -158,10 +158,10 @@ def _our_names(gguf: GGUF) -> dict[str, str]:
         if name == _ROPE_FACTORS or _DERIVED.fullmatch(name):
             continue
         match = re.fullmatch(r"blk\.(0|[1-9]\d{0,4})\.(\w+)\.weight", name)
-        if name in _NAMES:
-            names[name] = _NAMES[name]
-        elif match and match[2] in _LAYER_NAMES:
-            names[name] = f"layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
+        if name in NAMES:
+            names[name] = NAMES[name]
+        elif match and match[2] in LAYER_NAMES:
+            names[name] = f"layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
         else:
             raise UserError(f"{path} holds {shortened(name)}, which a LLaMA does not have.")
     embedding = gguf.tensors.get("token_embd.weight")

@@ -1,5 +1,6 @@
 // zinit::decode_layers_cpu: the next tokens of cached sequences through all layers of a LLaMA, in one call and
-// one parallel region. prefill_layers_cpu: their first tokens. And the same for many tokens: keep_layers_cpu, decode_kept_cpu and drop_layers_cpu.
+// one parallel region. prefill_layers_cpu: their first tokens. And the same for many tokens: keep_layers_cpu,
+// decode_kept_cpu and drop_layers_cpu.
 #include <mutex>
 #include <unordered_map>
 
